@@ -1,0 +1,1 @@
+"""Metrics, tables and reports: reads the files of runs, never a model."""

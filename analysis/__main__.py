@@ -1,0 +1,49 @@
+"""The commands `python -m analysis compare` and `python -m analysis report`."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from analysis.compare import compare_runs, mismatched_datasets, table
+from analysis.runs import read_runs
+from shards.errors import user_errors_exit_2
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command; a user's mistake exits with status 2."""
+    comparing = ArgumentParser(description="Tabulate finished runs by method: mean and standard deviation over seeds.")
+    comparing.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
+    comparing.add_argument("--json", action="store_true", help="print JSON; fractions, null where unmeasured")
+    reporting = ArgumentParser(
+        description="Write one self-contained HTML page about finished runs; the first is the baseline."
+    )
+    reporting.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
+    reporting.add_argument(
+        "--out", type=Path | None, metavar="FILE", help="default: report.html in the run or beside the runs"
+    )
+
+    parser = ArgumentParser(prog="python -m analysis", description="Tables and reports from the files of runs.")
+    commands = parser.add_subcommands(dest="command")
+    commands.add_subcommand("compare", comparing)
+    commands.add_subcommand("report", reporting)
+    options = parser.parse_args(argv)
+
+    with user_errors_exit_2("analysis"):
+        runs = read_runs(options[options.command].runs)
+        for dataset in mismatched_datasets(runs):
+            print(f"note: the runs on {dataset} were trained on different class counts", file=sys.stderr)
+        if options.command == "report":
+            from analysis.report import write_report  # matplotlib loads slowly, and a table needs none
+
+            print(write_report(runs, options.report.out))
+        elif options.compare.json:
+            print(json.dumps([asdict(row) for row in compare_runs(runs)], indent=2, ensure_ascii=False))
+        else:
+            print(table(compare_runs(runs)))
+
+
+if __name__ == "__main__":
+    main()

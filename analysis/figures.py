@@ -1,0 +1,257 @@
+"""The report's pictures, as inline SVG.
+
+A figure holds no words of the user's (titles and class names stand in the page around it), its letters are real
+text in the page's own font, and its colours are CSS variables, so it follows the page into dark mode and print.
+No figure has more than a few hundred marks, whatever the number of classes.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from numpy.typing import ArrayLike, NDArray
+
+from analysis.compare import percent
+from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups
+
+# Name: colour on a light page, colour on a dark one; no two alike, since a figure's colours are found by value.
+# The runs' are those of Okabe and Ito, told apart by colour-blind eyes, behind a grey for the baseline.
+PALETTE = {
+    "paper": ("#ffffff", "#14171c"),
+    "panel": ("#f6f7f9", "#1c2027"),
+    "ink": ("#1b1f27", "#e9ebef"),
+    "muted": ("#5f6774", "#9ba3b0"),
+    "rule": ("#dfe2e7", "#333a45"),
+    "many": ("#45408a", "#8f88e0"),
+    "medium": ("#8a84cc", "#645db0"),
+    "few": ("#cbc7ee", "#453f80"),
+    "run0": ("#78808d", "#a3abb8"),
+    "run1": ("#0072b2", "#4aa8e0"),
+    "run2": ("#d55e00", "#f08541"),
+    "run3": ("#009e73", "#2fc498"),
+    "run4": ("#cc79a7", "#dd93bb"),
+    "run5": ("#b58900", "#e0b23a"),
+    "run6": ("#2aa5c9", "#7fd0ea"),
+    "run7": ("#7a2e1f", "#c9705c"),
+}
+MAX_RUNS = sum(name.startswith("run") for name in PALETTE)
+LIGHT = {name: light for name, (light, _) in PALETTE.items()}
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tailstream",
+    "font.size": 9,
+    "text.color": LIGHT["muted"],
+    "axes.labelcolor": LIGHT["muted"],
+    "axes.edgecolor": LIGHT["rule"],
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": LIGHT["rule"],
+    "grid.linewidth": 0.7,
+    "xtick.color": LIGHT["rule"],
+    "ytick.color": LIGHT["rule"],
+    "xtick.labelcolor": LIGHT["muted"],
+    "ytick.labelcolor": LIGHT["muted"],
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "figure.facecolor": "none",
+    "figure.constrained_layout.use": True,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4,
+    "lines.solid_capstyle": "round",
+    "path.simplify_threshold": 0.5,
+}
+_FEW_POINTS = 30  # a curve of at most this many points shows each of them
+_DOTS_UP_TO = 200  # classes that may each have a dot
+
+
+def class_count_curve(train_counts_C: ArrayLike) -> str:
+    """Draw n_j from the largest class to the smallest, shaded by group; log y."""
+    counts = np.sort(np.asarray(train_counts_C))[::-1]
+    # A bar for each class of a few hundred; of more, every k-th: the sorted curve loses nothing that shows.
+    ranks = np.unique(np.linspace(0, len(counts) - 1, 300).round().astype(int))
+    edges = np.append(ranks, len(counts)) + 0.5
+    groups = class_groups(counts)
+    with rc_context(_STYLE):
+        figure, ax = _canvas(5.0, 2.9)
+        ax.set_yscale("log")
+        floor, top = 0.7, max(counts[0], 10) * 1.4
+        for group in GROUPS:
+            mine = groups[ranks] == group
+            if mine.any():
+                first, last = np.flatnonzero(mine)[[0, -1]]
+                heights = np.maximum(counts[ranks[first : last + 1]], floor)
+                ax.stairs(heights, edges[first : last + 2], baseline=floor, fill=True, color=LIGHT[group], linewidth=0)
+        ax.set_xlim(0.5, len(counts) + 0.5)
+        ax.set_ylim(floor, top)
+        ax.set_xlabel("class, from the largest to the smallest")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+        ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        _log_ticks(ax.yaxis, floor, top)
+        return _svg(figure, "Training images of each class, sorted")
+
+
+def group_bars(evaluations: Sequence[dict[str, float | None]]) -> str:
+    """Draw each run's accuracy overall and by group; run i in colour i."""
+    bars = {"overall": "top1", **{group: group for group in GROUPS}}
+    width = 0.8 / len(evaluations)
+    with rc_context(_STYLE):
+        figure, ax = _canvas(5.0, 2.9)
+        for i, figures in enumerate(evaluations):
+            for x, key in enumerate(bars.values()):
+                value = figures[key]
+                if value is None:
+                    continue
+                left = x - 0.4 + (i + 0.5) * width
+                ax.bar(left, 100 * value, 0.92 * width, color=LIGHT[f"run{i}"])
+                if len(evaluations) <= 4:
+                    ax.annotate(
+                        percent(value),
+                        (left, 100 * value),
+                        xytext=(0, 2),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=8 if len(evaluations) <= 3 else 7,
+                        color=LIGHT["ink"],
+                        gid="value",
+                    )
+        # A group without classes keeps its place, marked, so that the picture reads alike everywhere.
+        for x, key in enumerate(bars.values()):
+            if all(figures[key] is None for figures in evaluations):
+                ax.text(x, 2, "no class", ha="center", color=LIGHT["muted"])
+        ax.set_xticks(range(len(bars)), bars)
+        ax.set_xlim(-0.5, len(bars) - 0.5)
+        ax.tick_params(axis="x", length=0)
+        _percent_axis(ax)
+        return _svg(figure, "Accuracy overall and by group")
+
+
+def accuracy_by_class_size(
+    runs: Sequence[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]],
+) -> str:
+    """Draw each class's accuracy against its number of training images; run i in colour i.
+
+    Args:
+        runs: per run (train_counts_C, correct_C, total_C). A line joins the mean accuracy of classes of
+            like size: of equal size for up to 20 classes, else of one of twelve ranges of equal ratio. Up to
+            200 classes also have a faint dot each.
+    """
+    with rc_context(_STYLE):
+        figure, ax = _canvas(5.0, 2.9)
+        ax.set_xscale("log")
+        smallest, largest = np.inf, 1.0
+        for i, (counts, correct, total) in enumerate(runs):
+            known = (total > 0) & (counts > 0)
+            if not known.any():
+                continue
+            sizes, recall = counts[known].astype(float), 100 * correct[known] / total[known]
+            smallest, largest = min(smallest, sizes.min()), max(largest, sizes.max())
+            edges = np.unique(sizes if len(sizes) <= 20 else np.geomspace(sizes.min(), sizes.max(), 13)[:-1])
+            bin_of = np.searchsorted(edges, sizes, side="right")
+            bins = np.unique(bin_of)
+            x = [np.exp(np.log(sizes[bin_of == b]).mean()) for b in bins]
+            y = [recall[bin_of == b].mean() for b in bins]
+            colour = LIGHT[f"run{i}"]
+            if len(sizes) <= _DOTS_UP_TO:
+                ax.plot(sizes, recall, "o", color=colour, alpha=0.3, markeredgewidth=0, clip_on=False)
+            ax.plot(x, y, "o-", color=colour, clip_on=False)
+        low, high = min(smallest, largest / 2) / 1.25, largest * 1.25
+        ax.set_xlim(low, high)
+        _shade_groups(ax, low, high)
+        ax.set_xlabel("training images of the class")
+        _log_ticks(ax.xaxis, low, high)
+        _percent_axis(ax)
+        return _svg(figure, "Accuracy of the classes against their number of training images")
+
+
+def curve(series: Sequence[tuple[ArrayLike, ArrayLike]], label: str, *, fractions: bool = False) -> str | None:
+    """Draw one quantity over the epochs; run i in colour i.
+
+    Args:
+        series: per run (epochs, values); no values where the run has none. Values that are not finite
+            leave a gap.
+        label: what is drawn, for a screen reader.
+        fractions: values are fractions, shown in percent.
+
+    Returns:
+        The SVG; None where no run has a finite value.
+    """
+    drawn = False
+    with rc_context(_STYLE):
+        figure, ax = _canvas(4.0, 2.4)
+        for i, (epochs, values) in enumerate(series):
+            x, y = np.asarray(epochs, float), np.asarray(values, float) * (100 if fractions else 1)
+            y = np.where(np.isfinite(y), y, np.nan)
+            if np.isnan(y).all():
+                continue
+            drawn = True
+            ax.plot(x, y, "o-" if len(x) <= _FEW_POINTS else "-", color=LIGHT[f"run{i}"], clip_on=False)
+        steps = [1, 2, 5, 10]
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=steps, min_n_ticks=1))
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=steps))
+        ax.set_xlabel("epoch")
+        if fractions:
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        elif ax.dataLim.ymin >= 0:
+            ax.set_ylim(bottom=0)
+        return _svg(figure, label) if drawn else None
+
+
+def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height))
+    return figure, figure.add_subplot()
+
+
+def _percent_axis(ax: Axes) -> None:
+    ax.set_ylim(0, 104)
+    ax.set_yticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
+
+
+def _thousands(value: float, _: object) -> str:
+    return f"{value:,.0f}"
+
+
+def _log_ticks(axis: Any, low: float, high: float) -> None:
+    """Label 1, 10, 100, …, with 2 and 5 between them over less than two decades."""
+    steps = (1, 2, 5) if high < 100 * low else (1,)
+    ticks = [step * 10**power for power in range(10) for step in steps]
+    axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    axis.set_major_formatter(FuncFormatter(_thousands))
+    axis.set_minor_locator(NullLocator())
+
+
+def _shade_groups(ax: Axes, low: float, high: float) -> None:
+    borders = (low, FEW_BELOW - 0.5, MANY_ABOVE + 0.5, high)
+    for group, left, right in zip(reversed(GROUPS), borders, borders[1:], strict=False):
+        left, right = max(left, low), min(right, high)
+        if left < right:
+            ax.axvspan(left, right, color=LIGHT[group], alpha=0.22, linewidth=0, zorder=0)
+            if np.log(right / left) > 0.1 * np.log(high / low):
+                ax.text(np.sqrt(left * right), 1.5, group, ha="center")
+
+
+def _svg(figure: Figure, label: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", svg)  # names of groups, alike in every figure
+    svg = svg.replace('id="value"', 'class="value"')
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    for name, colour in LIGHT.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    width, height = re.findall(r'(?:width|height)="([\d.]+)pt"', svg)
+    svg = svg.replace(f' width="{width}pt"', "").replace(f' height="{height}pt"', "")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

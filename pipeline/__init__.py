@@ -1,0 +1,1 @@
+"""Online: what each step sees, and the loaders that bring it."""

@@ -1,0 +1,138 @@
+"""Augmentation recipes: which window of each stored image is shown, and whether it is mirrored.
+
+A recipe only draws numbers. Whoever loads the pictures cuts the window out of the stored image (black where it
+reaches beyond the border), resizes it to the network's size with antialiasing, and mirrors it where asked. So
+every loader shows the same crops of the same images.
+
+                stored image                     window (top, left, height, width)
+        +---------------------------+            in pixels of the stored image
+        |      +-----------+        |
+        |      |  window   |  ----> resize to image_size x image_size, mirror or not
+        |      +-----------+        |
+        +---------------------------+
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.errors import UserError
+
+Windows = NDArray[np.int32]  # shape (B, 4): top, left, height, width; may reach beyond the image
+Flips = NDArray[np.bool_]  # shape (B,)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One augmentation.
+
+    Attributes:
+        name: what configurations call it.
+        draw: `(generator, heights_B, widths_B, image_size) -> (windows_B4, flips_B)`.
+        pads: whether windows may reach beyond the image (then no loader can decode the window alone).
+    """
+
+    name: str
+    draw: Callable[[np.random.Generator, NDArray[np.int64], NDArray[np.int64], int], tuple[Windows, Flips]]
+    pads: bool = False
+
+
+def centre_windows(heights_B: NDArray[np.int64], widths_B: NDArray[np.int64], share: float) -> Windows:
+    """Return centred squares whose side is `share` of the shorter side, shape (B, 4), int32."""
+    sides_B = np.maximum(1, np.rint(np.minimum(heights_B, widths_B) * share)).astype(np.int64)
+    tops_B, lefts_B = (heights_B - sides_B) // 2, (widths_B - sides_B) // 2
+    return np.stack([tops_B, lefts_B, sides_B, sides_B], axis=1).astype(np.int32)
+
+
+def _unflipped(windows_B4: Windows) -> tuple[Windows, Flips]:
+    return windows_B4, np.zeros(len(windows_B4), dtype=np.bool_)
+
+
+def _none(
+    generator: np.random.Generator, heights_B: NDArray[np.int64], widths_B: NDArray[np.int64], image_size: int
+) -> tuple[Windows, Flips]:
+    """Centre square, whole shorter side."""
+    return _unflipped(centre_windows(heights_B, widths_B, 1.0))
+
+
+def _eval(
+    generator: np.random.Generator, heights_B: NDArray[np.int64], widths_B: NDArray[np.int64], image_size: int
+) -> tuple[Windows, Flips]:
+    """Shorter side to 256, centre crop of 224 (the same share for any image_size)."""
+    return _unflipped(centre_windows(heights_B, widths_B, 224 / 256))
+
+
+def _shift(
+    generator: np.random.Generator, heights_B: NDArray[np.int64], widths_B: NDArray[np.int64], image_size: int
+) -> tuple[Windows, Flips]:
+    """Pad by an eighth and crop back (4 pixels of 32), without mirroring: for digits, text and other signs."""
+    windows_B4 = centre_windows(heights_B, widths_B, 1.0)
+    # Whole pixels of the network's input, as padding and cropping there would give.
+    reach = image_size // 8
+    shifts_B2 = generator.integers(-reach, reach + 1, size=(len(windows_B4), 2))
+    windows_B4[:, :2] += np.rint(shifts_B2 * windows_B4[:, 2:] / image_size).astype(np.int32)
+    return _unflipped(windows_B4)
+
+
+def _cifar(
+    generator: np.random.Generator, heights_B: NDArray[np.int64], widths_B: NDArray[np.int64], image_size: int
+) -> tuple[Windows, Flips]:
+    """Pad by an eighth (4 pixels of 32), crop back, mirror half of them (He et al. 2016, section 4.2)."""
+    windows_B4, _ = _shift(generator, heights_B, widths_B, image_size)
+    return windows_B4, generator.random(len(windows_B4)) < 0.5
+
+
+def _imagenet(
+    generator: np.random.Generator, heights_B: NDArray[np.int64], widths_B: NDArray[np.int64], image_size: int
+) -> tuple[Windows, Flips]:
+    """Random resized crop and mirroring (Szegedy et al. 2015).
+
+    A share of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3 (log-uniform); of ten tries the first
+    that fits inside the image, else the largest centred window within those ratios: torchvision's rule.
+    """
+    tries, count = 10, len(heights_B)
+    areas_B, ratios = heights_B * widths_B, (3 / 4, 4 / 3)
+    target_BT = areas_B[:, None] * generator.uniform(0.08, 1.0, (count, tries))
+    aspect_BT = np.exp(generator.uniform(np.log(ratios[0]), np.log(ratios[1]), (count, tries)))
+    window_w_BT = np.rint(np.sqrt(target_BT * aspect_BT)).astype(np.int64)
+    window_h_BT = np.rint(np.sqrt(target_BT / aspect_BT)).astype(np.int64)
+    fits_BT = (
+        (window_w_BT > 0) & (window_w_BT <= widths_B[:, None]) & (window_h_BT > 0) & (window_h_BT <= heights_B[:, None])
+    )
+    first_B, rows_B = fits_BT.argmax(axis=1), np.arange(count)
+    window_h_B, window_w_B = window_h_BT[rows_B, first_B], window_w_BT[rows_B, first_B]
+    room_B2 = generator.random((count, 2))
+    flips_B = generator.random(count) < 0.5
+
+    none_fits_B = ~fits_BT.any(axis=1)
+    narrow_h_B = np.minimum(heights_B, np.rint(widths_B / ratios[0])).astype(np.int64)
+    narrow_w_B = np.minimum(widths_B, np.rint(heights_B * ratios[1])).astype(np.int64)
+    window_h_B = np.where(none_fits_B, np.maximum(1, narrow_h_B), window_h_B)
+    window_w_B = np.where(none_fits_B, np.maximum(1, narrow_w_B), window_w_B)
+    tops_B = np.floor(room_B2[:, 0] * (heights_B - window_h_B + 1)).astype(np.int64)
+    lefts_B = np.floor(room_B2[:, 1] * (widths_B - window_w_B + 1)).astype(np.int64)
+    tops_B = np.where(none_fits_B, (heights_B - window_h_B) // 2, tops_B)
+    lefts_B = np.where(none_fits_B, (widths_B - window_w_B) // 2, lefts_B)
+    return np.stack([tops_B, lefts_B, window_h_B, window_w_B], axis=1).astype(np.int32), flips_B
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("none", _none),
+        Recipe("shift", _shift, pads=True),
+        Recipe("cifar", _cifar, pads=True),
+        Recipe("imagenet", _imagenet),
+        Recipe("eval", _eval),
+    )
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """Return a recipe by name; UserError with the choices where there is none."""
+    try:
+        return RECIPES[name]
+    except KeyError:
+        raise UserError(f"no augmentation is called {name!r}; choose one of: {', '.join(RECIPES)}") from None

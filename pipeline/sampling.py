@@ -1,0 +1,98 @@
+"""Which images a step sees: pure functions of class counts, seed, epoch and step.
+
+One family covers the samplers of the papers. With n_j training images of class j,
+
+    P(class j) = n_j^q / sum_k n_k^q,    then an image uniformly inside the class
+
+    q = 1    instance-balanced (BBN's "uniform" sampler; here an exact permutation per epoch)
+    q = 1/2  square-root
+    q = 0    class-balanced
+    q = -1   reversed (BBN, Zhou et al. 2020, Eq. 4: w_i = N_max / N_i)
+
+and progressively-balanced sampling (Kang et al. 2020, Eq. 3) moves from q = 1 to q = 0 over the epochs.
+
+Every function here is about the *global* batch; ranks take slices of it afterwards, so the images of a step
+do not depend on the number of ranks, and a resumed run needs nothing but the step number.
+"""
+
+import zlib
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from shards.errors import UserError
+
+Exponent = float | Literal["progressive"]
+
+
+def class_probabilities(counts_C: ArrayLike, q: Exponent, progress: float = 0.0) -> NDArray[np.float64]:
+    """Return the probability of drawing each class.
+
+    Args:
+        counts_C: n_j, images of class j, shape (C,), integers >= 0. A class without images gets probability 0.
+        q: the exponent of P(j) ∝ n_j^q, or "progressive".
+        progress: t in [0, 1], the share of the epochs gone by; used by "progressive" only:
+            P(j) = (1 - t) n_j / N + t / C.
+
+    Returns:
+        Shape (C,), float64, sums to 1.
+
+    Raises:
+        UserError: no class has an image, or q is neither a finite number nor "progressive".
+    """
+    counts_C = np.asarray(counts_C, dtype=np.float64)
+    present_C = counts_C > 0
+    if not present_C.any():
+        raise UserError("no class has a training image, so there is nothing to sample")
+    if q == "progressive":
+        assert 0.0 <= progress <= 1.0, progress
+        instance_C, balanced_C = class_probabilities(counts_C, 1.0), class_probabilities(counts_C, 0.0)
+        return (1.0 - progress) * instance_C + progress * balanced_C
+    if isinstance(q, str) or not np.isfinite(q):
+        raise UserError(f"sampling exponent {q!r} is neither a finite number nor 'progressive'")
+    # Relative to the largest class, so that no exponent overflows.
+    weights_C = np.zeros_like(counts_C)
+    log_ratio = np.log(counts_C[present_C] / counts_C.max())
+    weights_C[present_C] = np.exp(q * log_ratio - (q * log_ratio).max())
+    return weights_C / weights_C.sum()
+
+
+def random_generator(seed: int, *where: int | str) -> np.random.Generator:
+    """Return a generator that belongs to (seed, where…) alone, such as (seed, "reversed", "ids", epoch, step)."""
+    words = [zlib.crc32(word.encode()) if isinstance(word, str) else word for word in where]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *words])))
+
+
+def epoch_permutation(seed: int, stream: str, epoch: int, samples: int) -> NDArray[np.int64]:
+    """Return the order in which an instance-balanced stream visits all ids 0 … samples - 1 in one epoch."""
+    return random_generator(seed, stream, "permutation", epoch).permutation(samples)
+
+
+def draw_ids(
+    seed: int,
+    stream: str,
+    epoch: int,
+    step: int,
+    size: int,
+    cumulative_C: NDArray[np.float64],
+    class_starts: NDArray[np.int64],
+    by_class: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Draw the ids of one global batch with replacement: first a class, then an image uniformly inside it.
+
+    Args:
+        seed, stream, epoch, step: what the draw belongs to.
+        size: images in the global batch.
+        cumulative_C: cumulative sum of `class_probabilities`, shape (C,), last entry 1.
+        class_starts: shape (C + 1,), where each class begins in `by_class`.
+        by_class: shape (N,), sample ids sorted by class.
+
+    Returns:
+        Shape (size,), int64 sample ids.
+    """
+    uniform_2B = random_generator(seed, stream, "ids", epoch, step).random((2, size))
+    # side="right" skips classes of probability zero; the scaling guards the last entry against rounding below 1.
+    classes_B = np.searchsorted(cumulative_C, uniform_2B[0] * cumulative_C[-1], side="right")
+    counts_B = class_starts[classes_B + 1] - class_starts[classes_B]
+    return by_class[class_starts[classes_B] + (uniform_2B[1] * counts_B).astype(np.int64)]

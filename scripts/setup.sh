@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Makes .venv, a Python environment with tailstream and everything it needs. Safe to run again: it does
+# nothing when the environment is already what requirements.txt and pyproject.toml ask for.
+#   PYTHON=python3.12 scripts/setup.sh     use another Python (3.11 or newer)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { say "$*"; exit 2; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    die "no Python 3.11 or newer found${PYTHON:+ at PYTHON=$PYTHON}; install one or name it: PYTHON=/path/to/python $0"
+}
+
+# pillow-simd is compiled here: that takes a C compiler, Python's own headers, zlib and libjpeg.
+can_build_pillow_simd() {
+    local include
+    include=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
+    printf '#include <Python.h>\n#include <stdio.h>\n#include <zlib.h>\n#include <jpeglib.h>\nint main(void) { return 0; }\n' |
+        "${CC:-cc}" -I"$include" -x c -o /dev/null - -lz -ljpeg 2>/dev/null
+}
+
+install_build_needs() {
+    local as_root=()
+    [ "$(id -u)" = 0 ] || as_root=(sudo -n)
+    command -v apt-get >/dev/null && "${as_root[@]}" true 2>/dev/null || return 1
+    say "installing what pillow-simd's build needs (gcc, zlib, libjpeg)"
+    { "${as_root[@]}" apt-get update -qq &&
+        DEBIAN_FRONTEND=noninteractive "${as_root[@]}" apt-get install -y -qq gcc libc6-dev zlib1g-dev libjpeg-dev; } >/dev/null 2>&1
+}
+
+[ -x .venv/bin/python ] || { python=$(find_python); say "creating .venv with $python"; "$python" -m venv .venv; }
+
+stamp=.venv/tailstream-$(cat requirements.txt pyproject.toml scripts/setup.sh | sha256sum | cut -c1-16)
+if [ -e "$stamp" ] && .venv/bin/python -c 'import shards, torch, PIL' 2>/dev/null; then
+    exit 0
+fi
+rm -f .venv/tailstream-*
+
+if command -v uv >/dev/null; then uv=uv; else
+    [ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
+    uv=.venv/bin/uv
+fi
+install() { "$uv" pip install --quiet --python .venv/bin/python --no-deps "$@"; }
+
+wanted=$(mktemp)
+trap 'rm -f "$wanted"' EXIT
+pillow_simd=$(grep '^pillow-simd==' requirements.txt)
+# --no-deps: the file is complete, and torchvision's wish for Pillow would overwrite pillow-simd.
+grep -v '^pillow-simd==' requirements.txt >"$wanted"
+say "installing $(grep -c '==' "$wanted") packages (some GB the first time)"
+install -r "$wanted"
+if [ "$(uname -m)" = x86_64 ] && { can_build_pillow_simd || { install_build_needs && can_build_pillow_simd; }; }; then
+    flags=()
+    grep -qw avx2 /proc/cpuinfo 2>/dev/null && flags=(env "CC=${CC:-cc} -mavx2")
+    "$uv" pip uninstall --quiet --python .venv/bin/python pillow 2>/dev/null || true
+    "${flags[@]}" "$uv" pip install --quiet --python .venv/bin/python --no-deps "$pillow_simd"
+else
+    say "pillow-simd cannot be built here (it needs x86-64, a C compiler, Python.h, zlib and libjpeg headers)"
+    say "going on with ordinary Pillow: the same pictures, but building shards takes about twice as long"
+    "$uv" pip uninstall --quiet --python .venv/bin/python pillow-simd 2>/dev/null || true
+    # pillow-simd 12.1.1.post0 is a build of Pillow 12.1.1.
+    install "$(sed -E 's/pillow-simd==([0-9.]+)\.post.*/pillow==\1/' <<<"$pillow_simd")"
+fi
+install --editable .
+say "PIL is version $(.venv/bin/python -c 'import PIL; print(PIL.__version__)') (pillow-simd where it ends in .post)"
+touch "$stamp"
+say "ready; to use it: source .venv/bin/activate"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Sets up, checks format, lint and types, and runs the tests.
+#   scripts/test.sh [pytest arguments]     such as: scripts/test.sh tests/pipeline -k reversed
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+scripts/setup.sh
+export PATH="$PWD/.venv/bin:$PATH"
+ruff format --check --quiet . || { echo "test: run: .venv/bin/ruff format ." >&2; exit 1; }
+ruff check --quiet .
+mypy
+exec python -m pytest "$@"

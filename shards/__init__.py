@@ -1,0 +1,1 @@
+"""Offline: any imbalanced image collection becomes WebDataset shards with a class index."""

@@ -1,0 +1,35 @@
+"""How this project's command lines look: --kebab-case options, plain --flags, errors on one line."""
+
+import re
+import sys
+from typing import Any, NoReturn
+
+from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
+
+from shards.errors import user_errors_exit_2
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser with options spelled --like-this, --flag and --no-flag for booleans."""
+
+    def add_argument(self, *names: str, **options: Any) -> Any:  # noqa: D102
+        kebab = [name.replace("_", "-") if name.startswith("--") else name for name in names]
+        if options.get("type") is bool:
+            del options["type"]
+            options["action"] = ActionYesNo(no_prefix="no-")
+        return super().add_argument(*kebab, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one line and exit with status 2."""
+        key = re.search(r'key "([\w.]+)"', message)
+        value = re.search(r"value: (.*)\s*$", message)
+        if key and value:
+            message = f"--{key[1].replace('_', '-')} cannot be {value[1]!r}"
+        print(f"{self.prog.split(' [')[0]}: error: {' '.join(message.split())}; see --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_commands(program: str, commands: dict[str, Any]) -> Any:
+    """Run the function that the command line names and return its result; a UserError exits with status 2."""
+    with user_errors_exit_2(program):
+        return auto_cli(commands, prog=program, parser_class=Parser)

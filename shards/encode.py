@@ -1,0 +1,147 @@
+"""From an image file's bytes to the bytes that are stored: proved decodable, 8-bit, upright.
+
+The loaders cannot skip a bad image in the middle of training, so none gets into a shard: each one is fully
+decoded here, once.
+"""
+
+import warnings
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+# What an image collection may hold. PIL knows more, but some of it starts other programs (EPS) or is no
+# picture by itself (PDF, HDF5).
+LOSSLESS = ("PNG", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "PCX", "SGI", "QOI", "ICO")
+LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
+EXTENSIONS = {end for end, kind in Image.registered_extensions().items() if kind in LOSSLESS + LOSSY}
+# An MPO is a JPEG with a second picture behind it, and is opened as one.
+OPENED = [kind for kind in LOSSLESS + LOSSY if kind in Image.OPEN]
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImageError(Exception):
+    """An image that cannot be stored; the message is the reason, one of a few that can be counted."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A stored image: its bytes, "jpg" or "png", and its decoded size in pixels."""
+
+    data: bytes
+    extension: str
+    height: int
+    width: int
+
+
+def encode(data: bytes, shorter_side: int | None = None, quality: int = 90) -> Encoded:
+    """Decode an image fully and return what to store for it.
+
+    An 8-bit RGB or greyscale JPEG or PNG that lies upright is stored as it is, byte for byte. Anything else
+    is turned upright by its EXIF orientation, brought to 8-bit RGB or greyscale (alpha is dropped, 16-bit
+    grey is divided by 257) and written again: lossy formats as JPEG of quality 95 without chroma
+    subsampling, the others as PNG. So `encode` returns its own results unchanged.
+
+    Args:
+        data: a whole image file.
+        shorter_side: shrink larger images to this shorter side in pixels (bicubic, antialiased; a JPEG is
+            decoded at the nearest larger eighth first); None keeps every size.
+        quality: JPEG quality of lossy images that were shrunk.
+
+    Raises:
+        BadImageError: the bytes do not decode to an image.
+    """
+    if not data:
+        raise BadImageError("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(BytesIO(data), formats=OPENED) as image:
+                return _encode(image, data, shorter_side, quality)
+    except BadImageError:
+        raise
+    except UnidentifiedImageError:
+        raise BadImageError("not an image") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise BadImageError("too many pixels") from None
+    # PIL's plugins meet damaged bytes with whatever their code runs into: OSError, SyntaxError, struct.error…
+    except Exception as error:
+        lacking = "not available" in str(error)  # such as "decoder libtiff not available"
+        reason = "this PIL was built without its format" if lacking else "damaged or truncated"
+        raise BadImageError(reason) from None
+
+
+def _encode(image: Image.Image, data: bytes, shorter_side: int | None, quality: int) -> Encoded:
+    kind = image.format or ""
+    orientation = _orientation(image)
+    shrink = shorter_side is not None and min(image.size) > shorter_side
+    if not shrink and orientation == 1 and _is_plain(image, data):
+        image.load()
+        return Encoded(data, "jpg" if kind == "JPEG" else "png", image.height, image.width)
+
+    size = image.size
+    if shorter_side is not None and shrink:
+        scale = shorter_side / min(size)
+        size = (max(round(size[0] * scale), 1), max(round(size[1] * scale), 1))
+        image.draft(None, size)
+    picture = _to_8_bit(image)
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    if orientation in UPRIGHT:
+        picture = picture.transpose(UPRIGHT[orientation])
+    picture.info = {}  # or the PNG writer copies colour profiles and transparency
+
+    buffer = BytesIO()
+    if kind in LOSSY and shrink:
+        picture.save(buffer, "JPEG", quality=quality)
+    elif kind in LOSSY:
+        picture.save(buffer, "JPEG", quality=95, subsampling=0)
+    else:
+        picture.save(buffer, "PNG")
+    return Encoded(buffer.getvalue(), "jpg" if kind in LOSSY else "png", picture.height, picture.width)
+
+
+def _is_plain(image: Image.Image, data: bytes) -> bool:
+    """Whether every decoder sees the same 8-bit picture in these bytes."""
+    if image.mode not in ("L", "RGB"):
+        return False
+    if image.format == "JPEG":
+        return True
+    bit_depth = data[24]  # of the IHDR chunk, always a PNG's first; PIL hides 16-bit colour behind mode RGB
+    return (
+        image.format == "PNG"
+        and bit_depth == 8
+        and "transparency" not in image.info
+        and not getattr(image, "is_animated", False)
+    )
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where there is none and 0 where the EXIF block cannot be read."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a broken EXIF block says nothing about the pixels
+        return 0
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Bring any mode to "L" or "RGB"."""
+    if image.mode == "F":
+        raise BadImageError("floating-point pixels")
+    if image.mode.startswith("I"):  # 16-bit grey comes as I;16 (PNG, TIFF) or as 32-bit I (PGM)
+        values_HW = np.asarray(image).astype(np.int64)
+        if values_HW.min() < 0 or values_HW.max() > 65535:
+            raise BadImageError("more than 16 bits per pixel")
+        return Image.fromarray(((values_HW + 128) // 257).astype(np.uint8))
+    return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")

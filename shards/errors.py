@@ -1,0 +1,24 @@
+"""Mistakes that a user can mend, told in one line."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong: the message names the value and the remedy, on one line."""
+
+
+@contextmanager
+def user_errors_exit_2(program: str) -> Iterator[None]:
+    """Turn a `UserError` into `PROGRAM: error: message` on stderr and exit status 2.
+
+    Under a distributed launcher only rank 0 prints (every rank meets the same mistake).
+    """
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,174 @@
+"""A built dataset on disk, and how to open it.
+
+    data/digits/
+        dataset.json              the manifest; written last, so a folder without it is not a dataset
+        train-000000.tar  .idx    plain WebDataset shards, with a wds2idx-compatible text index each
+        train.samples.npy         one row per sample: where its image lies, its label and its size
+        train.by_class.npy        the sample ids sorted by class
+        train.names.txt           one line per sample: where it came from
+        val-…  test-…             the held-out splits, laid out alike
+        rejected.jsonl            one line per image that would not decode, with the reason
+
+A sample's id is its row in `samples.npy`. Rows follow the shards in order, and the shards were shuffled when
+they were built. The two arrays are memory-mapped: opening costs the same for a thousand samples as for ten
+million, and no Python object exists per sample.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.errors import UserError
+
+FORMAT = "tailstream-shards/1"
+MANIFEST = "dataset.json"
+SPLITS = ("train", "val", "test")
+
+# offset and size span the encoded image inside its shard file (the tar header is before the offset);
+# height and width are those of the decoded image in pixels.
+SAMPLE = np.dtype(
+    [
+        ("offset", "<i8"),
+        ("size", "<i4"),
+        ("shard", "<i4"),
+        ("label", "<i4"),
+        ("height", "<i4"),
+        ("width", "<i4"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a dataset: memory-mapped arrays over its samples.
+
+    Attributes:
+        name: "train", "val" or "test".
+        samples: shape (N,), dtype `SAMPLE`; row i describes the sample with id i.
+        by_class: shape (N,), int64: the ids of class 0, then those of class 1, and so on.
+        class_counts: shape (C,), int64: samples per class; 0 for a class that this split lacks.
+        shard_paths: the shard files; `samples["shard"]` counts into this tuple.
+    """
+
+    name: str
+    samples: NDArray[np.void]
+    by_class: NDArray[np.int64]
+    class_counts: NDArray[np.int64]
+    shard_paths: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @cached_property
+    def class_starts(self) -> NDArray[np.int64]:
+        """Shape (C + 1,): `by_class[class_starts[j]:class_starts[j + 1]]` are the ids of class j."""
+        return np.concatenate([[0], np.cumsum(self.class_counts)])
+
+    def sample_names(self) -> list[str]:
+        """Return where each sample came from, by id (reads the whole names file)."""
+        path = self.shard_paths[0].parent / f"{self.name}.names.txt"
+        return path.read_text(encoding="utf-8").splitlines()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened dataset: `root` folder, `manifest` (the parsed dataset.json) and its splits by name."""
+
+    root: Path
+    manifest: dict[str, Any]
+    splits: dict[str, Split]
+
+    @property
+    def name(self) -> str:
+        """The dataset's name, such as "digits" (the folder name says nothing)."""
+        return str(self.manifest["name"])
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names by label."""
+        return list(self.manifest["classes"])
+
+    @property
+    def train_counts(self) -> NDArray[np.int64]:
+        """n_j, training images of class j, shape (C,), int64."""
+        return self.splits["train"].class_counts
+
+
+def open_dataset(root: Path | str) -> Dataset:
+    """Open a folder that `python -m shards build` made.
+
+    Only the manifest is read; arrays are memory-mapped.
+
+    Raises:
+        UserError: no such folder, not a dataset, another format version, or an array that does not fit
+            the manifest.
+    """
+    root = Path(root)
+    manifest = read_manifest(root)
+    try:
+        entries = manifest["splits"]
+        splits = {name: open_split(root, name, entries[name]) for name in SPLITS if name in entries}
+    except KeyError as error:
+        raise UserError(f"{root / MANIFEST} lacks the key {error}; build the dataset again") from None
+    return Dataset(root, manifest, splits)
+
+
+def image_sizes(sizes: Sequence[NDArray[np.void]]) -> dict[str, int]:
+    """Return the smallest and largest "height" and "width" in arrays with these fields, N >= 1 in all."""
+    size = np.concatenate(sizes)
+    return {
+        f"{bound}_{axis}": int(getattr(size[axis], bound)()) for bound in ("min", "max") for axis in ("height", "width")
+    }
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """Read a dataset's dataset.json, without looking at the other files.
+
+    Raises:
+        UserError: no such folder, not a dataset, or another format version.
+    """
+    path = root / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        what = "has no dataset.json" if root.is_dir() else "does not exist"
+        raise UserError(
+            f"{root} {what}, so it is not a dataset; build one with: scripts/build_shards.sh digits --out {root}"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); build the dataset again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise UserError(f"{path} says format {found!r}, this version reads {FORMAT!r}; build the dataset again")
+    return manifest
+
+
+def open_split(root: Path, name: str, entry: dict[str, Any]) -> Split:
+    """Open one split by its name and its entry in the manifest; raises as `open_dataset` does."""
+    arrays = {}
+    for kind, dtype in (("samples", SAMPLE), ("by_class", np.dtype("<i8"))):
+        path = root / f"{name}.{kind}.npy"
+        try:
+            # An empty file cannot be mapped, and an empty split has nothing to map.
+            array = np.load(path, mmap_mode="r" if entry["samples"] else None)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path} cannot be read ({error}); build the dataset again") from None
+        if array.dtype != dtype or array.shape != (entry["samples"],):
+            raise UserError(
+                f"{path} holds {array.shape[0] if array.ndim else 0} entries of the manifest's {entry['samples']};"
+                " run: python -m shards verify, then build the dataset again"
+            )
+        arrays[kind] = array
+    return Split(
+        name=name,
+        samples=arrays["samples"],
+        by_class=arrays["by_class"],
+        class_counts=np.asarray(entry["class_counts"], dtype=np.int64),
+        shard_paths=tuple(root / shard["file"] for shard in entry["shards"]),
+    )

@@ -1,0 +1,87 @@
+"""Which image goes into which split, and in what order. Nothing is read here."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from shards.profiles import profile_counts
+from shards.sources import Listing, Source
+
+HELD_OUT = ("test", "val")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The images of each split in the order they are written, and lines for the user about it."""
+
+    splits: dict[str, Listing]
+    notes: list[str]
+
+
+def plan_splits(
+    source: Source,
+    *,
+    profile: str,
+    imbalance_factor: float,
+    test_fraction: float,
+    val_fraction: float,
+    seed: int,
+) -> Plan:
+    """Hold out test and validation images, then thin the training images by the profile.
+
+        a class's shuffled training images:  | test | val | kept by the profile | left out |
+
+    Held-out images are taken first, so they stay as balanced as the source is, and each class is shuffled by
+    its own seed: a larger imbalance factor keeps a part of what a smaller one keeps, and the test images are
+    the same for both. Splits that the source has are taken as they are.
+
+    Args:
+        source: the listed images; each class has a training image.
+        profile: a key of `shards.profiles.PROFILES`.
+        imbalance_factor: for the profile, >= 1.
+        test_fraction: share of each class's training images that is held out where the source has no test
+            split, in [0, 1); rounded half up, and one image always stays.
+        val_fraction: likewise for the validation split, of what the test split left.
+        seed: an integer >= 0.
+
+    Returns:
+        The splits; one that would be empty is left out.
+    """
+    n_classes = len(source.classes)
+    train = source.splits["train"]
+    by_class = np.split(np.argsort(train.labels, kind="stable"), np.cumsum(train.class_counts(n_classes))[:-1])
+    pools = [np.random.default_rng([seed, 0, j]).permutation(ids) for j, ids in enumerate(by_class)]
+    splits = {}
+    notes = []
+    for name, fraction in zip(HELD_OUT, (test_fraction, val_fraction), strict=True):
+        if name in source.splits:
+            splits[name] = source.splits[name]
+            continue
+        taken = [min(int(len(pool) * fraction + 0.5), len(pool) - 1) for pool in pools]
+        splits[name] = train[np.concatenate([pool[:n] for pool, n in zip(pools, taken, strict=True)])]
+        pools = [pool[n:] for pool, n in zip(pools, taken, strict=True)]
+        if fraction == 0:
+            del splits[name]
+
+    available_C = np.array([len(pool) for pool in pools])
+    wanted_C = profile_counts(profile, available_C, imbalance_factor)
+    splits["train"] = train[np.concatenate([pool[:n] for pool, n in zip(pools, wanted_C, strict=True)])]
+    if short := [source.classes[j] for j in np.flatnonzero(available_C < wanted_C)]:
+        notes.append(f"profile {profile} asks for more images than {_some(short)} have; all of theirs are kept")
+
+    planned = {}
+    for i, name in enumerate(("train", "val", "test")):
+        if name not in splits:
+            continue
+        split = splits[name]
+        if missing := [source.classes[j] for j in np.flatnonzero(split.class_counts(n_classes) == 0)]:
+            notes.append(f"{name} has no image of {_some(missing)}")
+        if len(split):
+            planned[name] = split[np.random.default_rng([seed, 1, i]).permutation(len(split))]
+    return Plan(planned, notes)
+
+
+def _some(classes: list[str], limit: int = 5) -> str:
+    """Name a few classes: "3 classes (a, b, c)"."""
+    names = ", ".join(classes[:limit]) + (", …" if len(classes) > limit else "")
+    return f"{len(classes)} class{'es' if len(classes) > 1 else ''} ({names})"

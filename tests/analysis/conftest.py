@@ -1,0 +1,77 @@
+"""Made-up runs: folders as training leaves them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from analysis.metrics import Tally, summarize
+
+
+def write_run(
+    path: Path,
+    *,
+    classes: list[str] | None = None,
+    train_counts: list[int] | None = None,
+    recall: float = 0.8,
+    epochs: int = 3,
+    alpha: bool = True,
+    test_images_per_class: int = 20,
+    **summary: Any,
+) -> Path:
+    """Write one run folder whose recall falls toward the tail from 1 to about `recall`."""
+    counts_C = np.array(train_counts or [500, 101, 100, 20, 19, 3])
+    size_C = np.log(counts_C) / np.log(counts_C.max()) if counts_C.max() > 1 else np.ones(len(counts_C))
+    rng = np.random.default_rng(summary.get("seed", 0))
+    total_C = np.full(len(counts_C), test_images_per_class)
+    correct_C = rng.binomial(total_C, np.clip(recall + (0.97 - recall) * size_C, 0, 1))
+    last = summarize(Tally(correct_C, total_C, np.zeros((3, 15))), counts_C) | {"ece": 0.0625}
+
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text("optim:\n  epochs: 3\n", encoding="utf-8")
+    with (path / "metrics.jsonl").open("w", encoding="utf-8") as lines:
+        for epoch in range(1, epochs + 1):
+            t = epoch / epochs
+            row: dict[str, Any] = {"epoch": epoch, "step": 7 * epoch, "seconds": 1.5, "loss": 2 * np.exp(-3 * t)}
+            row |= {"lr": 0.05 * (1 + np.cos(np.pi * t)), "images_per_second": 900.0}
+            if alpha:
+                row["alpha"] = 1 - t**2
+            scaled = {key: None if value is None else value * (1 - 0.6 * np.exp(-4 * t)) for key, value in last.items()}
+            row["eval"] = {"split": "val", **scaled}
+            lines.write(json.dumps(row) + "\n")
+    per_class = {
+        "split": "test",
+        "classes": classes or [f"class {j}" for j in range(len(counts_C))],
+        "train_counts": counts_C.tolist(),
+        "correct": correct_C.tolist(),
+        "total": total_C.tolist(),
+    }
+    (path / "per_class.json").write_text(json.dumps(per_class), encoding="utf-8")
+    complete = {
+        "method": "bbn",
+        "title": "BBN",
+        "stage": 1,
+        "from": None,
+        "dataset": "digits",
+        "seed": 0,
+        "epochs": epochs,
+        "last": last,
+        "selected": {**last, "epoch": max(1, epochs - 1)},
+        "selected_on": "val",
+        "evaluated_on": "test",
+        "images_per_second": 912.5,
+        "seconds": 75.0,
+        "environment": {"python": "3.11.9", "torch": "2.15.0", "device": "CPU, 2 cores", "commit": "0123abc"},
+        "command": "accelerate launch train/bbn.py --data data/digits",
+    }
+    (path / "summary.json").write_text(json.dumps(complete | summary), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """Return `make(name, **changes)`, which writes a run under `tmp_path / "runs"`."""
+    return lambda name, **changes: write_run(tmp_path / "runs" / name, **changes)

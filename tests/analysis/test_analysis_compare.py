@@ -1,0 +1,79 @@
+"""Tables: grouping, spread and their look."""
+
+import dataclasses
+import statistics
+
+import pytest
+
+from analysis.compare import compare_runs, mismatched_datasets, percent, table
+from analysis.runs import read_runs
+
+
+@pytest.fixture
+def runs(make_run):
+    paths = [make_run(f"ce-{seed}", title="CE", recall=0.4, seed=seed) for seed in range(3)]
+    paths += [make_run("bbn", recall=0.8), make_run("other", dataset="zebra", title="CE", train_counts=[30, 7])]
+    return read_runs(paths)
+
+
+def test_runs_of_a_method_are_averaged_over_seeds(runs):
+    ce, bbn, zebra = compare_runs(runs)
+    assert [(row.dataset, row.title) for row in (ce, bbn, zebra)] == [
+        ("digits", "CE"),
+        ("digits", "BBN"),
+        ("zebra", "CE"),
+    ]
+    few = [run.last["few"] for run in runs[:3]]
+    assert len(set(few)) > 1
+    assert ce.seeds == [0, 1, 2]
+    assert ce.mean["few"] == pytest.approx(sum(few) / 3)
+    assert ce.std["few"] == pytest.approx(statistics.stdev(few))
+    assert set(bbn.std.values()) == {None}
+
+
+def test_a_group_without_classes_is_null(runs):
+    zebra = compare_runs(runs)[-1]
+    assert zebra.mean["many"] is None
+    assert zebra.mean["few"] is not None
+
+
+def test_no_runs_make_no_table():
+    assert table(compare_runs([])) == ""
+
+
+def row_of(title, seeds, mean, std):
+    keys = ("top1", "many", "medium", "few", "balanced_accuracy", "ece")
+    return title, seeds, dict(zip(keys, mean, strict=True)), dict(zip(keys, std, strict=True))
+
+
+def test_the_table_to_the_letter(runs):
+    blank = compare_runs(runs)[0]
+    rows = [
+        dataclasses.replace(blank, title=title, seeds=seeds, mean=mean, std=std)
+        for title, seeds, mean, std in (
+            row_of("CE", [0, 1], (0.842, 1, None, 0.61, 0.842, 0.061), (0.005, 0.102, None, 0.012, 0.005, 0.003)),
+            row_of("BBN + AFG", [0], (0.86, 0.981, None, 0.704, 0.86, 0.05), (None,) * 6),
+        )
+    ]
+    assert table(rows) == (
+        "digits: %, last epoch; ± standard deviation over n runs\n"
+        "\n"
+        "            overall        many  medium       few  balanced      ECE  n\n"
+        "CE         84.2±0.5  100.0±10.2       –  61.0±1.2  84.2±0.5  6.1±0.3  2\n"
+        "BBN + AFG  86.0       98.1            –  70.4      86.0      5.0      1"
+    )
+
+
+def test_the_table_fits_a_terminal(runs):
+    assert all(len(line) <= 80 for line in table(compare_runs(runs)).splitlines())
+
+
+def test_datasets_with_different_class_counts_are_named(runs, make_run):
+    assert mismatched_datasets(runs) == []
+    thinner = read_runs([make_run("thin", train_counts=[50, 40, 30, 20, 10, 5])])
+    assert mismatched_datasets([*runs, *thinner]) == ["digits"]
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "–"), (0, "0.0"), (1, "100.0"), (0.8425, "84.2")])
+def test_percent(value, text):
+    assert percent(value) == text

@@ -1,0 +1,374 @@
+"""Networks: sizes, BBN's Eq. 1, batch norm's bookkeeping, storage and its mistakes."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from shards.errors import UserError
+from train import networks as module
+from train.networks import (
+    BilateralNetwork,
+    Normalize,
+    PlainNetwork,
+    build_network,
+    load_model,
+    load_weights,
+    make_backbone,
+    save_model,
+)
+
+
+def images(batch: int, size: int = 16, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=generator)
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.fixture
+def bilateral() -> BilateralNetwork:
+    torch.manual_seed(0)
+    return build_network("bilateral", "resnet32", 10)
+
+
+@pytest.fixture
+def plain() -> PlainNetwork:
+    torch.manual_seed(0)
+    return build_network("plain", "resnet32", 10)
+
+
+@pytest.fixture(scope="module")
+def resnet18_state() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return torchvision.models.resnet18().state_dict()
+
+
+def test_normalize():
+    layer = Normalize(((0.5, 0.0, 1.0), (0.5, 1.0, 2.0)))
+    images_BHWC = torch.tensor([[[[255, 51, 0]]]], dtype=torch.uint8)
+    torch.testing.assert_close(layer(images_BHWC).flatten(), torch.tensor([1.0, 0.2, -0.5]))
+    assert not list(layer.parameters())
+    assert list(layer.state_dict()) == ["mean", "std"]
+    assert layer(images(2)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_normalize_is_float32_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Normalize()(images(1)).dtype == torch.float32
+
+
+def test_normalisation_follows_the_backbone():
+    assert make_backbone("resnet32").normalize.mean.flatten()[0].item() == pytest.approx(0.4914)
+    assert make_backbone("resnet18").normalize.mean.flatten()[0].item() == pytest.approx(0.485)
+
+
+# He et al. 2015: the block of 64 channels that BBN doubles has 2·(64·64·9 + 2·64) = 73,984 parameters.
+@pytest.mark.parametrize(
+    ("kind", "backbone", "num_classes", "expected"),
+    [
+        ("plain", "resnet32", 10, 464_154),
+        ("bilateral", "resnet32", 10, 464_154 + 73_984 + 64 * 10),
+        ("plain", "resnet50", 1000, 25_557_032),
+        ("bilateral", "resnet50", 1000, 25_557_032 + 4_462_592 + 2048 * 1000),
+    ],
+)
+def test_parameter_counts(kind, backbone, num_classes, expected):
+    assert parameters(build_network(kind, backbone, num_classes)) == expected
+
+
+def test_resnet50_is_split_as_in_bbn():
+    backbone = make_backbone("resnet50")
+    layers = ("layer1", "layer2", "layer3", "layer4")
+    assert [len(backbone.trunk.get_submodule(name)) for name in layers] == [3, 4, 6, 2]
+    branch = backbone.make_branch()
+    assert branch.downsample is None
+    assert (branch.conv1.in_channels, branch.conv2.out_channels, branch.conv3.out_channels) == (2048, 512, 2048)
+    assert branch.conv2.stride == (1, 1)
+    assert backbone.feature_dim == 2048
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 32])
+@pytest.mark.parametrize("kind", ["plain", "bilateral"])
+def test_any_size_and_a_single_image(kind, size):
+    network = build_network(kind, "resnet32", 3).eval()
+    assert network.predict(images(1, size)).shape == (1, 3)
+    assert network.features(images(1, size)).shape == (1, network.classifier.in_features)
+
+
+def test_branch_keeps_shape_and_trunk_ends_at_a_quarter(plain):
+    maps_BCHW = plain.trunk(plain.normalize(images(2, 32)))
+    assert maps_BCHW.shape == (2, 64, 8, 8)
+    assert plain.branch(maps_BCHW).shape == maps_BCHW.shape
+
+
+def test_shortcut_is_option_a():
+    block = module.CifarBlock(2, 4, stride=2).eval()
+    nn.init.zeros_(block.bn2.weight)  # leaves the shortcut alone
+    maps_BCHW = torch.rand(1, 2, 3, 3)
+    out_BCHW = block(maps_BCHW)
+    assert out_BCHW.shape == (1, 4, 2, 2)
+    assert torch.equal(out_BCHW[:, 1:3], maps_BCHW[:, :, ::2, ::2])
+    assert not out_BCHW[:, [0, 3]].any()
+
+
+def test_plain_is_torchvision(resnet18_state, tmp_path):
+    path = tmp_path / "resnet18.pth"
+    torch.save(resnet18_state, path)
+    network = build_network("plain", "resnet18", 1000, str(path)).eval()
+    reference = torchvision.models.resnet18().eval()
+    reference.load_state_dict(resnet18_state)
+    network.classifier.load_state_dict(reference.fc.state_dict())
+    images_BHWC = images(2, 40)
+    torch.testing.assert_close(network(images_BHWC), reference(network.normalize(images_BHWC)))
+
+
+@pytest.mark.parametrize("kind", ["plain", "bilateral"])
+def test_predict_is_the_classifier_of_the_features(kind):
+    network = build_network(kind, "resnet32", 10).eval()
+    features_BD = network.features(images(3))
+    assert (features_BD >= 0).all()
+    assert torch.equal(network.predict(images(3)), network.classifier(features_BD))
+
+
+def test_plain_forward_is_predict(plain):
+    plain.eval()
+    assert torch.equal(plain(images(3)), plain.predict(images(3)))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_bilateral_forward_is_equation_1(bilateral, alpha):
+    bilateral.eval()
+    weight_c_CD, weight_r_CD = torch.randn(10, 64), torch.randn(10, 64)
+    bias_C = torch.arange(10.0)
+    with torch.no_grad():
+        bilateral.classifier.weight.copy_(torch.cat([weight_c_CD, weight_r_CD], dim=1))
+        bilateral.classifier.bias.copy_(bias_C)
+    images_c, images_r = images(4), images(4, seed=1)
+    features_c_BD = bilateral.features(images_c)[:, :64]
+    features_r_BD = bilateral.features(images_r)[:, 64:]
+    expected = 2 * (alpha * features_c_BD @ weight_c_CD.T + (1 - alpha) * features_r_BD @ weight_r_CD.T) + bias_C
+    torch.testing.assert_close(bilateral(images_c, images_r, alpha), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_alpha_one_half_is_predict(bilateral):
+    bilateral.eval()
+    assert torch.equal(bilateral(images(3), images(3), 0.5), bilateral.predict(images(3)))
+
+
+def test_branches_start_apart_unless_pretrained(bilateral, resnet18_state, tmp_path):
+    assert not torch.equal(bilateral.conventional.conv1.weight, bilateral.rebalancing.conv1.weight)
+    fresh = build_network("bilateral", "resnet18", 10)
+    assert not torch.equal(fresh.conventional.conv1.weight, fresh.rebalancing.conv1.weight)
+    path = tmp_path / "resnet18.safetensors"
+    save_file(resnet18_state, path)
+    pretrained = build_network("bilateral", "resnet18", 10, str(path))
+    for branch in (pretrained.conventional, pretrained.rebalancing):
+        assert torch.equal(branch.conv1.weight, resnet18_state["layer4.1.conv1.weight"])
+    assert pretrained.conventional.conv1.weight is not pretrained.rebalancing.conv1.weight
+    assert torch.equal(pretrained.trunk.layer4[0].conv1.weight, resnet18_state["layer4.0.conv1.weight"])
+
+
+def test_running_statistics_see_the_reversed_stream_last(bilateral):
+    reference = copy.deepcopy(bilateral)
+    images_c, images_r = images(8), images(8, seed=1)
+    bilateral(images_c, images_r, 0.7)
+    for branch, stream in ((reference.conventional, images_c), (reference.rebalancing, images_r)):
+        branch(reference.trunk(reference.normalize(stream)))
+    for (name, buffer), expected in zip(bilateral.named_buffers(), reference.buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
+    assert bilateral.trunk.bn1.num_batches_tracked == 2
+    assert bilateral.conventional.bn1.num_batches_tracked == 1
+
+
+def test_each_stream_has_its_own_batch_statistics(bilateral):
+    images_c, images_r = images(8), images(8, seed=1)
+    together = bilateral(images_c, images_r, 1.0)
+    torch.testing.assert_close(together, bilateral(images_c, images_c // 4, 1.0))
+
+
+@pytest.mark.parametrize(("alpha", "silent"), [(1.0, "rebalancing"), (0.0, "conventional")])
+def test_gradients_follow_alpha(bilateral, alpha, silent):
+    bilateral(images(4), images(4, seed=1), alpha).square().sum().backward()
+    for name, parameter in bilateral.named_parameters():
+        assert parameter.grad is not None, name
+        if name.startswith(silent):
+            assert not parameter.grad.any(), name
+        elif name.endswith("conv1.weight"):
+            assert parameter.grad.any(), name
+
+
+def test_alpha_outside_its_range_is_our_bug(bilateral):
+    with pytest.raises(AssertionError):
+        bilateral(images(2), images(2), 1.01)
+
+
+def test_bf16_autocast(bilateral):
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_BC = bilateral(images(4), images(4, seed=1), 0.5)
+        features_BD = bilateral.features(images(4))
+    assert features_BD.dtype == torch.float32
+    logits_BC.float().sum().backward()
+    assert torch.isfinite(bilateral.trunk.conv1.weight.grad).all()
+
+
+def test_forward_works_under_ddp(bilateral, tmp_path):
+    alone = copy.deepcopy(bilateral)
+    streams = images(4), images(4, seed=1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(bilateral)
+        wrapped(*streams, 0.4).square().sum().backward()
+    finally:
+        dist.destroy_process_group()
+    alone(*streams, 0.4).square().sum().backward()
+    for wrapped_one, expected in zip(bilateral.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(wrapped_one.grad, expected.grad)
+
+
+@pytest.mark.parametrize("kind", ["plain", "bilateral"])
+def test_save_and_load(kind, tmp_path):
+    network = build_network(kind, "resnet32", 7).to(memory_format=torch.channels_last)
+    network.features(images(4))  # moves the running statistics
+    folder = tmp_path / "run" / "deep"
+    save_model(network, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.safetensors"]
+    assert json.loads((folder / "model.json").read_text()) == network.spec
+    loaded = load_model(folder)
+    assert type(loaded) is type(network)
+    assert not loaded.training
+    assert loaded.spec == network.spec == {"kind": kind, "backbone": "resnet32", "num_classes": 7}
+    torch.testing.assert_close(loaded.predict(images(2)), network.eval().predict(images(2)))
+
+
+def test_a_failed_save_leaves_the_old_model(plain, tmp_path, monkeypatch):
+    save_model(plain, tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def half_write(state, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, "save_file", half_write)
+    with pytest.raises(OSError, match="disk full"):
+        save_model(plain, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_weights_of_another_model(plain, bilateral, tmp_path):
+    save_model(bilateral, tmp_path)
+    path = tmp_path / "model.safetensors"
+    before = copy.deepcopy(plain.state_dict())
+    shape = r"classifier\.weight is \(10, 128\) in it and \(10, 64\) here; build the network that the model\.json"
+    with pytest.raises(UserError, match=rf"{path} is of another model: {shape}"):
+        load_weights(plain, path)
+    assert all(torch.equal(before[key], value) for key, value in plain.state_dict().items())
+
+    state = load_file(path)
+    state["extra.weight"] = torch.zeros(3)
+    save_file(state, path)
+    with pytest.raises(UserError, match=r"extra\.weight is \(3,\) in it and absent here"):
+        load_weights(bilateral, path)
+    del state["extra.weight"], state["rebalancing.conv1.weight"]
+    save_file(state, path)
+    with pytest.raises(UserError, match=r"rebalancing\.conv1\.weight is absent in it and \(64, 64, 3, 3\) here"):
+        load_weights(bilateral, path)
+
+
+def test_missing_and_damaged_files(plain, tmp_path):
+    weights, spec = tmp_path / "model.safetensors", tmp_path / "model.json"
+    with pytest.raises(UserError, match=r"model\.json cannot be read, so .* holds no trained model"):
+        load_model(tmp_path)
+    with pytest.raises(UserError, match=r"model\.safetensors does not exist"):
+        load_weights(plain, weights)
+    save_model(plain, tmp_path)
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read \(SafetensorError\)"):
+        load_model(tmp_path)
+    weights.write_bytes(b"")
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+        load_model(tmp_path)
+    spec.write_text("{")
+    with pytest.raises(UserError, match=r"model\.json is damaged"):
+        load_model(tmp_path)
+    spec.write_text('{"kind": "plain"}')
+    with pytest.raises(UserError, match=r"model\.json must hold exactly kind, backbone and num_classes"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("plain", "resnet9", 10), r"backbone 'resnet9' is unknown; choose one of: resnet32, resnet101, .*resnext50"),
+        (("plain", "vgg16", 10), "backbone 'vgg16' is unknown"),
+        (("triple", "resnet32", 10), "network kind 'triple' is unknown; choose one of: plain, bilateral"),
+        (("plain", "resnet32", 0), "at least one class, got num_classes=0"),
+        (("plain", "resnet32", 10, "DEFAULT"), "resnet32 has no pretrained weights, got 'DEFAULT'"),
+        (
+            ("plain", "resnet18", 10, "IMAGENET1K_V9"),
+            "weights 'IMAGENET1K_V9' are neither a file nor one of the names for resnet18: IMAGENET1K_V1, DEFAULT",
+        ),
+        (("plain", "resnet18", 10, "lost.pth"), r"weights 'lost\.pth' are neither a file nor"),
+    ],
+)
+def test_unknown_names(settings, message):
+    with pytest.raises(UserError, match=message):
+        build_network(*settings)
+
+
+def test_pretrained_files_that_do_not_fit(resnet18_state, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(resnet18_state, path)
+    message = r"layer1\.0\.conv1\.weight is .* in it and .* here; give the state dict of torchvision's resnet50"
+    with pytest.raises(UserError, match=message):
+        build_network("plain", "resnet50", 10, str(path))
+    torch.save({"state_dict": resnet18_state, "epoch": 3}, path)
+    with pytest.raises(UserError, match="holds no plain state dict"):
+        build_network("plain", "resnet18", 10, str(path))
+    torch.save(nn.Linear(1, 1), path)  # a pickled module could run anything
+    with pytest.raises(UserError, match=r"cannot be read \(UnpicklingError\)"):
+        build_network("plain", "resnet18", 10, str(path))
+    for content in (b"", b"not a checkpoint"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"weights\.pth cannot be read"):
+            build_network("plain", "resnet18", 10, str(path))
+
+
+def test_old_files_without_batch_counters(resnet18_state, tmp_path):
+    path = tmp_path / "old.safetensors"
+    save_file({k: v for k, v in resnet18_state.items() if not k.endswith("num_batches_tracked")}, path)
+    network = build_network("plain", "resnet18", 10, str(path))
+    assert torch.equal(network.trunk.conv1.weight, resnet18_state["conv1.weight"])
+
+
+def test_named_weights(resnet18_state, monkeypatch):
+    enum = torchvision.models.ResNet18_Weights
+    monkeypatch.setattr(enum, "get_state_dict", lambda self, **_: resnet18_state)
+    network = build_network("plain", "resnet18", 10, "DEFAULT")
+    assert torch.equal(network.trunk.conv1.weight, resnet18_state["conv1.weight"])
+
+    def offline(self, **_):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(enum, "get_state_dict", offline)
+    with pytest.raises(
+        UserError, match=r"'DEFAULT' of resnet18 cannot be downloaded \(OSError\); get http.*\.pth"
+    ) as e:
+        build_network("plain", "resnet18", 10, "DEFAULT")
+    assert "\n" not in str(e.value)
+
+
+def test_no_warnings_under_channels_last(bilateral):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bilateral.to(memory_format=torch.channels_last)
+        bilateral(images(4), images(4, seed=1), 0.5).sum().backward()

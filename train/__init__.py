@@ -1,0 +1,1 @@
+"""Training: methods, networks, the loop; one launchable file per method."""

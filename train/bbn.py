@@ -1,0 +1,115 @@
+"""BBN: the bilateral-branch network with cumulative learning (Zhou et al., CVPR 2020).
+
+    accelerate launch train/bbn.py [--data data/digits] [--method.adaptor linear_decay] [--method.q 0]
+
+                     uniform stream ──> trunk ──> conventional branch ──> f_c ── ·2α ────┐
+                                          ║                                              ├─> one linear layer ──> z
+                     reversed stream ─> trunk ──> re-balancing branch ──> f_r ── ·2(1-α) ┘
+                     loss = α·CE(z, y_c) + (1-α)·CE(z, y_r),    α from 1 to 0 over the epochs
+
+EXPECTED
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jsonargparse.typing import PositiveInt
+from torch.nn import functional as F
+
+from pipeline.loader import Batch
+from pipeline.plan import Stream
+from pipeline.sampling import Exponent, random_generator
+from train.loop import run
+from train.method import Method, Progress, StepResult, unwrapped
+from train.networks import build_network
+
+Adaptor = Literal["equal", "beta", "parabolic_increment", "linear_decay", "cosine_decay", "parabolic_decay"]
+ADAPTORS: tuple[Adaptor, ...] = get_args(Adaptor)
+
+
+def adaptor_alpha(adaptor: Adaptor, epoch: int, last_epoch: int, seed: int = 0, step: int = 0) -> float:
+    """Return α, the weight of the conventional branch (BBN, Table 4; the default is Eq. 5).
+
+    Args:
+        adaptor: which of Table 4's strategies.
+        epoch: T, from 1. As in the authors' code the formulas take T - 1, so that training begins with α = 1.
+        last_epoch: T_max, where decaying strategies reach 0; 0 is kept beyond it.
+        seed, step: what "beta" draws from Beta(0.2, 0.2) with; the others do not look at them.
+
+    Returns:
+        α in [0, 1].
+    """
+    t = min(1.0, (epoch - 1) / last_epoch)
+    match adaptor:
+        case "equal":
+            return 0.5
+        case "beta":
+            return float(random_generator(seed, "alpha", epoch, step).beta(0.2, 0.2))
+        case "parabolic_increment":
+            return t**2
+        case "linear_decay":
+            return 1 - t
+        case "cosine_decay":
+            return max(0.0, math.cos(t * math.pi / 2))
+        case "parabolic_decay":
+            return 1 - t**2
+
+
+def bbn_loss(
+    logits_BC: torch.Tensor, labels_c_B: torch.Tensor, labels_r_B: torch.Tensor, alpha: float
+) -> torch.Tensor:
+    """Return α·E(p, y_c) + (1-α)·E(p, y_r) (BBN, Eq. 3): a scalar from logits (B, C) and int64 labels (B,)."""
+    return alpha * F.cross_entropy(logits_BC, labels_c_B) + (1 - alpha) * F.cross_entropy(logits_BC, labels_r_B)
+
+
+class BBN(Method):
+    """Two streams, two branches, one α."""
+
+    name = "bbn"
+
+    @dataclass
+    class Settings:
+        """The method's settings.
+
+        Attributes:
+            adaptor: how α goes over the epochs (Table 4).
+            alpha_epochs: T_max of the adaptor (default: the run's epochs; the authors used 100 for their 90-epoch
+                and 200 for their 180-epoch runs).
+            q: the sampling exponent of the re-balancing stream (Table 3): -1 reversed, 0 balanced, 1 uniform.
+        """
+
+        adaptor: Adaptor = "parabolic_decay"
+        alpha_epochs: PositiveInt | None = None
+        q: Exponent = -1.0
+
+    def __init__(self, config: Any, num_classes: int) -> None:
+        self.title = "BBN"
+        self._settings = config.method
+        self.streams = (
+            Stream("uniform", q=1.0, augment=config.input.augment),
+            Stream("reversed", q=config.method.q, augment=config.input.augment),
+        )
+        model = config.model
+        self.network = build_network("bilateral", model.backbone, num_classes, model.weights)
+
+    def step(self, batch: dict[str, Batch], progress: Progress) -> StepResult:  # noqa: D102
+        alpha = adaptor_alpha(
+            self._settings.adaptor,
+            progress.epoch,
+            self._settings.alpha_epochs or progress.epochs,
+            progress.seed,
+            progress.step,
+        )
+        uniform, reversed_ = batch["uniform"], batch["reversed"]
+        logits_BC = self.network(uniform.images_BHWC, reversed_.images_BHWC, alpha)
+        loss = bbn_loss(logits_BC, uniform.labels_B, reversed_.labels_B, alpha)
+        return StepResult(loss, logits_BC, {"alpha": alpha})
+
+    def predict(self, images_BHWC: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return unwrapped(self.network).predict(images_BHWC)  # α = 1/2 (section 4.4)
+
+
+if __name__ == "__main__":
+    run(BBN)

@@ -1,0 +1,169 @@
+"""What a run is configured with, and where each value comes from.
+
+    code defaults  <  preset of the dataset (train/presets)  <  --config FILE  <  --section.key flags
+
+A resumed run takes the `config.yaml` of its folder in the preset's place. The resolved configuration is saved there.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from pipeline.loader import LoaderKind
+from shards.errors import UserError
+from shards.index import Dataset, open_dataset
+
+PRESETS = Path(__file__).parent / "presets"
+DATA = Path("data")
+
+
+@dataclass
+class Input:
+    """What the network sees.
+
+    Attributes:
+        image_size: height and width in pixels.
+        batch_size: images per stream in the global batch.
+        loader: dali, torch, or auto (DALI where it is installed).
+        augment: the recipe of the training streams: none, shift, cifar, imagenet or eval.
+        eval_augment: the recipe of evaluation: none (whole image) or eval (centre crop of 7/8).
+        threads: decoding threads per stream.
+    """
+
+    image_size: PositiveInt = 32
+    batch_size: PositiveInt = 128
+    loader: LoaderKind = "auto"
+    augment: str = "cifar"
+    eval_augment: str = "none"
+    threads: PositiveInt = 2
+
+
+@dataclass
+class Model:
+    """The network.
+
+    Attributes:
+        backbone: resnet32 (for small images), or a torchvision ResNet such as resnet50.
+        weights: pretrained weights: a torchvision name such as DEFAULT, or a local file.
+    """
+
+    backbone: str = "resnet32"
+    weights: str | None = None
+
+
+@dataclass
+class Optim:
+    """SGD and its learning rate, whose turning points are shares of the training (so they scale with `epochs`).
+
+    Attributes:
+        epochs: passes over the training images.
+        lr: the learning rate after warm-up.
+        momentum: of SGD.
+        nesterov: whether momentum is Nesterov's.
+        weight_decay: L2, on all parameters.
+        schedule: step (times `decay` at each milestone), cosine (to 0), or constant.
+        warmup: share of the epochs with linearly rising rate.
+        milestones: shares of the epochs after which the rate drops.
+        decay: the factor of each drop.
+    """
+
+    epochs: PositiveInt = 200
+    lr: PositiveFloat = 0.1
+    momentum: ClosedUnitInterval = 0.9
+    nesterov: bool = True
+    weight_decay: NonNegativeFloat = 2e-4
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    warmup: ClosedUnitInterval = 0.025
+    milestones: list[ClosedUnitInterval] = field(default_factory=lambda: [0.6, 0.8])
+    decay: PositiveFloat = 0.01
+
+
+@dataclass
+class Loop:
+    """How the run goes about it.
+
+    Attributes:
+        seed: of everything random.
+        precision: no (float32), bf16, fp16, or auto (what accelerate was told).
+        eval_every: evaluate after every so many epochs, and after the last.
+        checkpoint_every: write a checkpoint after every so many epochs, and after the last.
+        select: keep the weights of the epoch that did best on the val split, where the dataset has one.
+    """
+
+    seed: NonNegativeInt = 0
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    eval_every: PositiveInt = 1
+    checkpoint_every: PositiveInt = 1
+    select: bool = True
+
+
+def make_parser(program: str, description: str, **sections: type) -> ArgumentParser:
+    """Make the parser of a launchable file: what all of them share, and the sections named."""
+    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file with any of these settings")
+    parser.add_argument("--data", type=str | None, help="the dataset's folder (default: the only one under data/)")
+    parser.add_argument("--run", type=str | None, help="the run's folder (default: a new one under runs/)")
+    for name, section in sections.items():
+        parser.add_class_arguments(section, name)
+    return parser
+
+
+def find_dataset(data: str | None) -> Dataset:
+    """Open the dataset that is named, or the only one under data/."""
+    if data is not None:
+        return open_dataset(data)
+    found = sorted(path.parent for path in DATA.glob("*/dataset.json"))
+    if len(found) == 1:
+        return open_dataset(found[0])
+    if not found:
+        raise UserError("there is no dataset under data/; build one: scripts/build_shards.sh digits")
+    raise UserError(f"several datasets lie under data/; choose one: --data {' | '.join(map(str, found))}")
+
+
+def preset(dataset: Dataset, *parts: str) -> dict[str, Any]:
+    """Return the dataset's preset: the named parts of its file, later ones over earlier ones, as nested dicts."""
+    name = dataset.manifest["preset"]
+    path = PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise UserError(f"{dataset.root}/dataset.json names the preset {name!r}; there are: {known}")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for section, values in content.get(part, {}).items():
+            merged[section] = merged.get(section, {}) | values
+    return merged
+
+
+def parse(parser: ArgumentParser, argv: list[str] | None, defaults: dict[str, Any]) -> Namespace:
+    """Parse with other defaults, given as a nested dict: {section: {key: value}}."""
+    flat = {f"{section}.{key}": value for section, values in defaults.items() for key, value in values.items()}
+    try:
+        parser.set_defaults(flat)
+        return parser.parse_args(argv)
+    except (ArgumentError, KeyError, TypeError) as error:
+        raise _one_line(error) from None
+
+
+def peek(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
+    """Parse only to learn --data, --run and the like, on which the defaults of the real parse depend."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return parser.parse_args([a for a in arguments if not a.startswith("--print_config")])
+    except ArgumentError as error:
+        raise _one_line(error) from None
+
+
+def plain_sections(parser: ArgumentParser, settings: Namespace) -> dict[str, Any]:
+    """Return the sections of parsed settings as plain data, ready for YAML."""
+    everything = yaml.safe_load(parser.dump(settings, skip_none=False))
+    return {name: value for name, value in everything.items() if isinstance(value, dict)}
+
+
+def _one_line(error: Exception) -> UserError:
+    return UserError(f"{' '.join(str(error).split())} (--help lists every setting)")

@@ -1,0 +1,191 @@
+"""Run folders: what training leaves behind for people, for the report and for the next stage.
+
+    runs/digits-bbn-1/
+        config.yaml            the resolved configuration
+        metrics.jsonl          a row per epoch
+        checkpoints/           to resume from; selected.safetensors where a split chose an epoch
+        model.safetensors      the weights after the last epoch, with model.json to rebuild the network
+        per_class.json         the last epoch's correct answers per class
+        summary.json           written last: a run that has it is finished
+"""
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shards.errors import UserError
+
+RUNS = Path("runs")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically, indented."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_config(run: Path, content: dict[str, Any]) -> None:
+    """Write a run's resolved configuration."""
+    write_text(run / "config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def append_row(run: Path, row: dict[str, Any]) -> None:
+    """Append one epoch's row to metrics.jsonl."""
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def truncate_rows(run: Path, epochs: int) -> None:
+    """Keep the rows of the first epochs only: a resumed run writes the later ones again."""
+    path = run / "metrics.jsonl"
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(path, "".join(lines[:epochs]))
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """Return a run's resolved configuration."""
+    path = run / "config.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{run} is not a run: it has no config.yaml; give the folder of a training run") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (it holds no settings)")
+    return content
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """Return a finished run's summary."""
+    path = run / "summary.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"{run} is not finished (no summary.json); go on with it: --run {run} --resume") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); train the run again") from None
+
+
+def new_run(stem: str) -> Path:
+    """Make the next free folder runs/STEM-1, runs/STEM-2, …"""
+    number = 1
+    while True:
+        try:
+            (RUNS / f"{stem}-{number}").mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UserError(f"cannot make a run folder under {RUNS.resolve()} ({error.strerror})") from None
+        else:
+            return RUNS / f"{stem}-{number}"
+
+
+def use_run(path: Path, resume: bool) -> Path:
+    """Make the folder of a run that was named, or accept the one that is there when resuming."""
+    if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} already exists and is not empty: add --resume to go on with it, or name another")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {path} ({error.strerror}); name another with --run") from None
+    return path
+
+
+def newest_run(stages: set[int], dataset: str | None = None, method: str | None = None, finished: bool = True) -> Path:
+    """Return the run under runs/ that was last begun or finished.
+
+    Args:
+        stages: which stages to look at, such as {1}.
+        dataset: only runs on the dataset of this name.
+        method: only runs of this method.
+        finished: whether to look for finished runs, or for unfinished ones (then stages is not looked at).
+    """
+    found: list[tuple[float, Path]] = []
+    for config in RUNS.glob("**/config.yaml"):
+        run = config.parent
+        summary_path = run / "summary.json"
+        if summary_path.exists() != finished:
+            continue
+        try:
+            told = json.loads(summary_path.read_text(encoding="utf-8")) if finished else read_config(run)["about"]
+            fits = dataset in (None, told["dataset"]) and method in (None, told["method"])
+            if fits and (not finished or told["stage"] in stages):
+                found.append(((summary_path if finished else config).stat().st_mtime, run))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not a run of ours
+    if not found:
+        wanted = f"{'finished' if finished else 'unfinished'} {method or 'stage-one'} run"
+        where = f" on {dataset}" if dataset else ""
+        raise UserError(f"there is no {wanted}{where} under {RUNS}/; name one, or train one")
+    return max(found)[1]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of the code, marked where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent.parent
+    try:
+        said = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found.group(1) if found else platform.machine()
+
+
+def environment(device: str, processes: int) -> dict[str, Any]:
+    """Say what the run ran on: software versions, commit and hardware."""
+    import PIL
+
+    return {
+        "python": platform.python_version(),
+        **{
+            name: _version(name)
+            for name in ("torch", "torchvision", "accelerate", "numpy", "nvidia-dali-cuda130", "webdataset")
+        },
+        "pillow": PIL.__version__,
+        "commit": _commit(),
+        "device": device,
+        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "processes": processes,
+    }
+
+
+def command() -> str:
+    """Return the command line of this process, as one would type it."""
+    return shlex.join([Path(sys.argv[0]).name if not sys.argv[0] else os.path.relpath(sys.argv[0]), *sys.argv[1:]])
