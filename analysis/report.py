@@ -41,7 +41,7 @@ def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); name a file with --out") from None
     finally:
-        pass
+        unfinished.unlink(missing_ok=True)
     return out
 
 

@@ -40,7 +40,7 @@ _SUMMARY: dict[str, type | tuple[type, ...]] = {
     "selected": (dict, type(None)),
     "selected_on": (str, type(None)),
     "evaluated_on": str,
-    "images_per_second": _NUMBER,
+    "images_per_second": (*_NUMBER, type(None)),
     "seconds": _NUMBER,
     "environment": dict,
     "command": str,

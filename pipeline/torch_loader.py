@@ -60,6 +60,10 @@ class _Steps(Dataset[list[tuple[torch.Tensor, torch.Tensor, NDArray[np.int64]]]]
         return streams
 
 
+def _as_it_is(step: Any) -> Any:
+    return step
+
+
 class TorchLoader:
     """See `pipeline.loader.Loader`. Worker processes prepare whole steps, two ahead each."""
 
@@ -71,6 +75,7 @@ class TorchLoader:
                 _Steps(plan),
                 batch_size=None,
                 sampler=steps,
+                collate_fn=_as_it_is,
                 num_workers=workers,
                 # Forking a process that runs threads (or CUDA) is unsafe.
                 multiprocessing_context="forkserver" if workers else None,

@@ -6,9 +6,11 @@ of workers.
 """
 
 import json
+import math
 import os
 import secrets
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +73,7 @@ def build(
         shorter_side: shrink larger images to this shorter side in pixels.
         quality: JPEG quality of shrunk images, 1 to 100.
         shard_samples: most images per shard file.
-        workers: processes; if not given, one per available core.
+        workers: processes; if not given, one per available core, fewer where there are few images.
         overwrite: replace a dataset that is already there.
 
     Returns:
@@ -81,14 +83,27 @@ def build(
         UserError: an option, a source or an output folder that will not do; nothing is left behind.
     """
     out = Path("data", dataset) if out is None else out
-    _check_numbers(imbalance_factor, seed, test_fraction, val_fraction, shorter_side, quality, shard_samples, workers)
+    share = "a share of at least 0 and below 1"
+    count = "a whole number of at least 1"
+    for option, value, low, high, wanted in (
+        ("--imbalance-factor", imbalance_factor, 1, sys.float_info.max, "a number of at least 1"),
+        ("--seed", seed, 0, sys.maxsize, "a whole number of at least 0"),
+        ("--test-fraction", test_fraction, 0, math.nextafter(1, 0), share),
+        ("--val-fraction", val_fraction, 0, math.nextafter(1, 0), share),
+        ("--shorter-side", shorter_side, 1, sys.maxsize, count),
+        ("--quality", quality, 1, 100, "a JPEG quality from 1 to 100"),
+        ("--shard-samples", shard_samples, 1, sys.maxsize, count),
+        ("--workers", workers, 1, sys.maxsize, count),
+    ):
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{option} is {value:g}; give {wanted}")
     if profile is not None and profile not in PROFILES:
         raise UserError(f"unknown --profile {profile!r}; choose one of: {', '.join(PROFILES)}")
     images = open_source(dataset, source)
     profile = profile or images.profile
     if profile == "natural" and imbalance_factor is not None:
         raise UserError(
-            f"--imbalance-factor {imbalance_factor:g} says nothing with the natural profile;"
+            f"--imbalance-factor {imbalance_factor:g} has no effect with the natural profile;"
             " leave it out or choose --profile exp, step or pareto"
         )
     options: dict[str, Any] = {
@@ -126,34 +141,6 @@ def build(
     return out
 
 
-def _check_numbers(
-    imbalance_factor: float | None,
-    seed: int,
-    test_fraction: float | None,
-    val_fraction: float | None,
-    shorter_side: int | None,
-    quality: int,
-    shard_samples: int,
-    workers: int | None,
-) -> None:
-    if imbalance_factor is not None and not 1 <= imbalance_factor < float("inf"):
-        raise UserError(f"--imbalance-factor is {imbalance_factor:g}; give a number of at least 1")
-    for option, fraction in (("--test-fraction", test_fraction), ("--val-fraction", val_fraction)):
-        if fraction is not None and not 0 <= fraction < 1:
-            raise UserError(f"{option} is {fraction:g}; give a share of at least 0 and below 1")
-    if seed < 0:
-        raise UserError(f"--seed is {seed}; give a whole number of at least 0")
-    if not 1 <= quality <= 100:
-        raise UserError(f"--quality is {quality}; give a JPEG quality from 1 to 100")
-    for option, number in (
-        ("--shorter-side", shorter_side),
-        ("--shard-samples", shard_samples),
-        ("--workers", workers),
-    ):
-        if number is not None and number < 1:
-            raise UserError(f"{option} is {number}; give a whole number of at least 1")
-
-
 def _fraction(images: Source, split: str, fraction: float | None, default: float) -> float | None:
     """The share to hold out for a split, None where the source has its own."""
     if split not in images.splits:
@@ -178,7 +165,8 @@ def _already_built(out: Path, options: dict[str, Any], overwrite: bool) -> bool:
     for option, value in options.items():
         built = manifest["options"].get(option)
         if built != value:
-            what = "from other images" if option == "source" else f"with {option} {built!r}, not {value!r}"
+            name = option.replace("_", "-")
+            what = "from other images" if option == "source" else f"with {name} {built!r}, not {value!r}"
             raise UserError(f"{out} holds a dataset built {what}; give --overwrite or another --out")
     return True
 
@@ -196,26 +184,26 @@ def _file_names(manifest: dict[str, Any]) -> set[str]:
 def _new_folder(out: Path) -> Iterator[Path]:
     """Yield a folder that takes the place of `out` when the block ends well, and is removed otherwise."""
     place = out.resolve()
-    mark = f"{place.name}.partial-{secrets.token_hex(4)}"
-    partial = place.with_name(f".{mark}")
+    partial = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
+    old = partial.with_suffix(".old")
     made = [folder for folder in place.parents if not folder.exists()]
     try:
         partial.mkdir(parents=True)
         yield partial
         if place.exists():
-            old = place.with_name(f".{mark}.old")
             place.rename(old)
-            partial.rename(place)
-            shutil.rmtree(old)
-        else:
-            partial.rename(place)
+        partial.rename(place)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not place.exists():
+            old.rename(place)
+        for folder in (partial, old):
+            shutil.rmtree(folder, ignore_errors=True)
         for folder in made:
             if folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()
         if isinstance(error, OSError):
-            raise UserError(f"{out} cannot be written: {error.strerror or error}; nothing was left there") from None
+            raise UserError(f"{out} cannot be written: {error.strerror or error}; nothing was left behind") from None
         raise
 
 
@@ -225,7 +213,7 @@ def _build_in(
     """Write every file of the dataset into `folder`, the manifest last."""
     jobs = {split: _shard_jobs(folder, split, images, plan, options) for split in SPLITS if split in plan.splits}
     total = sum(len(listing) for listing in plan.splits.values())
-    written = iter(_write_shards(folder, [job for group in jobs.values() for job in group], workers, total))
+    written = iter(_write_shards([job for group in jobs.values() for job in group], workers, total))
 
     splits = {}
     rejected = []
@@ -281,7 +269,7 @@ def _shard_jobs(folder: Path, split: str, images: Source, plan: Plan, options: d
     ]
 
 
-def _write_shards(folder: Path, jobs: list[ShardJob], workers: int | None, total: int) -> list[WrittenShard]:
+def _write_shards(jobs: list[ShardJob], workers: int | None, total: int) -> list[WrittenShard]:
     rejected = 0
 
     def count(shard: WrittenShard) -> None:
@@ -290,14 +278,7 @@ def _write_shards(folder: Path, jobs: list[ShardJob], workers: int | None, total
         progress.add(len(shard.samples) + len(shard.rejected), f"{rejected} rejected" if rejected else "")
 
     with Progress("build", total) as progress:
-        return run_jobs(
-            write_shard,
-            jobs,
-            n_images=total,
-            workers=workers,
-            done=count,
-            stop=lambda: shutil.rmtree(folder, ignore_errors=True),
-        )
+        return run_jobs(write_shard, jobs, n_images=total, workers=workers, done=count)
 
 
 def _number_samples(folder: Path, shards: list[WrittenShard]) -> NDArray[np.void]:
@@ -334,7 +315,7 @@ def _check_something_left(split: str, counts: list[int], images: Source, plan: P
         raise UserError(f"no image of the {split} split can be read; nothing was built")
     planned = plan.splits[split].class_counts(len(images.classes))
     for j, count in enumerate(counts):
-        if split == "train" and planned[j] and not count:
+        if split == "train" and not count:
             raise UserError(
                 f"no training image of class {images.classes[j]!r} can be read ({planned[j]} tried);"
                 " mend or remove the class; nothing was built"

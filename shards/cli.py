@@ -25,7 +25,8 @@ class Parser(ArgumentParser):
         value = re.search(r"value: (.*)\s*$", message)
         if key and value:
             message = f"--{key[1].replace('_', '-')} cannot be {value[1]!r}"
-        print(f"{self.prog.split(' [')[0]}: error: {' '.join(message.split())}; see --help", file=sys.stderr)
+        message = re.sub(r"(required: )\w+\.", r"\1", " ".join(message.split())).rstrip(".")
+        print(f"{self.prog.split(' [')[0]}: error: {message}; see --help", file=sys.stderr)
         sys.exit(2)
 
 

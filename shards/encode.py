@@ -84,6 +84,12 @@ def encode(data: bytes, shorter_side: int | None = None, quality: int = 90) -> E
 
 def _encode(image: Image.Image, data: bytes, shorter_side: int | None, quality: int) -> Encoded:
     kind = image.format or ""
+    if kind == "PNG":
+        # PIL's decoder overlooks wrong checksums and a lost end; DALI's does not.
+        with Image.open(BytesIO(data), formats=["PNG"]) as again:
+            again.verify()
+    if kind not in ("JPEG", "MPO"):  # those may still be decoded at a fraction of their size
+        image.load()  # before the orientation: PNG may have it behind the pixels, TIFF is turned by loading
     orientation = _orientation(image)
     shrink = shorter_side is not None and min(image.size) > shorter_side
     if not shrink and orientation == 1 and _is_plain(image, data):

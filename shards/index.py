@@ -146,6 +146,9 @@ def read_manifest(root: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise UserError(f"{path} says format {found!r}, this version reads {FORMAT!r}; build the dataset again")
+    for key in ("name", "preset", "options", "classes", "imbalance_factor", "image", "splits", "rejected"):
+        if key not in manifest:
+            raise UserError(f"{path} lacks the key {key!r}; build the dataset again")
     return manifest
 
 

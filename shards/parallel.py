@@ -23,7 +23,6 @@ def run_jobs(
     n_images: int,
     workers: int | None,
     done: Callable[[Result], None],
-    stop: Callable[[], None] = lambda: None,
 ) -> list[Result]:
     """Return `function` of each job, in the order of the jobs.
 
@@ -33,10 +32,10 @@ def run_jobs(
         n_images: images in all jobs together.
         workers: processes, 1 for none but this; if None, one per available core as far as `n_images` pays.
         done: called here with each result as it comes.
-        stop: called here when a job failed or the user interrupts; makes the running jobs end soon.
 
     Raises:
         UserError: a worker process died.
+        Exception: whatever `function` or `done` raised; no worker is left then.
     """
     workers = workers or min(len(os.sched_getaffinity(0)), n_images // IMAGES_PER_WORKER)
     workers = min(workers, len(jobs))
@@ -48,6 +47,7 @@ def run_jobs(
         return results
     # Spawned, because a fork would copy whatever threads and devices the caller holds.
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_ctrl_c_to_parent) as pool:
         try:
             futures = [pool.submit(function, job) for job in jobs]
@@ -55,8 +55,9 @@ def run_jobs(
                 done(future.result())
             return [future.result() for future in futures]
         except BaseException as error:
-            stop()
-            pool.shutdown(cancel_futures=True)
+            # Not to wait for jobs that nobody wants any more, some perhaps stuck in a slow file system.
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
             if isinstance(error, BrokenProcessPool):
                 raise UserError(
                     f"a worker process died, perhaps for lack of memory; try fewer than --workers {workers}"

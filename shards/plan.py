@@ -67,17 +67,19 @@ def plan_splits(
     wanted_C = profile_counts(profile, available_C, imbalance_factor)
     splits["train"] = train[np.concatenate([pool[:n] for pool, n in zip(pools, wanted_C, strict=True)])]
     if short := [source.classes[j] for j in np.flatnonzero(available_C < wanted_C)]:
-        notes.append(f"profile {profile} asks for more images than {_some(short)} have; all of theirs are kept")
+        notes.append(f"too few images for profile {profile} in {_some(short)}: all of theirs are kept")
 
     planned = {}
     for i, name in enumerate(("train", "val", "test")):
         if name not in splits:
             continue
         split = splits[name]
+        if not len(split):
+            notes.append(f"the classes are too small to hold out any {name} images; there is no {name} split")
+            continue
         if missing := [source.classes[j] for j in np.flatnonzero(split.class_counts(n_classes) == 0)]:
             notes.append(f"{name} has no image of {_some(missing)}")
-        if len(split):
-            planned[name] = split[np.random.default_rng([seed, 1, i]).permutation(len(split))]
+        planned[name] = split[np.random.default_rng([seed, 1, i]).permutation(len(split))]
     return Plan(planned, notes)
 
 

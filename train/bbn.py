@@ -57,9 +57,7 @@ def adaptor_alpha(adaptor: Adaptor, epoch: int, last_epoch: int, seed: int = 0, 
             return 1 - t**2
 
 
-def bbn_loss(
-    logits_BC: torch.Tensor, labels_c_B: torch.Tensor, labels_r_B: torch.Tensor, alpha: float
-) -> torch.Tensor:
+def bbn_loss(logits_BC: torch.Tensor, labels_c_B: torch.Tensor, labels_r_B: torch.Tensor, alpha: float) -> torch.Tensor:
     """Return α·E(p, y_c) + (1-α)·E(p, y_r) (BBN, Eq. 3): a scalar from logits (B, C) and int64 labels (B,)."""
     return alpha * F.cross_entropy(logits_BC, labels_c_B) + (1 - alpha) * F.cross_entropy(logits_BC, labels_r_B)
 

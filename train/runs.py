@@ -1,12 +1,12 @@
 """Run folders: what training leaves behind for people, for the report and for the next stage.
 
-    runs/digits-bbn-1/
-        config.yaml            the resolved configuration
-        metrics.jsonl          a row per epoch
-        checkpoints/           to resume from; selected.safetensors where a split chose an epoch
-        model.safetensors      the weights after the last epoch, with model.json to rebuild the network
-        per_class.json         the last epoch's correct answers per class
-        summary.json           written last: a run that has it is finished
+runs/digits-bbn-1/
+    config.yaml            the resolved configuration
+    metrics.jsonl          a row per epoch
+    checkpoints/           to resume from; selected.safetensors where a split chose an epoch
+    model.safetensors      the weights after the last epoch, with model.json to rebuild the network
+    per_class.json         the last epoch's correct answers per class
+    summary.json           written last: a run that has it is finished
 """
 
 import json

@@ -71,7 +71,8 @@ def _open(root: Path) -> Source:
             for image in images:
                 name = image.relative_to(root).as_posix()
                 _check_name(name)
-                digest.update(f"{name}\0{image.stat().st_size}\n".encode())
+                size = image.stat().st_size if image.exists() else -1  # a dangling link is told when it is read
+                digest.update(f"{name}\0{size}\n".encode())
                 names.append(name)
             labels += [label_of[folder.name]] * len(images)
         splits[split] = Listing(names, np.array(labels, dtype=np.int64))

@@ -116,6 +116,11 @@ def test_one_run_one_epoch_one_class(make_run):
     assert "Best in bold" not in text
 
 
+def test_a_run_that_never_measured_its_speed(make_run):
+    assert "912 images/s" in Page(render(read_runs([make_run("bbn")]))).text
+    assert "images/s" not in Page(render(read_runs([make_run("afg", images_per_second=None)]))).text
+
+
 def test_names_are_escaped(make_run):
     nasty = "<script>alert('猫')</script>"
     run = make_run("x", title=nasty, dataset=nasty, classes=[nasty], train_counts=[7], command=nasty)
@@ -145,6 +150,13 @@ def test_a_run_without_any_logged_epoch(make_run):
 def test_no_test_images(make_run):
     text = Page(render(read_runs([make_run("a", test_images_per_class=0)]))).text
     assert "No test images were evaluated." in text
+
+
+def test_the_best_is_bold_and_a_low_calibration_error_is_best(make_run):
+    figures_of = dict.fromkeys(("top1", "many", "medium", "few", "balanced_accuracy"), 0.5)
+    runs = [make_run(n, title=n, last=figures_of | {"top1": t, "ece": t / 10}) for n, t in (("a", 0.4), ("b", 0.9))]
+    bold = re.findall("<strong>(.*?)</strong>", render(read_runs(runs)))
+    assert bold == ["50.0"] * 4 + ["4.0", "90.0"] + ["50.0"] * 4
 
 
 def test_a_section_for_each_dataset(make_run):

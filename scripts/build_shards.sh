@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Builds a dataset; paths are relative to where you are.
+#   scripts/build_shards.sh digits
+#   scripts/build_shards.sh folder --source ~/pets --out data/pets --shorter-side 256
+#   scripts/build_shards.sh digits --help
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+[ -x "$root/.venv/bin/python" ] || "$root/scripts/setup.sh"
+exec "$root/.venv/bin/python" -m shards build "$@"

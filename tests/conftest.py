@@ -1,0 +1,52 @@
+"""Small datasets of real pictures that several rooms test with: built once per session."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from shards.build import build
+from shards.index import Dataset, open_dataset
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """scikit-learn's digits, long-tailed: 120 to 6 images per class."""
+    return open_dataset(build("digits", out=tmp_path_factory.mktemp("data") / "digits", workers=1))
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of JPEGs of several sizes, cut from scikit-learn's two photographs; three classes, 24, 12 and 6."""
+    root = tmp_path_factory.mktemp("source") / "photos"
+    generator = np.random.default_rng(0)
+    photographs = load_sample_images().images
+    for label, (name, count) in enumerate({"temple": 24, "flower": 12, "both": 6}.items()):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            photograph = photographs[label if label < 2 else number % 2]
+            height, width = generator.integers(90, 200), generator.integers(90, 300)
+            top = generator.integers(0, photograph.shape[0] - height)
+            left = generator.integers(0, photograph.shape[1] - width)
+            picture = Image.fromarray(photograph[top : top + height, left : left + width])
+            picture.save(root / name / f"{number:02}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture(scope="session")
+def photos(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """`photo_folder` as a dataset, in several shards."""
+    out = tmp_path_factory.mktemp("data") / "photos"
+    return open_dataset(build("folder", source=photo_folder, out=out, workers=1, shard_samples=7))

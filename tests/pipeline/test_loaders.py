@@ -1,0 +1,162 @@
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.loader import open_loader
+from pipeline.plan import EvalPlan, Stream, TrainPlan
+from shards.errors import UserError
+from shards.index import Dataset, open_dataset
+
+KINDS = ("dali", "torch")
+
+
+def both_streams(dataset: Dataset, augment: str, image_size: int, batch_size: int = 8, **options) -> TrainPlan:
+    streams = (Stream("uniform", 1.0, augment), Stream("reversed", -1.0, augment))
+    return TrainPlan(dataset.splits["train"], streams, batch_size, image_size, seed=5, epochs=3, **options)
+
+
+def load(plan, kind: str, steps: int | None = None, start_step: int = 0):
+    with open_loader(plan, kind, threads=2 if kind == "dali" else 0, start_step=start_step) as loader:
+        return [
+            {name: (b.images_BHWC.clone(), b.labels_B.clone(), b.ids_B.copy()) for name, b in step.items()}
+            for step in islice(loader, steps)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("source", "augment", "image_size"),
+    [("photos", "imagenet", 64), ("photos", "cifar", 32), ("photos", "none", 48), ("digits", "shift", 16)],
+)
+def test_loaders_show_the_same_pictures(source, augment, image_size, request):
+    dataset = request.getfixturevalue(source)
+    plan = both_streams(dataset, augment, image_size)
+    steps = plan.steps_per_epoch + 1  # across an epoch's end
+    dali, reference = (load(plan, kind, steps) for kind in KINDS)
+    assert len(dali) == len(reference) == steps
+    differences = []
+    for ours, theirs in zip(dali, reference, strict=True):
+        assert list(ours) == list(theirs) == ["uniform", "reversed"]
+        for name in ours:
+            images, labels, ids = ours[name]
+            np.testing.assert_array_equal(ids, theirs[name][2])
+            assert torch.equal(labels, theirs[name][1])
+            np.testing.assert_array_equal(labels, dataset.splits["train"].samples["label"][ids])
+            assert images.dtype == torch.uint8
+            assert images.shape == theirs[name][0].shape == (8, image_size, image_size, 3)
+            # Windows and flips are the same exactly where the pictures are, up to resampling.
+            differences.append((images.float() - theirs[name][0].float()).abs().mean(dim=(1, 2, 3)))
+    assert torch.cat(differences).mean() < 1
+    assert torch.cat(differences).max() < 3
+
+
+def test_loaders_pad_with_black_alike(photos):
+    plan = both_streams(photos, "cifar", 32)
+    windows = plan.draws(0)[0].windows_B4
+    # Two or more rows of padding: the resampling of the first row reaches no pixel of the image.
+    padded = torch.from_numpy(-windows[:, 0] / windows[:, 2] * 32 >= 1.9)
+    assert padded.any()
+    for kind in KINDS:
+        images = load(plan, kind, 1)[0]["uniform"][0]
+        assert (images[padded, 0] == 0).all()
+        assert (images[~padded, 0] > 0).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loader_opened_in_the_middle_goes_on_as_the_whole_one(digits, kind):
+    plan = both_streams(digits, "shift", 16, batch_size=64)
+    start = plan.steps_per_epoch - 2
+    whole, rest = load(plan, kind, start + 5), load(plan, kind, 5, start_step=start)
+    for ours, theirs in zip(rest, whole[start:], strict=True):
+        for name in ours:
+            assert torch.equal(ours[name][0], theirs[name][0])
+            np.testing.assert_array_equal(ours[name][2], theirs[name][2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_size", [1, 7, 16, 1000])
+def test_evaluation_ends_after_every_sample_was_seen_once(photos, kind, batch_size):
+    split = photos.splits["test"]
+    steps = load(EvalPlan(split, batch_size, 32, "eval"), kind)
+    np.testing.assert_array_equal(np.concatenate([s["eval"][2] for s in steps]), np.arange(len(split)))
+    np.testing.assert_array_equal(torch.cat([s["eval"][1] for s in steps]), split.samples["label"])
+    assert sum(len(s["eval"][0]) for s in steps) == len(split)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_without_samples_gets_an_empty_evaluation(photos, kind):
+    split = photos.splits["test"]
+    plan = EvalPlan(split, 4, 32, rank=0, world_size=len(split) + 1)
+    assert plan.steps == 0
+    assert load(plan, kind) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_stay_valid_after_the_loader_went_on(digits, kind):
+    plan = both_streams(digits, "none", 16)
+    with open_loader(plan, kind, threads=1 if kind == "dali" else 0) as loader:
+        kept = [next(loader)["uniform"].images_BHWC for _ in range(12)]
+    for images, again in zip(kept, load(plan, kind, 12), strict=True):
+        assert torch.equal(images, again["uniform"][0])
+
+
+def test_worker_processes_change_nothing(digits):
+    plan = both_streams(digits, "shift", 16)
+    with open_loader(plan, "torch", threads=2) as loader:
+        with_workers = [step["reversed"].images_BHWC for step in islice(loader, 6)]
+    for images, alone in zip(with_workers, load(plan, "torch", 6), strict=True):
+        assert torch.equal(images, alone["reversed"][0])
+
+
+def damaged(dataset: Dataset, tmp_path: Path, how: str) -> Dataset:
+    root = tmp_path / "copy"
+    shutil.copytree(dataset.root, root)
+    shard = root / "train-000000.tar"
+    match how:
+        case "missing":
+            shard.unlink()
+        case "shortened":
+            shard.write_bytes(shard.read_bytes()[:2000])
+        case "zeroed":
+            row = open_dataset(root).splits["train"].samples[0]
+            content = bytearray(shard.read_bytes())
+            content[row["offset"] : row["offset"] + row["size"]] = bytes(int(row["size"]))
+            shard.write_bytes(content)
+    return open_dataset(root)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", "train-000000.tar cannot be read"),
+        ("shortened", "train-000000.tar is 2000 bytes long but the index points to byte"),
+        ("zeroed", r"train-000000.tar \(sample 0\) does not decode"),
+    ],
+)
+def test_damaged_shards_are_named(photos, tmp_path, kind, how, message):
+    plan = both_streams(damaged(photos, tmp_path, how), "imagenet", 32)
+    with pytest.raises(UserError, match=message) as raised:
+        load(plan, kind, 3 * plan.steps_per_epoch)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_out_of_range_are_named(photos, kind):
+    with pytest.raises(UserError, match="threads=-1"):
+        open_loader(EvalPlan(photos.splits["test"], 4, 32), kind, threads=-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("augment", ["imagenet", "cifar"])
+def test_gpu_decoding_shows_the_same_pictures(photos, augment):
+    plan = both_streams(photos, augment, 64)
+    with open_loader(plan, "dali", "cuda") as on_gpu:
+        for ours, theirs in zip(islice(on_gpu, 4), load(plan, "torch", 4), strict=True):
+            for name, batch in ours.items():
+                assert batch.images_BHWC.is_cuda
+                assert batch.labels_B.is_cuda
+                assert (batch.images_BHWC.cpu().float() - theirs[name][0].float()).abs().mean() < 2
