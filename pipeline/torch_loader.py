@@ -2,7 +2,9 @@
 
 import io
 import itertools
+import multiprocessing
 from collections.abc import Iterator
+from multiprocessing.context import BaseContext
 from typing import Any, Self
 
 import numpy as np
@@ -60,6 +62,13 @@ class _Steps(Dataset[list[tuple[torch.Tensor, torch.Tensor, NDArray[np.int64]]]]
         return streams
 
 
+def _worker_context() -> BaseContext:
+    # Forking a process that runs threads (or CUDA) is unsafe; a server that has imported torch once forks fast.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def _as_it_is(step: Any) -> Any:
     return step
 
@@ -77,8 +86,7 @@ class TorchLoader:
                 sampler=steps,
                 collate_fn=_as_it_is,
                 num_workers=workers,
-                # Forking a process that runs threads (or CUDA) is unsafe.
-                multiprocessing_context="forkserver" if workers else None,
+                multiprocessing_context=_worker_context() if workers else None,
                 pin_memory=device.type == "cuda",
             )
         )

@@ -118,7 +118,11 @@ def build(
         "quality": quality,
         "shard_samples": shard_samples,
     }
-    if _already_built(out, options, overwrite):
+    try:
+        already_built = _already_built(out, options, overwrite)
+    except OSError as error:
+        raise UserError(f"{out} cannot be read: {error.strerror}; give another --out") from None
+    if already_built:
         say(f"already built: {out} (the same images and options; --overwrite builds it again)")
         return out
 
@@ -185,7 +189,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
     """Yield a folder that takes the place of `out` when the block ends well, and is removed otherwise."""
     place = out.resolve()
     partial = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
-    old = partial.with_suffix(".old")
+    old = place.with_name(f"{partial.name}.old")
     made = [folder for folder in place.parents if not folder.exists()]
     try:
         partial.mkdir(parents=True)
@@ -222,8 +226,10 @@ def _build_in(
         shards = [next(written) for _ in split_jobs]
         for shard in shards:
             rejected += [{"split": split, "class": images.classes[image["label"]], **image} for image in shard.rejected]
-        samples = _number_samples(folder, shards)
-        splits[split] = _write_split(folder, split, samples, shards, len(images.classes))
+        filled = _keep_filled(folder, shards)
+        samples = np.concatenate([np.empty(0, SAMPLE), *(shard.samples for shard in filled)])
+        samples["shard"] = np.repeat(np.arange(len(filled)), [len(shard.samples) for shard in filled])
+        splits[split] = _write_split(folder, split, samples, filled, len(images.classes))
         _check_something_left(split, splits[split]["class_counts"], images, plan)
         sizes.append(samples[["height", "width"]])
     with (folder / REJECTED).open("w", encoding="utf-8") as file:
@@ -281,16 +287,14 @@ def _write_shards(jobs: list[ShardJob], workers: int | None, total: int) -> list
         return run_jobs(write_shard, jobs, n_images=total, workers=workers, done=count)
 
 
-def _number_samples(folder: Path, shards: list[WrittenShard]) -> NDArray[np.void]:
-    """Join the shards' sample rows; a shard whose images were all rejected is dropped."""
-    for shard in [shard for shard in shards if not len(shard.samples)]:
-        shards.remove(shard)
-        path = folder / shard.entry["file"]
-        path.unlink()
-        path.with_suffix(".idx").unlink()
-    for i, shard in enumerate(shards):
-        shard.samples["shard"] = i
-    return np.concatenate([np.empty(0, SAMPLE), *(shard.samples for shard in shards)])
+def _keep_filled(folder: Path, shards: list[WrittenShard]) -> list[WrittenShard]:
+    """Remove the shards whose images were all rejected."""
+    for shard in shards:
+        if not len(shard.samples):
+            path = folder / shard.entry["file"]
+            path.unlink()
+            path.with_suffix(".idx").unlink()
+    return [shard for shard in shards if len(shard.samples)]
 
 
 def _write_split(

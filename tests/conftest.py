@@ -11,7 +11,8 @@ from sklearn.datasets import load_sample_images
 from shards.build import build
 from shards.index import Dataset, open_dataset
 
-torch.set_num_threads(2)
+# One thread: with more, tests beside other busy processes spend their time waiting for each other.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -357,7 +357,7 @@ def train(
         "method": "afg",
         "title": f"{first['title']} + AFG",
         "stage": 2,
-        "from": str(stage_one),
+        "from": stage_one.resolve().name,
         "dataset": dataset.name,
         "seed": seed,
         "epochs": optim.epochs,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.loader import LoaderKind
@@ -102,10 +102,26 @@ class Loop:
     select: bool = True
 
 
+class _ConfigFile(ActionConfigFile):
+    """--config whose errors name the file."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            super().__call__(parser, cfg, values, option_string)
+        except (ArgumentError, TypeError, ValueError) as error:
+            raise TypeError(error if str(values) in str(error) else f"{values}: {error}") from error
+
+
 def make_parser(program: str, description: str, **sections: type) -> ArgumentParser:
     """Make the parser of a launchable file: what all of them share, and the sections named."""
-    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file with any of these settings")
+    parser = ArgumentParser(
+        prog=program,
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config="--print_config",
+    )
+    parser.add_argument("--config", action=_ConfigFile, help="a YAML file with any of these settings")
     parser.add_argument("--data", type=str | None, help="the dataset's folder (default: the only one under data/)")
     parser.add_argument("--run", type=str | None, help="the run's folder (default: a new one under runs/)")
     for name, section in sections.items():
@@ -161,7 +177,7 @@ def peek(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
 
 def plain_sections(parser: ArgumentParser, settings: Namespace) -> dict[str, Any]:
     """Return the sections of parsed settings as plain data, ready for YAML."""
-    everything = yaml.safe_load(parser.dump(settings, skip_none=False))
+    everything = yaml.safe_load(parser.dump(settings, skip_unset=False))
     return {name: value for name, value in everything.items() if isinstance(value, dict)}
 
 

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from tqdm import tqdm
 
 from analysis.metrics import Tally, summarize, tally
-from pipeline.loader import open_loader
+from pipeline.loader import Loader, open_loader
 from pipeline.plan import EvalPlan, TrainPlan
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset, Split
@@ -84,6 +84,14 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None) -> No
         accelerator.process_index,
         accelerator.num_processes,
     )
+    test_split(dataset)  # tells early where there is none
+    # Whatever can fail comes before the folder is made or touched.
+    restored = load_checkpoint(resumed, method.network) if resumed else None
+    counters = restored[1] if restored else Counters()
+    if resumed and counters.epochs >= config.optim.epochs and (resumed / "summary.json").exists():
+        accelerator.print(f"{resumed} is finished: it has its {counters.epochs} epochs (more with --optim.epochs)")
+        return
+    loader = open_loader(plan, config.input.loader, accelerator.device, config.input.threads, counters.step)
     folder: list[Path | None] = [None]
     if accelerator.is_main_process:
         if resumed or asked.run:
@@ -94,15 +102,38 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None) -> No
     if accelerator.is_main_process:
         about = {"method": method.name, "dataset": dataset.name, "data": str(dataset.root)}
         runs.write_config(run_folder, {"about": about, **plain_sections(parser, settings)})
-    train(method, config, dataset, plan, run_folder, accelerator)
+        runs.truncate_rows(run_folder, counters.epochs)
+    if restored:
+        accelerator.print(f"resuming {run_folder} after epoch {counters.epochs}")
+    with loader:
+        train(method, config, dataset, plan, loader, run_folder, accelerator, counters, restored[0] if restored else {})
+    finish(method, config, dataset, run_folder, accelerator, counters)
 
 
 def train(
-    method: Method, config: Config, dataset: Dataset, plan: TrainPlan, run_folder: Path, accelerator: Accelerator
-) -> dict[str, Any]:
-    """Train a method to the end and leave a finished run folder; return its summary."""
-    say = accelerator.print
-    counters = Counters()
+    method: Method,
+    config: Config,
+    dataset: Dataset,
+    plan: TrainPlan,
+    loader: Loader,
+    run_folder: Path,
+    accelerator: Accelerator,
+    counters: Counters,
+    states: dict[str, Any],
+) -> None:
+    """Train a method to its last epoch: a row of numbers each, checkpoints, and the selected weights.
+
+    Args:
+        method: made, with its weights in place.
+        config: the run's settings.
+        dataset: what is trained and evaluated on.
+        plan: the training plan.
+        loader: opened on the plan at step `counters.step`.
+        run_folder: the run's folder.
+        accelerator: gives device, precision and processes.
+        counters: how far the run is; moved on.
+        states: the checkpoint's state dicts; empty for a new run.
+    """
     optimizer: Any = torch.optim.SGD(
         method.network.parameters(),
         lr=config.optim.lr,
@@ -110,27 +141,22 @@ def train(
         nesterov=config.optim.nesterov and config.optim.momentum > 0,
         weight_decay=config.optim.weight_decay,
     )
-    restored = load_checkpoint(run_folder, method.network)
     method.network, optimizer = accelerator.prepare(method.network, optimizer)
     network = unwrapped(method.network)
-    if restored is not None:
-        states, counters = restored
+    if states:
         restore_states(states, optimizer, accelerator)
-        say(f"resuming {run_folder} after epoch {counters.epochs}")
-    if accelerator.is_main_process:
-        runs.truncate_rows(run_folder, counters.epochs)
 
     epochs, epoch_steps = config.optim.epochs, plan.steps_per_epoch
-    selecting = "val" in dataset.splits and config.loop.select
-    watched = dataset.splits.get("val") or test_split(dataset)
+    # A dataset without a test split reports on val, which must not choose an epoch then.
+    selecting = config.loop.select and "val" in dataset.splits and test_split(dataset).name != "val"
+    watched = dataset.splits["val"] if selecting else test_split(dataset)
     selected = read_selected(run_folder)
     best = selected[2] if selected and selected[1] <= counters.epochs else -1.0
-    say(
+    accelerator.print(
         f"{method.title} on {dataset.name}: {len(plan.split):,} images, {len(dataset.classes):,} classes,"
         f" {epochs} epochs of {epoch_steps} steps, {config.model.backbone}, {accelerator.device} -> {run_folder}"
     )
     started = time.perf_counter() - counters.seconds
-    loader = open_loader(plan, config.input.loader, accelerator.device, config.input.threads, counters.step)
     bar = tqdm(
         total=epochs * epoch_steps,
         initial=counters.step,
@@ -138,7 +164,7 @@ def train(
         disable=not (accelerator.is_main_process and sys.stderr.isatty()),
         leave=False,
     )
-    with loader, bar:
+    with bar:
         for epoch in range(counters.epochs + 1, epochs + 1):
             network.train()
             epoch_started = time.perf_counter()
@@ -184,12 +210,10 @@ def train(
                 if epoch % config.loop.checkpoint_every == 0 or epoch == epochs:
                     save_checkpoint(run_folder, network, collect_states(optimizer, accelerator), counters)
 
-    return finish(method, config, dataset, run_folder, accelerator, counters)
-
 
 def finish(
     method: Method, config: Config, dataset: Dataset, run_folder: Path, accelerator: Accelerator, counters: Counters
-) -> dict[str, Any]:
+) -> None:
     """Evaluate the last and the selected weights on the test split and write the run's results."""
     network, test = unwrapped(method.network), test_split(dataset)
     final = evaluate(method, test, config.input, accelerator)
@@ -222,7 +246,6 @@ def finish(
     }
     if accelerator.is_main_process:
         write_results(run_folder, summary, final, dataset)
-    return summary
 
 
 def write_results(run_folder: Path, summary: dict[str, Any], final: Tally, dataset: Dataset) -> None:

@@ -99,8 +99,11 @@ def new_run(stem: str) -> Path:
 
 def use_run(path: Path, resume: bool) -> Path:
     """Make the folder of a run that was named, or accept the one that is there when resuming."""
-    if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} already exists and is not empty: add --resume to go on with it, or name another")
+    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if taken and not (path / "config.yaml").exists():
+        raise UserError(f"{path} already exists and is no run of ours; name another folder with --run")
+    if taken and not resume:
+        raise UserError(f"{path} already holds a run: add --resume to go on with it, or name another")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -83,6 +83,8 @@ def _open(root: Path) -> Source:
             f"class {untrained[0]!r} has no training images: {split_roots['train'] / untrained[0]} is missing"
         )
     notes = []
+    if loose := sum(_is_image(path.name) for folder in split_roots.values() for path in folder.iterdir()):
+        notes.append(f"images that lie in no class folder are skipped: {loose}")
     if skipped:
         notes.append(f"files that this PIL does not read as images are skipped: {_kinds(skipped)}")
     return Source(classes, splits, _Reader(root), digest.hexdigest(), notes=tuple(notes))
@@ -117,12 +119,15 @@ def _images(folder: Path) -> tuple[list[Path], Counter[str]]:
     for parent, folders, files in os.walk(folder, onerror=_fail, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
-            end = os.path.splitext(name)[1].lower()
-            if end in EXTENSIONS and not name.startswith("."):
+            if _is_image(name):
                 images.append(Path(parent, name))
             elif not name.startswith("."):
-                others[end or "without extension"] += 1
+                others[Path(name).suffix.lower() or "without extension"] += 1
     return sorted(images), others
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
 
 
 def _kinds(files: Counter[str]) -> str:

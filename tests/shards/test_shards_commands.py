@@ -1,0 +1,157 @@
+"""`python -m shards …` and scripts/build_shards.sh as people type them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards.__main__ import main
+from shards.build import build
+from shards.index import open_dataset
+from shards.show import BLOCKS, inspect, sparkline
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a command line in this process: command("verify", "x") -> (status, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["shards", *map(str, arguments)])
+        terminate = signal.getsignal(signal.SIGTERM)
+        status: object = 0
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as error:
+            status = error.code
+        finally:
+            signal.signal(signal.SIGTERM, terminate)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_build_verify_inspect(tmp_path, image_folder, command, monkeypatch):
+    image_folder(tmp_path / "source", {"cat": 30, "dog": 30})
+    monkeypatch.chdir(tmp_path)
+    status, out, err = command(
+        "build", "folder", "--source", "source", "--profile", "step", "--imbalance-factor", "4", "--workers", "1"
+    )
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [
+        "folder: train 25, val 4, test 16; 2 classes",
+        "training images per class: 20 to 5, imbalance factor 4; 0 many, 1 medium, 1 few",
+        "built in data/folder; next: accelerate launch train/bbn.py --data data/folder",
+    ]
+    assert command("verify", "data/folder") == (0, "data/folder: no problem found\n", "")
+    status, out, _ = command("inspect", "data/folder")
+    assert status == 0
+    assert "image height 20 to 20, width 24 to 24 pixels" in out
+
+
+def test_verify_exits_1_on_a_problem_and_2_on_no_dataset(tmp_path, image_folder, command):
+    source = image_folder(tmp_path / "source", {"a": 2, "b": 2})
+    root = build("folder", source=source, out=tmp_path / "out", workers=1)
+    (root / "train-000000.idx").unlink()
+    assert command("verify", root, "--no-decode") == (1, "train-000000.idx: missing\n", "")
+    status, out, err = command("verify", source)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"python -m shards: error: {source} has no dataset.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], 'expected "subcommand" to be one of {build,verify,inspect}, but it was not provided; see --help'),
+        (["build"], "the following arguments are required: dataset; see --help"),
+        (["build", "digits", "--bogus", "1"], "unrecognized arguments: --bogus 1; see --help"),
+        (["build", "digits", "--workers", "many"], "--workers cannot be 'many'; see --help"),
+        (["build", "digits", "--seed", "x"], "--seed cannot be 'x'; see --help"),
+        (["build", "mnist"], "unknown dataset 'mnist'; choose one of: digits, folder"),
+        (["inspect", "nowhere"], None),
+    ],
+)
+def test_mistakes_are_told_in_one_line_with_status_2(command, arguments, message):
+    status, out, err = command(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("python -m shards: error: ")
+    assert err.count("\n") == 1
+    if message:
+        assert err == f"python -m shards: error: {message}\n"
+
+
+def test_help_names_the_options_as_they_are_typed(command):
+    status, out, _ = command("build", "--help")
+    assert status == 0
+    for option in ("--imbalance-factor", "--shorter-side", "--overwrite", "--test-fraction"):
+        assert option in out
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_leaves_nothing_and_no_process(tmp_path, workers):
+    for name in ("a", "b"):
+        (tmp_path / "source" / name).mkdir(parents=True)
+        os.mkfifo(tmp_path / "source" / name / "never.png")  # reading it takes for ever
+    build = [sys.executable, "-m", "shards", "build", "folder", "--source", "source", "--out", "new/out"]
+    process = subprocess.Popen(
+        [*build, "--workers", str(workers), "--shard-samples", "1", "--test-fraction", "0", "--val-fraction", "0"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob("new/.out.partial-*/*.tar")):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, err = process.communicate(timeout=30)
+    assert err == "python -m shards: interrupted; nothing was left behind\n"
+    assert process.returncode == 130
+    assert os.listdir(tmp_path) == ["source"]
+    while group_lives(process.pid):  # Python's own helper process takes a moment to leave
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_the_script_takes_paths_from_where_it_is_called(tmp_path, image_folder):
+    if not (REPOSITORY / ".venv" / "bin" / "python").exists():
+        pytest.skip("the script would set up .venv first")
+    image_folder(tmp_path / "pets", {"a": 2, "b": 2})
+    script = REPOSITORY / "scripts" / "build_shards.sh"
+    subprocess.run([script, "folder", "--source", "pets", "--out", "here/pets"], cwd=tmp_path, check=True)
+    assert open_dataset(tmp_path / "here" / "pets").name == "pets"
+
+
+def test_inspect_shows_the_tail(digits):
+    text = inspect(open_dataset(digits))
+    assert "train 412, val 136, test 451; 10 classes" in text
+    assert "imbalance factor 20; 1 many, 5 medium, 4 few" in text
+    assert "rejected images: 0" in text
+    assert text.splitlines()[4:6] == [f"{'0':>24}  120", f"{'1':>24}  88"]
+
+
+@pytest.mark.parametrize(("n_classes", "width"), [(1, 1), (2, 2), (72, 72), (73, 72), (8142, 72)])
+def test_the_sparkline_fits_and_falls(n_classes, width):
+    counts_C = np.geomspace(1000, 2, n_classes).astype(int)
+    line = sparkline(np.random.default_rng(0).permutation(counts_C))
+    assert len(line) == width
+    heights = [BLOCKS.index(block) for block in line]
+    assert heights == sorted(heights, reverse=True)
+    assert heights[0] == len(BLOCKS) - 1

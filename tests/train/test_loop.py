@@ -1,0 +1,236 @@
+"""Stage one from its command line: what it leaves, how it resumes, and what it says when something is wrong."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from shards.build import build
+from shards.index import open_dataset
+from train import loop as loop_module
+from train import runs as runs_module
+from train.bbn import BBN
+from train.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
+from train.erm import ERM
+from train.loop import lr_factor, run
+from train.networks import load_model
+
+SHORT = ["--optim.epochs", "2", "--input.batch_size", "64", "--loop.eval_every", "1", "--optim.lr", "0.02"]
+
+
+def rows(run_folder) -> list[dict]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def fails_with(capsys, method, *arguments) -> str:
+    """Run, expect exit status 2, and return the one line that it printed."""
+    with pytest.raises(SystemExit) as stopped:
+        run(method, list(arguments))
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2, error
+    assert error.startswith(f"train/{method.name}.py: error: ")
+    assert "\n" not in error
+    return error
+
+
+@pytest.mark.parametrize("method", [BBN, ERM])
+def test_a_run_needs_no_arguments_but_time_and_leaves_a_whole_folder(workplace, method, capsys):
+    run(method, SHORT)
+    folder = workplace / "runs" / f"digits-{method.name}-1"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["method"] == method.name
+    assert summary["dataset"] == "digits"
+    assert summary["evaluated_on"] == "test"
+    assert summary["selected_on"] == "val"
+    assert summary["selected"]["epoch"] in (1, 2)
+    assert summary["epochs"] == 2
+    assert summary["images_per_second"] > 0
+    for result in (summary["last"], summary["selected"]):
+        assert {"top1", "balanced_accuracy", "many", "medium", "few", "ece"} <= set(result)
+        assert 0 <= result["top1"] <= 1
+    assert [row["epoch"] for row in rows(folder)] == [1, 2]
+    assert [row["eval"]["split"] for row in rows(folder)] == ["val", "val"]
+    assert ("alpha" in rows(folder)[0]) == (method is BBN)
+    per_class = json.loads((folder / "per_class.json").read_text())
+    digits = open_dataset("data/digits")
+    assert per_class["total"] == digits.splits["test"].class_counts.tolist()
+    assert sum(per_class["correct"]) / sum(per_class["total"]) == pytest.approx(summary["last"]["top1"])
+    assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["epochs"] == 2
+    assert load_model(folder).spec["num_classes"] == 10
+    # A second run takes the next folder.
+    run(method, [*SHORT[:2], "--optim.epochs", "1", "--input.batch_size", "128"])
+    assert (workplace / "runs" / f"digits-{method.name}-2" / "summary.json").exists()
+    assert "overall" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stop_at", [2, 3])
+def test_an_interrupted_run_resumes_to_the_same_bits(workplace, monkeypatch, stop_at):
+    short = ["--optim.epochs", "4", *SHORT[2:], "--loop.checkpoint_every", "1", "--run"]
+    run(BBN, [*short, "runs/whole"])
+    write = runs_module.append_row
+
+    def stop(run_folder, row):
+        if row["epoch"] == stop_at:
+            raise KeyboardInterrupt
+        write(run_folder, row)
+
+    monkeypatch.setattr(runs_module, "append_row", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(BBN, [*short, "runs/stopped"])
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    assert not (workplace / "runs/stopped/summary.json").exists()
+    run(BBN, ["--run", "runs/stopped", "--resume"])  # the settings are the run's own
+    whole, stopped = (load_file(f"runs/{name}/model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[key], stopped[key]) for key in whole)
+    for ours, theirs in zip(rows(workplace / "runs/stopped"), rows(workplace / "runs/whole"), strict=True):
+        for timing in ("seconds", "images_per_second"):
+            del ours[timing], theirs[timing]
+        assert ours == theirs
+    results = [json.loads((workplace / f"runs/{name}/summary.json").read_text()) for name in ("whole", "stopped")]
+    for key in ("last", "selected"):
+        assert results[0][key] == results[1][key]
+
+
+def test_resume_without_a_name_takes_the_newest_unfinished_run(workplace, monkeypatch, capsys):
+    run(BBN, [*SHORT, "--run", "runs/finished"])
+    monkeypatch.setattr(loop_module, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(BBN, [*SHORT, "--run", "runs/cut"])
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    run(BBN, ["--resume"])
+    assert (workplace / "runs/cut/summary.json").exists()
+    assert "resuming runs/cut after epoch 2" in capsys.readouterr().out
+    assert len(rows(workplace / "runs/cut")) == 2
+    run(BBN, ["--resume", "--run", "runs/cut"])
+    assert "runs/cut is finished" in capsys.readouterr().out
+    assert "no unfinished bbn run" in fails_with(capsys, BBN, "--resume")
+
+
+def test_resume_of_a_run_without_a_checkpoint_starts_it(workplace):
+    run(ERM, [*SHORT, "--run", "runs/new", "--resume"])
+    assert (workplace / "runs/new/summary.json").exists()
+
+
+def test_a_checkpoint_of_another_model_is_named(workplace, capsys):
+    run(BBN, [*SHORT, "--run", "runs/a"])
+    assert "runs/a already holds a run: add --resume" in fails_with(capsys, BBN, "--run", "runs/a")
+    (workplace / "runs/a/summary.json").unlink()
+    message = fails_with(capsys, BBN, "--run", "runs/a", "--resume", "--model.backbone", "resnet18")
+    assert "runs/a/checkpoints/step-" in message
+    assert "is of another model" in message
+    assert "a run of bbn, not of erm" in fails_with(capsys, ERM, "--run", "runs/a", "--resume")
+    (state,) = (workplace / "runs/a/checkpoints").glob("step-*/state.pt")
+    state.write_bytes(state.read_bytes()[:1000])
+    assert "state.pt is damaged" in fails_with(capsys, BBN, "--run", "runs/a", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--optim.epoch", "3"], "--optim.epoch"),
+        (["--optim.epochs", "many"], "optim.epochs"),
+        (["--optim.epochs", "0"], "optim.epochs"),
+        (["--optim.lr", "-1"], "optim.lr"),
+        (["--method.adaptor", "linear"], "method.adaptor"),
+        (["--input.loader", "ffcv"], "input.loader"),
+        (["--input.augment", "cifra"], "'cifra'; choose one of"),
+        (["--input.batch_size", "0"], "input.batch_size"),
+        (["--model.backbone", "resnet33"], "'resnet33' is unknown; choose one of"),
+        (["--data", "nowhere"], "nowhere does not exist"),
+        (["--data", "."], "has no dataset.json"),
+        (["--config", "absent.yaml"], "absent.yaml"),
+        (["--config", "wrong-key.yaml"], "epoch"),
+        (["--config", "wrong-type.yaml"], "optim.epochs"),
+        (["--config", "broken.yaml"], "broken.yaml"),
+        (["--run", "data"], "data already exists and is no run of ours"),
+        (["--run", "file/below"], "cannot make the run folder"),
+        (["--resume", "--run", "data"], "data already exists and is no run of ours"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_and_leave_nothing(workplace, capsys, arguments, expected):
+    (workplace / "wrong-key.yaml").write_text("optim: {epoch: 3}\n")
+    (workplace / "wrong-type.yaml").write_text("optim: {epochs: many}\n")
+    (workplace / "broken.yaml").write_text("optim: {epochs: [\n")
+    (workplace / "file").write_text("")
+    before = sorted(workplace.rglob("*"))
+    assert expected in fails_with(capsys, BBN, *arguments)
+    assert sorted(workplace.rglob("*")) == before
+
+
+def test_data_must_be_one_or_named(workplace, capsys, photos):
+    (workplace / "data/photos").symlink_to(photos.root)
+    message = fails_with(capsys, BBN)
+    assert "choose one: --data data/digits | data/photos" in message
+    for path in (workplace / "data").iterdir():
+        path.unlink()
+    assert "scripts/build_shards.sh digits" in fails_with(capsys, BBN)
+
+
+def test_a_diverging_run_stops_and_says_where(workplace, capsys):
+    message = fails_with(capsys, ERM, *SHORT[2:], "--optim.epochs", "3", "--optim.lr", "1e30")
+    assert "the loss is" in message
+    assert "optim.lr=" in message
+    assert "epoch" in message
+
+
+def test_without_held_out_splits_there_is_nothing_to_report_on(workplace, capsys, photo_folder):
+    build("folder", source=photo_folder, out=workplace / "bare", val_fraction=0.0, test_fraction=0.0, workers=1)
+    message = fails_with(capsys, ERM, "--data", "bare", "--input.image_size", "32", *SHORT[:2])
+    assert "neither a test nor a val split" in message
+
+
+def test_without_a_val_split_nothing_is_selected(workplace, photo_folder):
+    build("folder", source=photo_folder, out=workplace / "no-val", val_fraction=0.0, workers=1)
+    run(ERM, ["--data", "no-val", "--run", "runs/a", "--optim.epochs", "1", "--input.image_size", "32",
+              "--input.batch_size", "8", "--model.backbone", "resnet32"])  # fmt: skip
+    summary = json.loads((workplace / "runs/a/summary.json").read_text())
+    assert summary["selected"] is None
+    assert summary["selected_on"] is None
+    assert rows(workplace / "runs/a")[0]["eval"]["split"] == "test"
+
+
+def test_the_torch_loader_trains_to_the_same_weights_on_lossless_images(workplace):
+    for kind in ("dali", "torch"):
+        run(BBN, [*SHORT, "--optim.epochs", "1", "--input.loader", kind, "--run", f"runs/{kind}"])
+    ours, theirs = (load_file(f"runs/{kind}/model.safetensors") for kind in ("dali", "torch"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_bf16_trains(workplace):
+    run(BBN, [*SHORT, "--optim.epochs", "1", "--loop.precision", "bf16", "--run", "runs/a"])
+    assert np.isfinite(rows(workplace / "runs/a")[0]["loss"])
+    assert load_file("runs/a/model.safetensors")["classifier.weight"].dtype == torch.float32
+
+
+def test_learning_rate_warms_up_and_drops_at_shares_of_the_epochs():
+    optim = Optim(epochs=200, warmup=0.025, milestones=[0.6, 0.8], decay=0.01)
+    factors = [lr_factor(optim, epoch) for epoch in range(200)]
+    np.testing.assert_allclose(factors[:5], [0.2, 0.4, 0.6, 0.8, 1.0])
+    assert set(factors[5:120]) == {1.0}
+    np.testing.assert_allclose(factors[120:160], 0.01)
+    np.testing.assert_allclose(factors[160:], 0.0001)
+    inat = Optim(epochs=90, warmup=0, milestones=[0.6667, 0.8889], decay=0.1)
+    assert [round(lr_factor(inat, epoch), 6) for epoch in (59, 60, 79, 80)] == [1, 0.1, 0.1, 0.01]
+
+
+def test_cosine_and_constant_schedules():
+    cosine = Optim(epochs=10, warmup=0.1, schedule="cosine")
+    assert lr_factor(cosine, 1) == 1.0
+    assert lr_factor(cosine, 5.5) == pytest.approx(0.5 * (1 + np.cos(np.pi * 4 / 9)))
+    assert {lr_factor(Optim(epochs=10, warmup=0, schedule="constant"), e) for e in range(10)} == {1.0}
+    assert lr_factor(Optim(epochs=1, warmup=1.0), 0) == 1.0
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("method", [BBN, ERM])
+def test_every_preset_fits_every_method(path, method, digits):
+    manifest = {**digits.manifest, "preset": path.stem}
+    dataset = type(digits)(digits.root, manifest, digits.splits)
+    parser = make_parser("x", "", input=Input, model=Model, method=method.Settings, optim=Optim, loop=Loop)
+    settings = parse(parser, [], preset(dataset, "training", method.name))
+    assert settings.optim.epochs >= 1
