@@ -14,11 +14,11 @@ class UserError(ValueError):
 def user_errors_exit_2(program: str) -> Iterator[None]:
     """Turn a `UserError` into `PROGRAM: error: message` on stderr and exit status 2.
 
-    Under a distributed launcher only rank 0 prints (every rank meets the same mistake).
+    Under a distributed launcher the other ranks say which they are: a mistake in the data may meet one alone.
     """
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{program}: error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"{program}{'' if rank == '0' else f' (rank {rank})'}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -64,7 +64,7 @@ class Settings:
 
     Attributes:
         beta: β, the trust in what larger classes lend, or select: the value of `beta_grid` that does best on the
-            val split. The paper starts from 0.6.
+            val split (balanced accuracy, then loss). The paper starts from 0.6.
         beta_grid: what select tries; 0 keeps to the class's own Gaussian.
         lam: Tukey's λ; 0 is the logarithm.
         k: K, the larger classes that a feature borrows from.
@@ -124,23 +124,26 @@ class Loop:
 class ScaledLinear(nn.Module):
     """A linear classifier whose every logit has a learnable scale: s ⊙ (W·f + b), s from 1.
 
-    With frozen W and b it is learnable weight scaling (Kang et al., ICLR 2020, section 4.2).
+    With frozen W and b it is learnable weight scaling (Kang et al., ICLR 2020, section 4.2). It sees features in
+    the given unit of length and W by its inverse: the same logits, and a learning rate that suits any network.
     """
 
-    def __init__(self, linear: nn.Linear, freeze: bool) -> None:
+    def __init__(self, linear: nn.Linear, freeze: bool, unit: float = 1.0) -> None:
         super().__init__()
+        self.unit = unit
         self.linear = copy.deepcopy(linear).requires_grad_(not freeze)
+        self.linear.weight.data *= unit
         self.scales_C = nn.Parameter(torch.ones(linear.out_features, device=linear.weight.device))
 
     def forward(self, features_BD: Tensor) -> Tensor:
         """Return logits (B, C)."""
-        return self.scales_C * self.linear(features_BD)
+        return self.scales_C * self.linear(features_BD / self.unit)
 
     def folded(self) -> nn.Linear:
         """Return the plain linear layer that gives the same logits."""
-        plain = copy.deepcopy(self.linear)
-        plain.weight.data = self.scales_C.detach()[:, None] * self.linear.weight.detach()
-        plain.bias.data = self.scales_C.detach() * self.linear.bias.detach()
+        plain = copy.deepcopy(self.linear).requires_grad_(True)
+        plain.weight.data *= self.scales_C.detach()[:, None] / self.unit
+        plain.bias.data *= self.scales_C.detach()
         return plain
 
 
@@ -206,7 +209,8 @@ def train_classifier(
     Raises:
         UserError: the loss is not finite.
     """
-    classifier = ScaledLinear(stage_one, freeze=settings.classifier == "lws")
+    unit = banks.train[0].square().sum(1).mean().sqrt().clamp(min=1e-6).item()
+    classifier = ScaledLinear(stage_one, freeze=settings.classifier == "lws", unit=unit)
     learnable = [p for p in classifier.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learnable, optim.lr, optim.momentum, weight_decay=optim.weight_decay)
     generator = torch.Generator().manual_seed(seed)
@@ -335,14 +339,17 @@ def train(
         grid = [0.6]
         accelerator.print(f"{dataset.root} has no val split to select β on: taking the paper's 0.6 (or --method.beta)")
     tried: dict[str, float] = {}
-    best: tuple[float, float, nn.Linear, list[dict[str, Any]]] | None = None
+    best: tuple[tuple[float, float], float, nn.Linear, list[dict[str, Any]]] | None = None
     for beta in grid:
         classifier, rows = train_classifier(network.classifier, banks, settings, optim, beta, seed)
-        score = 0.0
+        score = (0.0, 0.0)
         if watched is not None:
             result = summarize(measure(classifier, watched), dataset.train_counts)
             rows[-1]["eval"] = {"split": watched_name, **result}
-            score = tried[f"{beta:g}"] = result["balanced_accuracy"] or 0.0
+            tried[f"{beta:g}"] = result["balanced_accuracy"] or 0.0
+            # Small val splits tie often: then the lower loss decides.
+            with torch.no_grad():
+                score = (tried[f"{beta:g}"], -F.cross_entropy(classifier(watched[0]), watched[1]).item())
         accelerator.print(f"β={beta:g}  " + epoch_line(rows[-1], optim.epochs))
         if best is None or score > best[0]:
             best = (score, beta, classifier, rows)

@@ -78,7 +78,7 @@ def _read(path: Path, wanted: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         return None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _extract(
     network: PlainNetwork | BilateralNetwork, dataset: Dataset, split: str, input: Input, accelerator: Accelerator
 ) -> tuple[torch.Tensor, torch.Tensor]:

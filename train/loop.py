@@ -268,7 +268,11 @@ def write_results(run_folder: Path, summary: dict[str, Any], final: Tally, datas
 def make_accelerator(precision: str) -> Accelerator:
     """Make the Accelerator, or say why this precision cannot be had here."""
     try:
-        return Accelerator(mixed_precision=None if precision == "auto" else precision)
+        return Accelerator(
+            mixed_precision=None if precision == "auto" else precision,
+            # Unless it is told, several processes on CPUs would each think itself alone.
+            cpu=not torch.cuda.is_available(),
+        )
     except ValueError as error:
         raise UserError(f"loop.precision={precision}: {' '.join(str(error).split())}") from None
 
