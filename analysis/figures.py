@@ -117,7 +117,7 @@ def group_bars(evaluations: Sequence[dict[str, float | None]]) -> str:
                 ax.bar(left, 100 * value, 0.92 * width, color=LIGHT[f"run{i}"])
                 if len(evaluations) <= 4:
                     ax.annotate(
-                        percent(value),
+                        percent(value).removesuffix(".0") if value == 1 else percent(value),  # three "100.0" touch
                         (left, 100 * value),
                         xytext=(0, 2),
                         textcoords="offset points",

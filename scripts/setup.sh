@@ -48,28 +48,29 @@ if command -v uv >/dev/null; then uv=uv; else
     [ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
     uv=.venv/bin/uv
 fi
-install() { "$uv" pip install --quiet --python .venv/bin/python --no-deps "$@"; }
+# --no-deps: requirements.txt is complete, and torchvision's wish for Pillow would overwrite pillow-simd.
+# --no-config: pyproject.toml tells uv to leave Pillow out, which is wrong where it has to stand in.
+install() { "$uv" pip install --quiet --no-config --python .venv/bin/python --no-deps "$@"; }
+uninstall() { "$uv" pip uninstall --quiet --no-config --python .venv/bin/python "$1" 2>/dev/null || true; }
 
 wanted=$(mktemp)
 trap 'rm -f "$wanted"' EXIT
 pillow_simd=$(grep '^pillow-simd==' requirements.txt)
-# --no-deps: the file is complete, and torchvision's wish for Pillow would overwrite pillow-simd.
 grep -v '^pillow-simd==' requirements.txt >"$wanted"
 say "installing $(grep -c '==' "$wanted") packages (some GB the first time)"
 install -r "$wanted"
 if [ "$(uname -m)" = x86_64 ] && { can_build_pillow_simd || { install_build_needs && can_build_pillow_simd; }; }; then
-    flags=()
-    grep -qw avx2 /proc/cpuinfo 2>/dev/null && flags=(env "CC=${CC:-cc} -mavx2")
-    "$uv" pip uninstall --quiet --python .venv/bin/python pillow 2>/dev/null || true
-    "${flags[@]}" "$uv" pip install --quiet --python .venv/bin/python --no-deps "$pillow_simd"
+    uninstall pillow
+    if grep -qw avx2 /proc/cpuinfo 2>/dev/null; then CC="${CC:-cc} -mavx2" install "$pillow_simd"; else install "$pillow_simd"; fi
 else
     say "pillow-simd cannot be built here (it needs x86-64, a C compiler, Python.h, zlib and libjpeg headers)"
     say "going on with ordinary Pillow: the same pictures, but building shards takes about twice as long"
-    "$uv" pip uninstall --quiet --python .venv/bin/python pillow-simd 2>/dev/null || true
+    uninstall pillow-simd
     # pillow-simd 12.1.1.post0 is a build of Pillow 12.1.1.
     install "$(sed -E 's/pillow-simd==([0-9.]+)\.post.*/pillow==\1/' <<<"$pillow_simd")"
 fi
 install --editable .
-say "PIL is version $(.venv/bin/python -c 'import PIL; print(PIL.__version__)') (pillow-simd where it ends in .post)"
+pil=$(.venv/bin/python -c 'import PIL; print(PIL.__version__)')
+say "PIL is version $pil (pillow-simd where it ends in .post…)"
 touch "$stamp"
 say "ready; to use it: source .venv/bin/activate"

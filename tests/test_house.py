@@ -49,3 +49,21 @@ def test_nothing_tracked_is_large():
     for path in ROOT.rglob("*"):
         if path.is_file() and not skipped & set(path.relative_to(ROOT).parts):
             assert path.stat().st_size < 1_000_000, path
+
+
+def test_the_readmes_file_tree_is_the_disks():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = text.split("## The house\n\n```\n")[1].split("\n```")[0].splitlines()
+    told, room = set(), ""
+    for line in lines:
+        name = line.split()[0]
+        room = "" if not line.startswith(" ") else room
+        told.add(room + name)
+        room = room or name
+    unnamed = {"__init__.py", "__main__.py", "__pycache__"}
+    found = {f"{room}/" for room in (*ROOMS, "scripts", "tests")}
+    for room in (*ROOMS, "scripts"):
+        for path in (ROOT / room).iterdir():
+            if path.name not in unnamed and path.suffix in ("", ".py", ".sh"):
+                found.add(f"{room}/{path.name}" + "/" * path.is_dir())
+    assert told == found

@@ -234,7 +234,7 @@ def train_classifier(
             loss.backward()
             optimizer.step()
             loss_sum, seen, step = loss_sum + loss.item() * len(labels_B), seen + len(labels_B), step + 1
-        row = {"epoch": epoch, "step": step, "loss": loss_sum / seen, "lr": lr, "alpha": alpha, "beta": beta}
+        row = {"epoch": epoch, "step": step, "loss": loss_sum / seen, "lr": lr, "distillation": alpha, "beta": beta}
         row["images_per_second"] = seen / (time.perf_counter() - started)
         if not math.isfinite(row["loss"]):
             raise UserError(f"the loss is {row['loss']} in epoch {epoch} (optim.lr={lr:g}); lower optim.lr")

@@ -1,0 +1,40 @@
+"""What scripts/setup.sh promises about the environment that it makes."""
+
+import importlib.metadata
+import importlib.util
+import re
+from pathlib import Path
+
+import PIL
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def test_only_one_pil_is_installed_and_it_is_the_active_one():
+    found = {name: version for name in ("pillow", "pillow-simd") if (version := installed(name))}
+    assert len(found) == 1, f"both write the same folder: {found}"
+    assert PIL.__version__ == next(iter(found.values()))
+
+
+def test_pinned_versions_are_plain_and_fit_what_is_declared():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in lines)
+    pinned = {line.split("==")[0] for line in lines}
+    assert "pillow" not in pinned
+    declared = re.findall(r'^    "([a-z0-9-]+)', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert "torch" in declared
+    assert set(declared) <= pinned
+
+
+@pytest.mark.skipif(installed("tailstream") is None, reason="runs from a checkout that is not installed")
+def test_rooms_are_importable_from_anywhere():
+    for room in ("shards", "shards.sources", "pipeline", "train", "analysis"):
+        assert importlib.util.find_spec(room) is not None
