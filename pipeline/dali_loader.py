@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
 
 from pipeline.augment import Recipe
-from pipeline.loader import Batch
+from pipeline.batch import Batch
 from pipeline.plan import Draw, Plan
 from pipeline.reader import ShardReader, undecodable
 

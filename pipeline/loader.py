@@ -1,52 +1,20 @@
 """One interface for every loader: a plan goes in, batches of both streams come out.
 
-with open_loader(plan, kind="auto", device=device, start_step=k) as loader:
-    for step in loader:                      # endless for a TrainPlan
-        step["uniform"].images_BHWC          # uint8, on the device
+    with open_loader(plan, kind="auto", device=device, start_step=k) as loader:
+        for step in loader:                      # endless for a TrainPlan
+            step["uniform"].images_BHWC          # uint8, on the device
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal, Protocol, Self
+from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from pipeline.batch import Loader
 from pipeline.plan import Plan
 from shards.errors import UserError
 
 LoaderKind = Literal["auto", "dali", "torch"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One stream's part of a step on one rank.
-
-    Attributes:
-        images_BHWC: uint8, 0 … 255, RGB, on the loader's device, H = W = the plan's image_size.
-        labels_B: int64, 0 … C - 1, on the loader's device.
-        ids_B: the samples' ids, int64, NumPy.
-    """
-
-    images_BHWC: torch.Tensor
-    labels_B: torch.Tensor
-    ids_B: NDArray[np.int64]
-
-
-class Loader(Protocol):
-    """Iterates over a plan's steps from `start_step`; each step is a dict from stream name to `Batch`.
-
-    All loaders show the same ids, labels, windows and flips for a plan; their pictures differ by resampling
-    error only. `close()`, or leaving a with block, frees threads, processes and mappings.
-    """
-
-    def __iter__(self) -> Iterator[dict[str, Batch]]: ...
-    def __next__(self) -> dict[str, Batch]: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *exception: object) -> None: ...
-    def close(self) -> None: ...  # noqa: D102
 
 
 def open_loader(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.loader import Batch
+from pipeline.batch import Batch
 from pipeline.plan import Draw, Plan
 from pipeline.reader import ShardReader, undecodable
 

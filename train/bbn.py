@@ -18,7 +18,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 from torch.nn import functional as F
 
-from pipeline.loader import Batch
+from pipeline.batch import Batch
 from pipeline.plan import Stream
 from pipeline.sampling import Exponent, random_generator
 from train.loop import run

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from pipeline.loader import Batch
+from pipeline.batch import Batch
 from pipeline.plan import Stream
 from pipeline.sampling import Exponent
 from train.loop import run

@@ -14,7 +14,8 @@ from accelerate.utils import broadcast_object_list, set_seed
 from tqdm import tqdm
 
 from analysis.metrics import Tally, summarize, tally
-from pipeline.loader import Loader, open_loader
+from pipeline.batch import Loader
+from pipeline.loader import open_loader
 from pipeline.plan import EvalPlan, TrainPlan
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset, Split

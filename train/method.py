@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from pipeline.loader import Batch
+from pipeline.batch import Batch
 from pipeline.plan import Stream
 
 

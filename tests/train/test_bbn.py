@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.loader import Batch
+from pipeline.batch import Batch
 from train.bbn import ADAPTORS, BBN, adaptor_alpha, bbn_loss
 from train.method import Progress
 
