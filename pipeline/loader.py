@@ -1,8 +1,8 @@
 """One interface for every loader: a plan goes in, batches of both streams come out.
 
-    with open_loader(plan, kind="auto", device=device, start_step=k) as loader:
-        for step in loader:                      # endless for a TrainPlan
-            step["uniform"].images_BHWC          # uint8, on the device
+with open_loader(plan, kind="auto", device=device, start_step=k) as loader:
+    for step in loader:                      # endless for a TrainPlan
+        step["uniform"].images_BHWC          # uint8, on the device
 """
 
 from importlib.util import find_spec

@@ -1,11 +1,11 @@
 """Plans: what each rank loads at each step, for every stream, before a byte is read.
 
-    seed, epoch, step ──> ids of the global batch ──> rank's slice ──> Draw(ids, windows, flips) ──> any loader
+seed, epoch, step ──> ids of the global batch ──> rank's slice ──> Draw(ids, windows, flips) ──> any loader
 
-                       global batch of 8, two ranks          (one world size or another:
-        uniform     [ a b c d | e f g h ]                     the same eight images)
-        reversed    [ t t u v | w t x u ]
-                      rank 0     rank 1
+                   global batch of 8, two ranks          (one world size or another:
+    uniform     [ a b c d | e f g h ]                     the same eight images)
+    reversed    [ t t u v | w t x u ]
+                  rank 0     rank 1
 """
 
 from collections.abc import Sequence

@@ -92,6 +92,11 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None) -> No
     if resumed and counters.epochs >= config.optim.epochs and (resumed / "summary.json").exists():
         accelerator.print(f"{resumed} is finished: it has its {counters.epochs} epochs (more with --optim.epochs)")
         return
+    if counters.step != counters.epochs * plan.steps_per_epoch:
+        raise UserError(
+            f"{resumed} did {counters.step} steps in {counters.epochs} epochs, and an epoch has {plan.steps_per_epoch}"
+            " now: resume with the dataset and input.batch_size that it began with"
+        )
     loader = open_loader(plan, config.input.loader, accelerator.device, config.input.threads, counters.step)
     folder: list[Path | None] = [None]
     if accelerator.is_main_process:

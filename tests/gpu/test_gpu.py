@@ -1,0 +1,58 @@
+"""What only a GPU can tell. Run: python -m pytest tests/gpu"""
+
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from pipeline.loader import open_loader
+from pipeline.plan import EvalPlan, Stream, TrainPlan
+from train.afg import run as run_stage_two
+from train.bbn import BBN
+from train.loop import run
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator_state():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("augment", ["imagenet", "cifar"])
+def test_gpu_decoding_shows_the_same_pictures(photos, augment):
+    streams = (Stream("uniform", 1.0, augment), Stream("reversed", -1.0, augment))
+    plan = TrainPlan(photos.splits["train"], streams, 8, 64, seed=5, epochs=3)
+    with open_loader(plan, "dali", "cuda") as on_gpu, open_loader(plan, "torch", "cpu", threads=0) as reference:
+        for ours, theirs in islice(zip(on_gpu, reference, strict=False), 6):
+            for name, batch in ours.items():
+                assert batch.images_BHWC.is_cuda
+                assert batch.labels_B.is_cuda
+                np.testing.assert_array_equal(batch.ids_B, theirs[name].ids_B)
+                difference = batch.images_BHWC.cpu().float() - theirs[name].images_BHWC.float()
+                assert difference.abs().mean() < 2  # another JPEG decoder
+
+
+def test_gpu_evaluation_sees_every_sample_once(photos):
+    split = photos.splits["test"]
+    with open_loader(EvalPlan(split, 4, 32, "eval"), "dali", "cuda") as loader:
+        ids = np.concatenate([step["eval"].ids_B for step in loader])
+    np.testing.assert_array_equal(ids, np.arange(len(split)))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+def test_both_stages_run_on_a_gpu(digits, tmp_path, monkeypatch, precision, loader):
+    monkeypatch.chdir(tmp_path)
+    short = ["--data", str(digits.root), "--run", "bbn", "--loop.precision", precision, "--input.loader", loader]
+    run(BBN, [*short, "--optim.epochs", "3", "--input.batch_size", "32"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run_stage_two(["--from", "bbn", "--run", "afg", "--optim.epochs", "3", "--input.loader", loader])
+    for name in ("bbn", "afg"):
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert summary["environment"]["device"] == torch.cuda.get_device_name()
+        assert 0 <= summary["last"]["top1"] <= 1
