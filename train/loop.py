@@ -109,6 +109,7 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None) -> No
         about = {"method": method.name, "dataset": dataset.name, "data": str(dataset.root)}
         runs.write_config(run_folder, {"about": about, **plain_sections(parser, settings)})
         runs.truncate_rows(run_folder, counters.epochs)
+        (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
     if restored:
         accelerator.print(f"resuming {run_folder} after epoch {counters.epochs}")
     with loader:
@@ -154,8 +155,8 @@ def train(
 
     epochs, epoch_steps = config.optim.epochs, plan.steps_per_epoch
     # A dataset without a test split reports on val, which must not choose an epoch then.
-    selecting = config.loop.select and "val" in dataset.splits and test_split(dataset).name != "val"
-    watched = dataset.splits["val"] if selecting else test_split(dataset)
+    watched = dataset.splits.get("val") or test_split(dataset)
+    selecting = config.loop.select and watched.name != test_split(dataset).name
     selected = read_selected(run_folder)
     best = selected[2] if selected and selected[1] <= counters.epochs else -1.0
     accelerator.print(
@@ -310,7 +311,10 @@ def evaluate(method: Method, split: Split, input: Input, accelerator: Accelerato
         for batch in loader:
             with accelerator.autocast():
                 logits_BC = method.predict(batch["eval"].images_BHWC)
-            total = total + tally(logits_BC.float().cpu().numpy(), batch["eval"].labels_B.cpu().numpy())
+            try:
+                total = total + tally(logits_BC.float().cpu().numpy(), batch["eval"].labels_B.cpu().numpy())
+            except ValueError as error:
+                raise UserError(f"{split.name}: {error}; lower optim.lr or use --loop.precision no") from None
     network.train(was_training)
     # Through float64, which the counts fit exactly.
     vector = torch.from_numpy(total.to_vector()).to(accelerator.device)

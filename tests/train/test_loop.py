@@ -108,6 +108,9 @@ def test_resume_without_a_name_takes_the_newest_unfinished_run(workplace, monkey
     assert len(rows(workplace / "runs/cut")) == 2
     run(BBN, ["--resume", "--run", "runs/cut"])
     assert "runs/cut is finished" in capsys.readouterr().out
+    run(BBN, ["--resume", "--run", "runs/cut", "--optim.epochs", "3"])
+    assert json.loads((workplace / "runs/cut/summary.json").read_text())["epochs"] == 3
+    assert [row["epoch"] for row in rows(workplace / "runs/cut")] == [1, 2, 3]
     assert "no unfinished bbn run" in fails_with(capsys, BBN, "--resume")
 
 
