@@ -314,7 +314,7 @@ def evaluate(method: Method, split: Split, input: Input, accelerator: Accelerato
             try:
                 total = total + tally(logits_BC.float().cpu().numpy(), batch["eval"].labels_B.cpu().numpy())
             except ValueError as error:
-                raise UserError(f"{split.name}: {error}; lower optim.lr or use --loop.precision no") from None
+                raise UserError(f"on {split.name}, {error}") from None
     network.train(was_training)
     # Through float64, which the counts fit exactly.
     vector = torch.from_numpy(total.to_vector()).to(accelerator.device)
