@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from analysis.compare import compare_runs, mismatched_datasets, table
+from analysis.compare import group_runs, mismatched_datasets, table
 from analysis.runs import read_runs
 from shards.errors import user_errors_exit_2
 
@@ -18,7 +18,8 @@ def main(argv: list[str] | None = None) -> None:
     comparing.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
     comparing.add_argument("--json", action="store_true", help="print JSON; fractions, null where unmeasured")
     reporting = ArgumentParser(
-        description="Write one self-contained HTML page about finished runs; the first is the baseline."
+        description="Write one self-contained HTML page about finished runs, averaged by method over seeds;"
+        " the first run's method is the baseline."
     )
     reporting.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
     reporting.add_argument(
@@ -40,9 +41,13 @@ def main(argv: list[str] | None = None) -> None:
 
             print(write_report(runs, options.report.out))
         elif options.compare.json:
-            print(json.dumps([asdict(row) for row in compare_runs(runs)], indent=2, ensure_ascii=False))
+            rows = [
+                {"dataset": entry.dataset, "title": entry.title, "seeds": entry.seeds, **asdict(entry.last)}
+                for entry in group_runs(runs)
+            ]
+            print(json.dumps(rows, indent=2, ensure_ascii=False))
         else:
-            print(table(compare_runs(runs)))
+            print(table(group_runs(runs)))
 
 
 if __name__ == "__main__":

@@ -8,38 +8,64 @@ from analysis.runs import METRICS, Run
 
 
 @dataclass(frozen=True)
-class Row:
-    """All runs of one method on one dataset, after their last epochs.
+class Spread:
+    """Figures over the runs of an entry.
 
     Attributes:
-        dataset: the dataset's name.
-        title: the method's.
-        seeds: the seed of each run.
         mean: fractions in [0, 1] for each of `METRICS`; None where no run has the figure.
-        std: their standard deviations over the runs (divisor n − 1); None for fewer than two runs.
+        std: their sample standard deviations (divisor n − 1); None for fewer than two figures.
     """
 
-    dataset: str
-    title: str
-    seeds: list[int]
     mean: dict[str, float | None]
     std: dict[str, float | None]
 
 
-def compare_runs(runs: Sequence[Run]) -> list[Row]:
+@dataclass(frozen=True)
+class Entry:
+    """All runs of one dataset with one title, such as the seeds of a method: one line of a table.
+
+    Attributes:
+        dataset: the dataset's name.
+        title: the method's.
+        runs: at least one.
+        last: the figures after each run's last epoch.
+        selected: those after the epochs that the runs selected; None where no run selected any.
+    """
+
+    dataset: str
+    title: str
+    runs: list[Run]
+    last: Spread
+    selected: Spread | None
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each run."""
+        return [run.summary["seed"] for run in self.runs]
+
+
+def group_runs(runs: Sequence[Run]) -> list[Entry]:
     """Group runs by (dataset, title); datasets and titles keep the order in which they first appear."""
     groups: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         groups.setdefault(run.dataset, {}).setdefault(run.title, []).append(run)
-    return [_row(group) for titles in groups.values() for group in titles.values()]
+    return [_entry(group) for titles in groups.values() for group in titles.values()]
 
 
-def _row(runs: list[Run]) -> Row:
-    values = {key: [value for run in runs if (value := run.last[key]) is not None] for key in METRICS}
-    return Row(
+def _entry(runs: list[Run]) -> Entry:
+    selected = [run.summary["selected"] for run in runs if run.summary["selected"]]
+    return Entry(
         dataset=runs[0].dataset,
         title=runs[0].title,
-        seeds=[run.summary["seed"] for run in runs],
+        runs=runs,
+        last=_spread([run.last for run in runs]),
+        selected=_spread(selected) if selected else None,
+    )
+
+
+def _spread(evaluations: Sequence[dict[str, float | None]]) -> Spread:
+    values = {key: [value for row in evaluations if (value := row[key]) is not None] for key in METRICS}
+    return Spread(
         mean={key: statistics.fmean(found) if found else None for key, found in values.items()},
         std={key: statistics.stdev(found) if len(found) > 1 else None for key, found in values.items()},
     )
@@ -58,8 +84,8 @@ def percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{100 * fraction:.1f}"
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Draw rows as plain text, a block per dataset; one method's line fits 80 columns up to a long title.
+def table(entries: Sequence[Entry]) -> str:
+    """Draw entries as plain text, a block per dataset; one method's line fits 80 columns up to a long title.
 
     digits: %, last epoch; ± standard deviation over n runs
 
@@ -68,16 +94,16 @@ def table(rows: Sequence[Row]) -> str:
     BBN            86.0      98.1      89.3      70.4      86.0       5.0  1
     """
     blocks = []
-    for dataset in dict.fromkeys(row.dataset for row in rows):
-        mine = [row for row in rows if row.dataset == dataset]
-        spread = any(len(row.seeds) > 1 for row in mine)
-        columns = [["", *(row.title for row in mine)]]
+    for dataset in dict.fromkeys(entry.dataset for entry in entries):
+        mine = [entry for entry in entries if entry.dataset == dataset]
+        spread = any(len(entry.runs) > 1 for entry in mine)
+        columns = [["", *(entry.title for entry in mine)]]
         for key, heading in METRICS.items():
-            spreads = ["" if row.std[key] is None else f"±{percent(row.std[key])}" for row in mine]
+            spreads = ["" if entry.last.std[key] is None else f"±{percent(entry.last.std[key])}" for entry in mine]
             width = max(map(len, spreads))
-            cells = [percent(row.mean[key]) + s.ljust(width) for row, s in zip(mine, spreads, strict=True)]
+            cells = [percent(entry.last.mean[key]) + s.ljust(width) for entry, s in zip(mine, spreads, strict=True)]
             columns.append([heading, *cells])
-        columns.append(["n", *(str(len(row.seeds)) for row in mine)])
+        columns.append(["n", *(str(len(entry.runs)) for entry in mine)])
 
         widths = [max(map(len, column)) for column in columns]
         lines = [

@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
-from analysis.compare import percent
+from analysis.compare import Spread, percent
 from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups
 
 # Name: colour on a light page, colour on a dark one; no two alike, since a figure's colours are found by value.
-# The runs' are those of Okabe and Ito, told apart by colour-blind eyes, behind a grey for the baseline.
+# The entries' are those of Okabe and Ito, told apart by colour-blind eyes, behind a grey for the baseline.
 PALETTE = {
     "paper": ("#ffffff", "#14171c"),
     "panel": ("#f6f7f9", "#1c2027"),
@@ -31,16 +31,16 @@ PALETTE = {
     "many": ("#45408a", "#8f88e0"),
     "medium": ("#8a84cc", "#645db0"),
     "few": ("#cbc7ee", "#453f80"),
-    "run0": ("#78808d", "#a3abb8"),
-    "run1": ("#0072b2", "#4aa8e0"),
-    "run2": ("#d55e00", "#f08541"),
-    "run3": ("#009e73", "#2fc498"),
-    "run4": ("#cc79a7", "#dd93bb"),
-    "run5": ("#b58900", "#e0b23a"),
-    "run6": ("#2aa5c9", "#7fd0ea"),
-    "run7": ("#7a2e1f", "#c9705c"),
+    "entry0": ("#78808d", "#a3abb8"),
+    "entry1": ("#0072b2", "#4aa8e0"),
+    "entry2": ("#d55e00", "#f08541"),
+    "entry3": ("#009e73", "#2fc498"),
+    "entry4": ("#cc79a7", "#dd93bb"),
+    "entry5": ("#b58900", "#e0b23a"),
+    "entry6": ("#2aa5c9", "#7fd0ea"),
+    "entry7": ("#7a2e1f", "#c9705c"),
 }
-MAX_RUNS = sum(name.startswith("run") for name in PALETTE)
+MAX_ENTRIES = sum(name.startswith("entry") for name in PALETTE)
 LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 
 _STYLE: dict[Any, Any] = {
@@ -74,6 +74,7 @@ _STYLE: dict[Any, Any] = {
 }
 _FEW_POINTS = 30  # a curve of at most this many points shows each of them
 _DOTS_UP_TO = 200  # classes that may each have a dot
+_PERCENT_TOP = 104  # room for a line at 100 %
 
 
 def class_count_curve(train_counts_C: ArrayLike) -> str:
@@ -102,33 +103,36 @@ def class_count_curve(train_counts_C: ArrayLike) -> str:
         return _svg(figure, "Training images of each class, sorted")
 
 
-def group_bars(evaluations: Sequence[dict[str, float | None]]) -> str:
-    """Draw each run's accuracy overall and by group; run i in colour i."""
+def group_bars(evaluations: Sequence[Spread]) -> str:
+    """Draw each entry's mean accuracy overall and by group, ± its standard deviation; entry i in colour i."""
     bars = {"overall": "top1", **{group: group for group in GROUPS}}
     width = 0.8 / len(evaluations)
     with rc_context(_STYLE):
         figure, ax = _canvas(5.0, 2.9)
         for i, figures in enumerate(evaluations):
             for x, key in enumerate(bars.values()):
-                value = figures[key]
-                if value is None:
+                mean, std = figures.mean[key], figures.std[key]
+                if mean is None:
                     continue
-                left = x - 0.4 + (i + 0.5) * width
-                ax.bar(left, 100 * value, 0.92 * width, color=LIGHT[f"run{i}"])
+                middle, top = x - 0.4 + (i + 0.5) * width, 100 * mean
+                ax.bar(middle, top, 0.92 * width, color=LIGHT[f"entry{i}"])
+                if std is not None:
+                    ax.errorbar(middle, top, 100 * std, ecolor=LIGHT["ink"], elinewidth=0.9, capsize=2, capthick=0.9)
+                    top = min(top + 100 * std, _PERCENT_TOP)
                 if len(evaluations) <= 4:
                     ax.annotate(
-                        percent(value).removesuffix(".0") if value == 1 else percent(value),  # three "100.0" touch
-                        (left, 100 * value),
+                        percent(mean).replace("100.0", "100"),  # three "100.0" side by side touch
+                        (middle, top),
                         xytext=(0, 2),
                         textcoords="offset points",
                         ha="center",
-                        fontsize=8 if len(evaluations) <= 3 else 7,
+                        fontsize=8 if len(evaluations) <= 3 else 6.5,
                         color=LIGHT["ink"],
                         gid="value",
                     )
         # A group without classes keeps its place, marked, so that the picture reads alike everywhere.
         for x, key in enumerate(bars.values()):
-            if all(figures[key] is None for figures in evaluations):
+            if all(figures.mean[key] is None for figures in evaluations):
                 ax.text(x, 2, "no class", ha="center", color=LIGHT["muted"])
         ax.set_xticks(range(len(bars)), bars)
         ax.set_xlim(-0.5, len(bars) - 0.5)
@@ -137,32 +141,30 @@ def group_bars(evaluations: Sequence[dict[str, float | None]]) -> str:
         return _svg(figure, "Accuracy overall and by group")
 
 
-def accuracy_by_class_size(
-    runs: Sequence[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]],
-) -> str:
-    """Draw each class's accuracy against its number of training images; run i in colour i.
+def accuracy_by_class_size(entries: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]]) -> str:
+    """Draw each class's accuracy against its number of training images; entry i in colour i.
 
     Args:
-        runs: per run (train_counts_C, correct_C, total_C). A line joins the mean accuracy of classes of
-            like size: of equal size for up to 20 classes, else of one of twelve ranges of equal ratio. Up to
-            200 classes also have a faint dot each.
+        entries: per entry (train_counts_C, recall_C), recall in [0, 1] or nan. A line joins the mean accuracy of
+            classes of like size: of equal size for up to 20 classes, else of one of twelve ranges of equal ratio.
+            Up to 200 classes also have a faint dot each.
     """
     with rc_context(_STYLE):
         figure, ax = _canvas(5.0, 2.9)
         ax.set_xscale("log")
         smallest, largest = np.inf, 1.0
-        for i, (counts, correct, total) in enumerate(runs):
-            known = (total > 0) & (counts > 0)
+        for i, (counts_C, recall_C) in enumerate(entries):
+            known = np.isfinite(recall_C) & (counts_C > 0)
             if not known.any():
                 continue
-            sizes, recall = counts[known].astype(float), 100 * correct[known] / total[known]
+            sizes, recall = counts_C[known].astype(float), 100 * recall_C[known]
             smallest, largest = min(smallest, sizes.min()), max(largest, sizes.max())
             edges = np.unique(sizes if len(sizes) <= 20 else np.geomspace(sizes.min(), sizes.max(), 13)[:-1])
             bin_of = np.searchsorted(edges, sizes, side="right")
             bins = np.unique(bin_of)
             x = [np.exp(np.log(sizes[bin_of == b]).mean()) for b in bins]
             y = [recall[bin_of == b].mean() for b in bins]
-            colour = LIGHT[f"run{i}"]
+            colour = LIGHT[f"entry{i}"]
             if len(sizes) <= _DOTS_UP_TO:
                 ax.plot(sizes, recall, "o", color=colour, alpha=0.3, markeredgewidth=0, clip_on=False)
             ax.plot(x, y, "o-", color=colour, clip_on=False)
@@ -176,27 +178,30 @@ def accuracy_by_class_size(
 
 
 def curve(series: Sequence[tuple[ArrayLike, ArrayLike]], label: str, *, fractions: bool = False) -> str | None:
-    """Draw one quantity over the epochs; run i in colour i.
+    """Draw one quantity over the epochs; entry i in colour i: the mean of its N runs and a band from min to max.
 
     Args:
-        series: per run (epochs, values); no values where the run has none. Values that are not finite
-            leave a gap.
+        series: per entry (epochs_E, values_NE); E = 0 where it has none. Epochs at which a run's value is not
+            finite leave a gap.
         label: what is drawn, for a screen reader.
         fractions: values are fractions, shown in percent.
 
     Returns:
-        The SVG; None where no run has a finite value.
+        The SVG; None where no entry has anything to draw.
     """
     drawn = False
     with rc_context(_STYLE):
         figure, ax = _canvas(4.0, 2.4)
         for i, (epochs, values) in enumerate(series):
-            x, y = np.asarray(epochs, float), np.asarray(values, float) * (100 if fractions else 1)
-            y = np.where(np.isfinite(y), y, np.nan)
-            if np.isnan(y).all():
+            x_E, y_NE = np.asarray(epochs, float), np.asarray(values, float) * (100 if fractions else 1)
+            y_NE = np.where(np.isfinite(y_NE), y_NE, np.nan)
+            mean_E, colour = y_NE.mean(axis=0), LIGHT[f"entry{i}"]
+            if np.isnan(mean_E).all():
                 continue
             drawn = True
-            ax.plot(x, y, "o-" if len(x) <= _FEW_POINTS else "-", color=LIGHT[f"run{i}"], clip_on=False)
+            if len(y_NE) > 1:
+                ax.fill_between(x_E, y_NE.min(axis=0), y_NE.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+            ax.plot(x_E, mean_E, "o-" if len(x_E) <= _FEW_POINTS else "-", color=colour, clip_on=False)
         steps = [1, 2, 5, 10]
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=steps, min_n_ticks=1))
         ax.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=steps))
@@ -214,7 +219,7 @@ def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _percent_axis(ax: Axes) -> None:
-    ax.set_ylim(0, 104)
+    ax.set_ylim(0, _PERCENT_TOP)
     ax.set_yticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
 
 

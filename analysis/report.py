@@ -1,4 +1,7 @@
-"""One self-contained HTML page about runs: a section per dataset, its first run the baseline."""
+"""One self-contained HTML page about runs: a section per dataset, its first entry the baseline.
+
+An entry is all runs with one title; whatever the page shows of several seeds is their mean, with its spread.
+"""
 
 import os
 from collections.abc import Sequence
@@ -8,9 +11,10 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from analysis import figures
-from analysis.compare import Row, compare_runs, mismatched_datasets, percent
+from analysis.compare import Entry, group_runs, mismatched_datasets, percent
 from analysis.runs import METRICS, Run
 from shards.errors import UserError
 from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups, imbalance_factor
@@ -23,7 +27,7 @@ def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
     """Write the page and return where it lies.
 
     Args:
-        runs: at least one. The first of a dataset's runs is what the others are compared with.
+        runs: at least one. The title of a dataset's first run is what the others are compared with.
         out: the file; default `report.html` in the folder of a single run, or in the folder that holds
             all of several runs.
 
@@ -49,7 +53,7 @@ def render(runs: Sequence[Run]) -> str:
     """Return the page.
 
     Raises:
-        UserError: more runs of one dataset than there are colours, or runs of one dataset with different
+        UserError: more titles on one dataset than there are colours, or runs of one dataset with different
             classes.
     """
     environment = jinja2.Environment(
@@ -60,8 +64,9 @@ def render(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "points": _points, "duration": _duration}
-    datasets = dict.fromkeys(run.dataset for run in runs)
-    sections = [_section([run for run in runs if run.dataset == dataset]) for dataset in datasets]
+    entries = group_runs(runs)
+    datasets = dict.fromkeys(entry.dataset for entry in entries)
+    sections = [_section([entry for entry in entries if entry.dataset == dataset]) for dataset in datasets]
     page = environment.get_template("report.html.j2")
     return page.render(
         sections=sections,
@@ -73,128 +78,172 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
-def _section(runs: list[Run]) -> dict[str, Any]:
-    """Gather what the template shows of one dataset's runs."""
-    baseline = runs[0]
-    if len(runs) > figures.MAX_RUNS:
+def _section(entries: list[Entry]) -> dict[str, Any]:
+    """Gather what the template shows of one dataset's entries."""
+    runs = [run for entry in entries for run in entry.runs]
+    first = runs[0]
+    if len(entries) > figures.MAX_ENTRIES:
         raise UserError(
-            f"{len(runs)} runs on {baseline.dataset} are too many for one report; name at most"
-            f" {figures.MAX_RUNS}, or tabulate all with: python -m analysis compare"
+            f"{len(entries)} titles on {first.dataset} are too many for one report; name runs of at most"
+            f" {figures.MAX_ENTRIES}, or tabulate all with: python -m analysis compare"
         )
     for run in runs:
-        if run.classes != baseline.classes:
+        if run.classes != first.classes:
             raise UserError(
-                f"{run.path} and {baseline.path} both say {baseline.dataset} but differ in their classes;"
+                f"{run.path} and {first.path} both say {first.dataset} but differ in their classes;"
                 " report them one at a time"
             )
-    counts_C = baseline.train_counts_C
+    counts_C = first.train_counts_C
     groups_C = class_groups(counts_C)
-    rows = compare_runs(runs)
+    recalls_C = [_recall(entry) for entry in entries]
+    views = [_view(entry, f"entry{i}") for i, entry in enumerate(entries)]
     return {
-        "dataset": baseline.dataset,
-        "titles": list(dict.fromkeys(run.title for run in runs)),
-        "headline": _headline(rows, baseline.summary["evaluated_on"]),
-        "rows": rows,
-        "runs": [
-            {"run": run, "label": label, "colour": f"run{i}", "summary": run.summary}
-            for i, (run, label) in enumerate(zip(runs, _labels(runs), strict=True))
-        ],
-        "stages": sorted({run.summary["stage"] for run in runs}),
-        "best": _best(runs),
+        "dataset": first.dataset,
+        "evaluated_on": first.summary["evaluated_on"],
+        "headline": _headline(entries[0], entries[-1], first.summary["evaluated_on"]),
+        "entries": views,
+        "several": len(runs) > len(entries),
+        "stages": sorted({view["stage"] for view in views}),
+        "best": _best(entries),
         "classes": len(counts_C),
         "images": int(counts_C.sum()),
         "counts": counts_C,
         "imbalance_factor": imbalance_factor(counts_C),
         "group_sizes": {group: int((groups_C == group).sum()) for group in GROUPS},
-        "notes": _notes(runs),
-        "class_rows": _class_rows(runs) if len(counts_C) <= _CLASS_TABLE_UP_TO else [],
+        "notes": _notes(entries),
+        "class_rows": _class_rows(first, recalls_C) if len(counts_C) <= _CLASS_TABLE_UP_TO else [],
         "count_curve": Markup(figures.class_count_curve(counts_C)),
-        "group_bars": Markup(figures.group_bars([run.last for run in runs])),
+        "group_bars": Markup(figures.group_bars([entry.last for entry in entries])),
         "by_size": Markup(
-            figures.accuracy_by_class_size([(run.train_counts_C, run.correct_C, run.total_C) for run in runs])
+            figures.accuracy_by_class_size(
+                [(entry.runs[0].train_counts_C, recall_C) for entry, recall_C in zip(entries, recalls_C, strict=True)]
+            )
         ),
-        "curves": _curves(runs),
+        "curves": _curves(entries),
     }
 
 
-def _headline(rows: list[Row], split: str) -> str:
-    first, last = rows[0], rows[-1]
+def _view(entry: Entry, colour: str) -> dict[str, Any]:
+    """Gather what the template shows of one entry."""
+    summaries = [run.summary for run in entry.runs]
+    selected = [summary for summary in summaries if summary["selected"]]
+    return {
+        "title": entry.title,
+        "colour": colour,
+        "runs": entry.runs,
+        "stage": summaries[0]["stage"],
+        "origins": sorted({summary["from"] for summary in summaries if summary["from"]}),
+        "seeds": _seeds(entry),
+        "last": entry.last,
+        "epochs": _range([summary["epochs"] for summary in summaries], "–"),
+        "selected": entry.selected,
+        "selected_on": _and(sorted({str(summary["selected_on"]) for summary in selected})),
+        "selected_epochs": _range([summary["selected"]["epoch"] for summary in selected], "–"),
+    }
 
-    def mean_of(row: Row) -> str:
-        return f" (mean of {len(row.seeds)} runs)" if len(row.seeds) > 1 else ""
 
-    if last.mean["top1"] is None or first.mean["top1"] is None:
+def _seeds(entry: Entry) -> str:
+    """Say over how many seeds an entry is averaged; empty for a single run."""
+    n = len(entry.runs)
+    return "" if n == 1 else f"{n} {'seeds' if len(set(entry.seeds)) == n else 'runs'}"
+
+
+def _range(numbers: list[int], to: str) -> str:
+    return to.join(str(number) for number in sorted({min(numbers), max(numbers)})) if numbers else ""
+
+
+def _recall(entry: Entry) -> NDArray[np.float64]:
+    """Return each class's accuracy over all images that the entry's runs evaluated, shape (C,); nan for none."""
+    correct_C = np.sum([run.correct_C for run in entry.runs], axis=0)
+    total_C = np.sum([run.total_C for run in entry.runs], axis=0)
+    return np.divide(correct_C, total_C, out=np.full(len(total_C), np.nan), where=total_C > 0)
+
+
+def _headline(first: Entry, last: Entry, split: str) -> str:
+    before, after = first.last.mean, last.last.mean
+    if before["top1"] is None or after["top1"] is None:
         return f"No {split} images were evaluated."
-    overall = f"{last.title}{mean_of(last)} recognises {percent(last.mean['top1'])} % of the {split} images"
+    overall = f"{_averaged(last)} recognises {percent(after['top1'])} % of the {split} images"
     if last is first:
         parts = [
             f"{percent(value)} % of the {_PLACES[group]} ({group})"
             for group in GROUPS
-            if (value := last.mean[group]) is not None
+            if (value := after[group]) is not None
         ]
         return f"{overall}. Averaged over classes, it recognises {_and(parts)}."
-    gain = 100 * (last.mean["top1"] - first.mean["top1"])
+    gain = 100 * (after["top1"] - before["top1"])
     than = f"{abs(gain):.1f} points {'more' if gain > 0 else 'less'} than" if abs(gain) >= 0.05 else "level with"
     parts = []
     for group in GROUPS:
-        before, after = first.mean[group], last.mean[group]
-        if before is None or after is None:
+        old, new = before[group], after[group]
+        if old is None or new is None:
             continue
-        change = 100 * (after - before)
+        change = 100 * (new - old)
         verb = "gained" if change > 0 else "lost"
         change_told = f"{verb} {abs(change):.1f} points" if abs(change) >= 0.05 else "stayed level"
         parts.append(f"the {_PLACES[group]} ({group}) {change_told}")
-    return f"{overall}, {than} {first.title}{mean_of(first)}. Averaged over classes, {_and(parts)}."
+    unsure = ["overall"] * _within_spread(first, last, "top1")
+    unsure += [f"in the {place}" for group, place in _PLACES.items() if _within_spread(first, last, group)]
+    caveat = f" The difference {_and(unsure)} is within the spread of the seeds." if unsure else ""
+    return f"{overall}, {than} {_averaged(first)}. Averaged over classes, {_and(parts)}.{caveat}"
+
+
+def _within_spread(first: Entry, last: Entry, key: str) -> bool:
+    """Whether two means differ visibly, but by less than the larger of their standard deviations."""
+    old, new = first.last.mean[key], last.last.mean[key]
+    if old is None or new is None:
+        return False
+    return 0.0005 <= abs(new - old) < max(entry.last.std[key] or 0 for entry in (first, last))
+
+
+def _averaged(entry: Entry) -> str:
+    return entry.title + (f" (mean of {_seeds(entry)})" if len(entry.runs) > 1 else "")
 
 
 def _and(parts: list[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
 
 
-def _labels(runs: list[Run]) -> list[str]:
-    """Return the runs' titles; with the seed, and then the folder, where that is needed to tell runs apart."""
-    labels = [run.title for run in runs]
-    for detail in ("seed {run.summary[seed]}", "{run.name}"):
-        labels = [
-            f"{label} · {detail.format(run=run)}" if labels.count(label) > 1 else label
-            for run, label in zip(runs, labels, strict=True)
-        ]
-    return labels
-
-
-def _best(runs: list[Run]) -> dict[str, float | None]:
-    """Return each figure's best value over several runs; a single run has none."""
+def _best(entries: list[Entry]) -> dict[str, float | None]:
+    """Return each figure's best mean over several entries; a single entry has none."""
     best: dict[str, float | None] = {}
     for key in METRICS:
-        found = [value for run in runs if (value := run.last[key]) is not None]
-        best[key] = None if len(runs) < 2 or not found else min(found) if key == "ece" else max(found)
+        found = [mean for entry in entries if (mean := entry.last.mean[key]) is not None]
+        best[key] = None if len(entries) < 2 or not found else min(found) if key == "ece" else max(found)
     return best
 
 
-def _notes(runs: list[Run]) -> list[str]:
+def _notes(entries: list[Entry]) -> list[str]:
     notes = []
-    if mismatched_datasets(runs):
+    if mismatched_datasets([run for entry in entries for run in entry.runs]):
         notes.append(
             "These runs were trained on different class counts, so their figures are not directly"
-            f" comparable; the class counts shown are those of {runs[0].name}."
+            f" comparable; the class counts shown are those of {entries[0].runs[0].name}."
         )
-    for run, label in zip(runs, _labels(runs), strict=True):
-        bad = sum(not np.isfinite(loss) for loss in _values(run.epochs, "loss"))
-        if bad:
-            notes.append(f"{label}: the loss was not finite in {bad} of {len(run.epochs)} epochs.")
+    for entry in entries:
+        epochs = [run.summary["epochs"] for run in entry.runs]
+        if len(set(epochs)) > 1:
+            notes.append(
+                f"{entry.title}: settings differ, its runs trained for {_range(epochs, ' to ')} epochs;"
+                " its curves show the epochs that all of them have."
+            )
+        for run in entry.runs:
+            bad = sum(not np.isfinite(loss) for loss in _values(run.epochs, "loss"))
+            if bad:
+                label = entry.title if len(entry.runs) == 1 else f"{entry.title} ({run.name})"
+                notes.append(f"{label}: the loss was not finite in {bad} of {len(run.epochs)} epochs.")
     return notes
 
 
-def _class_rows(runs: list[Run]) -> list[tuple[str, int, list[float | None]]]:
-    """Return (class name, n_j, each run's accuracy), the largest class first."""
-    counts_C = runs[0].train_counts_C
+def _class_rows(run: Run, recalls_C: list[NDArray[np.float64]]) -> list[tuple[str, int, list[float | None]]]:
+    """Return (class name, n_j, each entry's accuracy), the largest class first."""
     return [
         (
-            runs[0].classes[j],
-            int(counts_C[j]),
-            [float(run.correct_C[j] / run.total_C[j]) if run.total_C[j] else None for run in runs],
+            run.classes[j],
+            int(run.train_counts_C[j]),
+            [None if np.isnan(recall_C[j]) else float(recall_C[j]) for recall_C in recalls_C],
         )
-        for j in np.argsort(-counts_C, kind="stable")
+        for j in np.argsort(-run.train_counts_C, kind="stable")
     ]
 
 
@@ -204,28 +253,33 @@ def _values(rows: list[dict[str, Any]], key: str) -> list[float]:
     return [float(value) if isinstance(value, int | float) else float("nan") for value in values]
 
 
-def _curves(runs: list[Run]) -> list[tuple[str, Markup]]:
-    """Return (caption, picture) for each quantity that some run logged."""
-    evaluated = [[row for row in run.epochs if isinstance(row.get("eval"), dict)] for run in runs]
-    splits = sorted({str(row["eval"].get("split", "?")) for rows in evaluated for row in rows})
-    on = " and ".join(splits)
-
-    drawn: list[tuple[str, str | None]] = []
-
-    def draw(caption: str, key: str) -> None:
-        series = [(_values(run.epochs, "epoch"), _values(run.epochs, key)) for run in runs]
-        drawn.append((caption, figures.curve(series, caption.split(" (")[0])))
-
-    def draw_accuracy(caption: str, key: str) -> None:
-        series = [(_values(rows, "epoch"), _values([row["eval"] for row in rows], key)) for rows in evaluated]
-        drawn.append((caption, figures.curve(series, caption.split(" (")[0], fractions=True)))
-
-    draw("Training loss", "loss")
-    draw_accuracy(f"Overall accuracy ({on})", "top1")
-    draw_accuracy(f"Tail accuracy ({on}, few)", "few")
-    draw("Learning rate", "lr")
-    draw("Mixing weight α", "alpha")
+def _curves(entries: list[Entry]) -> list[tuple[str, Markup]]:
+    """Return (caption, picture) for each quantity that some entry logged."""
+    logs = [[run.epochs for run in entry.runs] for entry in entries]
+    evaluations = [[_evaluations(run) for run in entry.runs] for entry in entries]
+    on = " and ".join(sorted({str(row.get("split", "?")) for runs in evaluations for rows in runs for row in rows}))
+    drawn = [
+        (caption, figures.curve([_series(rows, key) for rows in source], caption.split(" (")[0], fractions=fractions))
+        for caption, source, key, fractions in (
+            ("Training loss", logs, "loss", False),
+            (f"Overall accuracy ({on})", evaluations, "top1", True),
+            (f"Tail accuracy ({on}, few)", evaluations, "few", True),
+            ("Learning rate", logs, "lr", False),
+            ("Mixing weight α", logs, "alpha", False),
+        )
+    ]
     return [(caption, Markup(picture)) for caption, picture in drawn if picture]
+
+
+def _evaluations(run: Run) -> list[dict[str, Any]]:
+    """Return the evaluations that a run logged, each with its epoch."""
+    return [row["eval"] | {"epoch": row["epoch"]} for row in run.epochs if isinstance(row.get("eval"), dict)]
+
+
+def _series(runs: list[list[dict[str, Any]]], key: str) -> tuple[list[int], list[list[float]]]:
+    """Return (epochs_E, values_NE) over the epochs for which all of an entry's runs have a row."""
+    shared = set.intersection(*({row["epoch"] for row in rows} for rows in runs))
+    return sorted(shared), [_values([row for row in rows if row["epoch"] in shared], key) for rows in runs]
 
 
 def _points(value: float | None, baseline: float | None) -> str:
@@ -233,7 +287,7 @@ def _points(value: float | None, baseline: float | None) -> str:
     if value is None or baseline is None:
         return ""
     points = round(100 * (value - baseline), 1)
-    sign = "+" if points > 0 else "−" if points < 0 else "±"
+    sign = "+" if points > 0 else "−" if points < 0 else ""  # ± is for spreads
     return f"{sign}{abs(points):.1f}"
 
 

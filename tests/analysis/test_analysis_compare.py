@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from analysis.compare import compare_runs, mismatched_datasets, percent, table
+from analysis.compare import Spread, group_runs, mismatched_datasets, percent, table
 from analysis.runs import read_runs
 
 
@@ -17,8 +17,8 @@ def runs(make_run):
 
 
 def test_runs_of_a_method_are_averaged_over_seeds(runs):
-    ce, bbn, zebra = compare_runs(runs)
-    assert [(row.dataset, row.title) for row in (ce, bbn, zebra)] == [
+    ce, bbn, zebra = group_runs(runs)
+    assert [(entry.dataset, entry.title) for entry in (ce, bbn, zebra)] == [
         ("digits", "CE"),
         ("digits", "BBN"),
         ("zebra", "CE"),
@@ -26,34 +26,45 @@ def test_runs_of_a_method_are_averaged_over_seeds(runs):
     few = [run.last["few"] for run in runs[:3]]
     assert len(set(few)) > 1
     assert ce.seeds == [0, 1, 2]
-    assert ce.mean["few"] == pytest.approx(sum(few) / 3)
-    assert ce.std["few"] == pytest.approx(statistics.stdev(few))
-    assert set(bbn.std.values()) == {None}
+    assert ce.last.mean["few"] == pytest.approx(sum(few) / 3)
+    assert ce.last.std["few"] == pytest.approx(statistics.stdev(few))
+    assert set(bbn.last.std.values()) == {None}
+
+
+def test_selected_figures_are_averaged_over_the_runs_that_selected(make_run):
+    figures = dict.fromkeys(("top1", "many", "medium", "few", "balanced_accuracy", "ece"), 0.5)
+    paths = [
+        make_run(f"{i}", selected={**figures, "few": few, "epoch": i}) for i, few in enumerate((0.2, 0.4), start=1)
+    ]
+    (entry,) = group_runs(read_runs([*paths, make_run("3", selected=None, selected_on=None)]))
+    assert entry.selected.mean["few"] == pytest.approx(0.3)
+    assert entry.selected.std["few"] == pytest.approx(0.02**0.5)
+    (entry,) = group_runs(read_runs([make_run("4", selected=None, selected_on=None)]))
+    assert entry.selected is None
 
 
 def test_a_group_without_classes_is_null(runs):
-    zebra = compare_runs(runs)[-1]
-    assert zebra.mean["many"] is None
-    assert zebra.mean["few"] is not None
+    zebra = group_runs(runs)[-1]
+    assert zebra.last.mean["many"] is None
+    assert zebra.last.mean["few"] is not None
 
 
 def test_no_runs_make_no_table():
-    assert table(compare_runs([])) == ""
+    assert table(group_runs([])) == ""
 
 
-def row_of(title, seeds, mean, std):
+def spread_of(mean, std):
     keys = ("top1", "many", "medium", "few", "balanced_accuracy", "ece")
-    return title, seeds, dict(zip(keys, mean, strict=True)), dict(zip(keys, std, strict=True))
+    return Spread(dict(zip(keys, mean, strict=True)), dict(zip(keys, std, strict=True)))
 
 
 def test_the_table_to_the_letter(runs):
-    blank = compare_runs(runs)[0]
+    two = spread_of((0.842, 1, None, 0.61, 0.842, 0.061), (0.005, 0.102, None, 0.012, 0.005, 0.003))
+    one = spread_of((0.86, 0.981, None, 0.704, 0.86, 0.05), (None,) * 6)
+    ce = group_runs(runs)[0]
     rows = [
-        dataclasses.replace(blank, title=title, seeds=seeds, mean=mean, std=std)
-        for title, seeds, mean, std in (
-            row_of("CE", [0, 1], (0.842, 1, None, 0.61, 0.842, 0.061), (0.005, 0.102, None, 0.012, 0.005, 0.003)),
-            row_of("BBN + AFG", [0], (0.86, 0.981, None, 0.704, 0.86, 0.05), (None,) * 6),
-        )
+        dataclasses.replace(ce, runs=runs[:2], last=two),
+        dataclasses.replace(ce, title="BBN + AFG", runs=runs[:1], last=one),
     ]
     assert table(rows) == (
         "digits: %, last epoch; ± standard deviation over n runs\n"
@@ -65,7 +76,7 @@ def test_the_table_to_the_letter(runs):
 
 
 def test_the_table_fits_a_terminal(runs):
-    assert all(len(line) <= 80 for line in table(compare_runs(runs)).splitlines())
+    assert all(len(line) <= 80 for line in table(group_runs(runs)).splitlines())
 
 
 def test_datasets_with_different_class_counts_are_named(runs, make_run):

@@ -1,6 +1,7 @@
 """The report: whole, self-contained, escaped, small, and right in degenerate cases."""
 
 import html.parser
+import itertools
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextToPath
 
 from analysis import figures
-from analysis.report import render, write_report
+from analysis.report import _series, render, write_report
 from analysis.runs import read_runs
 from shards.errors import UserError
 
@@ -69,7 +72,8 @@ def test_the_page_tells_the_story(three):
         assert words in page.text
     for words in ("accelerate launch train/bbn.py", "0123abc", "CPU, 2 cores", "optim: epochs: 3"):
         assert words in page.text
-    assert "Mean over runs" not in page.text
+    assert "±" not in page.text
+    assert "seeds" not in page.text
     assert page.tags.count("strong") >= 6  # the best of each column
 
 
@@ -167,20 +171,124 @@ def test_a_section_for_each_dataset(make_run):
     assert "BBN on zebra" in page.text
 
 
-def test_seeds_get_labels_and_a_mean(make_run):
-    runs = read_runs([make_run("a", seed=1), make_run("b", seed=2), make_run("c", seed=2), make_run("d", title="CE")])
+FIGURES = dict.fromkeys(("top1", "many", "medium", "few", "balanced_accuracy", "ece"), 0.5)
+
+
+@pytest.fixture
+def make_seeds(make_run):
+    """Make one run of a title for each overall accuracy."""
+
+    def make(title, top1s, **changes):
+        return [
+            make_run(f"{title}-{seed}", title=title, seed=seed, last=FIGURES | {"top1": top1}, **changes)
+            for seed, top1 in enumerate(top1s)
+        ]
+
+    return make
+
+
+def rows_of(page):
+    """The first table's rows: their words, a space between."""
+    body = page[page.index("<table") : page.index("</table>")]
+    return [" ".join(re.sub("<.*?>", " ", row).split()) for row in re.findall("<tr.*?</tr>", body, flags=re.S)]
+
+
+def test_seeds_of_a_title_are_one_entry(make_seeds):
+    paths = make_seeds("CE", (0.5, 0.6)) + make_seeds("BBN", (0.7, 0.8, 0.9), selected={**FIGURES, "epoch": 2})
+    page = render(read_runs([*paths[2:], *paths[:2]][::-1]))  # the titles' order is that of their first runs
+    _, ce, _, bbn, selected = rows_of(page)
+    assert ce.startswith("CE 2 seeds 55.0 ±7.1 50.0 ±0.0 ")
+    assert bbn.startswith("BBN 3 seeds 80.0 ±10.0 +25.0 50.0 ±0.0 0.0 ")
+    assert selected.startswith("selected on val 50.0 ±0.0 ")
+    assert "<strong>80.0</strong>" in page
+    text = Page(page).text
+    assert "CE, BBN on digits" in text
+    assert (
+        "BBN (mean of 3 seeds) recognises 80.0 % of the test images, 25.0 points more than CE (mean of 2 seeds)."
+        in text
+    )
+    assert "within the spread" not in text
+    assert "--entry1" in page
+    assert text[text.index("Runs CE") :].count("seed 2 BBN-2, 75 s") == 1
+    assert page.count("<pre>") == 5
+
+
+def test_a_single_run_beside_seeds_has_no_spread(make_seeds):
+    _, ce, _, bbn, _ = rows_of(render(read_runs(make_seeds("CE", (0.5,)) + make_seeds("BBN", (0.7, 0.9)))))
+    assert ce.startswith("CE 50.0 50.0 ")
+    assert bbn.startswith("BBN 2 seeds 80.0 ±14.1 +30.0 ")
+
+
+def test_a_seed_run_twice_is_told_as_runs(make_run):
+    text = Page(render(read_runs([make_run("a", seed=2), make_run("b", seed=2)]))).text
+    assert "BBN (mean of 2 runs) recognises" in text
+    assert "seeds 9" not in text
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "told"),
+    [
+        ((0.50, 0.60), (0.55, 0.65), True),  # 5 points, ±7.1 both
+        ((0.50,), (0.50, 0.60), True),
+        ((0.50, 0.60), (0.58,), True),
+        ((0.50, 0.51), (0.55, 0.56), False),
+        ((0.50,), (0.55,), False),
+        ((0.40, 0.60), (0.40, 0.60), False),  # level: no difference to doubt
+    ],
+)
+def test_a_difference_within_the_spread_is_told(make_seeds, first, last, told):
+    text = Page(render(read_runs(make_seeds("CE", first) + make_seeds("BBN", last)))).text
+    assert ("The difference overall is within the spread of the seeds." in text) == told
+
+
+def test_differences_within_the_spread_are_listed(make_run):
+    paths = [
+        make_run(
+            f"{title}{seed}",
+            title=title,
+            seed=seed,
+            last=FIGURES | {"top1": mean + d, "many": mean + d, "few": mean + d},
+        )
+        for title, mean in (("CE", 0.5), ("BBN", 0.51))
+        for seed, d in enumerate((-0.1, 0.1))
+    ]
+    text = Page(render(read_runs(paths))).text
+    assert "The difference overall, in the head and in the tail is within the spread of the seeds." in text
+
+
+def test_differing_epochs_are_noted_and_the_curves_end_with_the_shortest(make_run):
+    runs = read_runs([make_run("a", epochs=3), make_run("b", seed=1, epochs=5), make_run("c", title="CE", epochs=4)])
     text = Page(render(runs)).text
-    for label in ("BBN · seed 1 ", "BBN · seed 2 · b ", "BBN · seed 2 · c ", "CE "):
-        assert label in text
-    assert "Mean over runs" in text
-    assert "than BBN (mean of 3 runs)" in text or "level with BBN (mean of 3 runs)" in text
+    assert "BBN: settings differ, its runs trained for 3 to 5 epochs; its curves show the epochs" in text
+    assert "CE: settings differ" not in text
+    assert "3–5" in text
+    epochs, values_NE = _series([run.epochs for run in runs[:2]], "loss")
+    assert epochs == [1, 2, 3]
+    assert np.shape(values_NE) == (2, 3)
+
+
+def test_losses_of_a_seed_that_are_not_finite_name_its_run(make_run):
+    paths = [make_run("a"), make_run("b", seed=1)]
+    (paths[1] / "metrics.jsonl").write_text('{"epoch": 1, "loss": NaN}\n', encoding="utf-8")
+    assert "BBN (b): the loss was not finite in 1 of 1 epochs." in Page(render(read_runs(paths))).text
+
+
+def test_a_classs_accuracy_is_that_over_all_seeds(make_run):
+    paths = [make_run("a", train_counts=[30, 7]), make_run("b", seed=1, train_counts=[30, 7])]
+    for path, correct in zip(paths, ([4, 0], [2, 0]), strict=True):
+        rows = json.loads((path / "per_class.json").read_text(encoding="utf-8"))
+        rows |= {"correct": correct, "total": [4, 0]}
+        (path / "per_class.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert "class 0 30 75.0 class 1 7 –" in Page(render(read_runs(paths))).text
 
 
 def test_runs_that_cannot_share_a_page(make_run):
-    many = [make_run(f"{i}", seed=i) for i in range(figures.MAX_RUNS + 1)]
-    with pytest.raises(UserError, match=f"9 runs on digits are too many .* at most {figures.MAX_RUNS}, or tabulate"):
+    many = [make_run(f"{i}", title=f"{i}") for i in range(figures.MAX_ENTRIES + 1)]
+    with pytest.raises(
+        UserError, match=f"9 titles on digits are too many .* at most {figures.MAX_ENTRIES}, or tabulate"
+    ):
         render(read_runs(many))
-    render(read_runs(many[:-1]))
+    render(read_runs([*many[:-1], make_run("more", title="0", seed=1)]))  # seeds do not count
     other = make_run("other", classes=list("abcdef"))
     with pytest.raises(UserError, match=r"other and .* both say digits but differ in their classes"):
         render(read_runs([many[0], other]))
@@ -225,10 +333,9 @@ def test_a_page_that_cannot_be_written_leaves_nothing(three, tmp_path, out):
 @pytest.mark.parametrize("counts", [[7], [0, 0], [500, 0], [100] * 50, [10**6, 1], list(range(1, 301))])
 def test_every_shape_of_tail_can_be_drawn(counts):
     counts_C = np.array(counts)
-    total_C = np.full(len(counts), 4)
     for svg in (
         figures.class_count_curve(counts_C),
-        figures.accuracy_by_class_size([(counts_C, total_C // 2, total_C), (counts_C, total_C, total_C * 0)]),
+        figures.accuracy_by_class_size([(counts_C, np.full(len(counts), v)) for v in (0.5, np.nan)]),
     ):
         assert ET.fromstring(svg).tag.endswith("svg")
         assert not re.search("#[0-9a-f]{6}", svg)  # all colours follow the page
@@ -242,7 +349,40 @@ def test_the_count_curve_shades_only_groups_that_exist():
 
 
 def test_a_curve_without_values_is_not_drawn():
-    assert figures.curve([([], []), ([1, 2], [np.nan, np.inf])], "nothing") is None
+    assert figures.curve([([], [[]]), ([1, 2], [[np.nan, np.inf]]), ([1], [[0.5], [np.nan]])], "nothing") is None
+
+
+@pytest.mark.parametrize(("values_NE", "bands"), [([[1, 2, 3]], 0), ([[1, 2, 3], [2, 3, 5]], 1)])
+def test_a_curve_has_a_band_only_where_there_are_several_runs(values_NE, bands):
+    svg = figures.curve([([1, 2, 3], values_NE)], "loss")
+    assert svg.count("fill-opacity: 0.2") == bands
+
+
+def spread(value, std):
+    return figures.Spread(dict.fromkeys(FIGURES, value), dict.fromkeys(FIGURES, std))
+
+
+def test_only_spreads_have_error_bars():
+    one, several = (figures.group_bars([spread(0.9, std)]) for std in (None, 0.05))
+    marks = [svg.count("<use") for svg in (one, several)]
+    assert marks[1] == marks[0] + 8  # two caps for each of four bars
+
+
+@pytest.mark.parametrize("entries", [1, 2, 3, 4])
+@pytest.mark.parametrize("value", [1.0, 0.99996, 0.888])
+def test_labels_of_bars_never_touch(entries, value):
+    svg = ET.fromstring(figures.group_bars([spread(value, None)] * entries))
+    labels = []
+    for group in svg.iter("{http://www.w3.org/2000/svg}g"):
+        if group.get("class") == "value":
+            (text,) = group
+            size = float(re.search(r"font-size: ([\d.]+)px", text.get("style"))[1])
+            width, _, _ = TextToPath().get_text_width_height_descent(text.text, FontProperties(size=size), False)
+            labels.append((float(text.get("x")), width))
+    assert len(labels) == 4 * entries
+    labels.sort()
+    gaps = [right - left - (w + v) / 2 for (left, w), (right, v) in itertools.pairwise(labels)]
+    assert min(gaps) > 1.5  # points
 
 
 def test_palette_colours_are_told_apart_by_value():
