@@ -58,7 +58,7 @@ class Model:
 
 @dataclass
 class Optim:
-    """SGD and its learning rate, whose turning points are shares of the training (so they scale with `epochs`).
+    """SGD and its learning rate.
 
     Attributes:
         epochs: passes over the training images.
@@ -67,8 +67,9 @@ class Optim:
         nesterov: whether momentum is Nesterov's.
         weight_decay: L2, on all parameters.
         schedule: step (times `decay` at each milestone), cosine (to 0), or constant.
-        warmup: share of the epochs with linearly rising rate.
-        milestones: shares of the epochs after which the rate drops.
+        warmup_epochs: epochs at the start over which the rate rises linearly. Without any, BBN stays stuck at a
+            rate of 0.1: its doubled features make the first steps too large.
+        milestones: after which shares of the epochs the rate drops (so that drops scale with `epochs`).
         decay: the factor of each drop.
     """
 
@@ -78,7 +79,7 @@ class Optim:
     nesterov: bool = True
     weight_decay: NonNegativeFloat = 2e-4
     schedule: Literal["step", "cosine", "constant"] = "step"
-    warmup: ClosedUnitInterval = 0.025
+    warmup_epochs: NonNegativeInt = 5
     milestones: list[ClosedUnitInterval] = field(default_factory=lambda: [0.6, 0.8])
     decay: PositiveFloat = 0.01
 

@@ -327,13 +327,12 @@ def lr_factor(optim: Optim, epoch: float) -> float:
     Warm-up rises linearly, an epoch a stair, as in BBN's code; drops and cosine count whole epochs too.
     """
     whole = math.floor(epoch)
-    warmup_epochs = round(optim.warmup * optim.epochs)
-    if whole < warmup_epochs:
-        return (whole + 1) / warmup_epochs
+    if whole < optim.warmup_epochs:
+        return (whole + 1) / optim.warmup_epochs
     if optim.schedule == "step":
         return optim.decay ** sum(whole >= round(share * optim.epochs) for share in optim.milestones)
     if optim.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (whole - warmup_epochs) / max(1, optim.epochs - warmup_epochs)))
+        return 0.5 * (1 + math.cos(math.pi * (whole - optim.warmup_epochs) / (optim.epochs - optim.warmup_epochs)))
     return 1.0
 
 

@@ -214,22 +214,22 @@ def test_bf16_trains(workplace):
 
 
 def test_learning_rate_warms_up_and_drops_at_shares_of_the_epochs():
-    optim = Optim(epochs=200, warmup=0.025, milestones=[0.6, 0.8], decay=0.01)
+    optim = Optim(epochs=200, warmup_epochs=5, milestones=[0.6, 0.8], decay=0.01)
     factors = [lr_factor(optim, epoch) for epoch in range(200)]
     np.testing.assert_allclose(factors[:5], [0.2, 0.4, 0.6, 0.8, 1.0])
     assert set(factors[5:120]) == {1.0}
     np.testing.assert_allclose(factors[120:160], 0.01)
     np.testing.assert_allclose(factors[160:], 0.0001)
-    inat = Optim(epochs=90, warmup=0, milestones=[0.6667, 0.8889], decay=0.1)
+    inat = Optim(epochs=90, warmup_epochs=0, milestones=[0.6667, 0.8889], decay=0.1)
     assert [round(lr_factor(inat, epoch), 6) for epoch in (59, 60, 79, 80)] == [1, 0.1, 0.1, 0.01]
 
 
 def test_cosine_and_constant_schedules():
-    cosine = Optim(epochs=10, warmup=0.1, schedule="cosine")
+    cosine = Optim(epochs=10, warmup_epochs=1, schedule="cosine")
     assert lr_factor(cosine, 1) == 1.0
     assert lr_factor(cosine, 5.5) == pytest.approx(0.5 * (1 + np.cos(np.pi * 4 / 9)))
-    assert {lr_factor(Optim(epochs=10, warmup=0, schedule="constant"), e) for e in range(10)} == {1.0}
-    assert lr_factor(Optim(epochs=1, warmup=1.0), 0) == 1.0
+    assert {lr_factor(Optim(epochs=10, warmup_epochs=0, schedule="constant"), e) for e in range(10)} == {1.0}
+    assert lr_factor(Optim(epochs=1, warmup_epochs=5), 0) == 0.2
 
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda p: p.stem)
