@@ -7,6 +7,7 @@ decoded here, once.
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
+from math import ceil
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -18,6 +19,12 @@ LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
 EXTENSIONS = {end for end, kind in Image.registered_extensions().items() if kind in LOSSLESS + LOSSY}
 # An MPO is a JPEG with a second picture behind it, and is opened as one.
 OPENED = [kind for kind in LOSSLESS + LOSSY if kind in Image.OPEN]
+
+# A JPEG that is to be shrunk is decoded at a fraction of its size, in a third less time, if that is still so many
+# times what is wanted. The result then differs from shrinking the whole picture by no more than storing it at quality
+# 90 does: on a detailed and a soft photograph 35 and 44 dB at 1.17 times, 39 and 46 at 1.43 (31 and 40 at 1.0, which
+# would lose), against 35 and 36 of the storing.
+DRAFT_MARGIN = 1.15
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,9 +62,8 @@ def encode(data: bytes, shorter_side: int | None = None, quality: int = 90, keep
     Args:
         data: a whole image file.
         shorter_side: shrink larger images to this shorter side in pixels (bicubic, antialiased); None keeps
-            every size. A JPEG is decoded at half, a quarter or an eighth of its size where that is still no
-            smaller than what is wanted: on photographs 38 to 47 dB from decoding all of it, where storing
-            at quality 90 comes to 32 to 36 dB.
+            every size. A JPEG is decoded at half, a quarter or an eighth of its size where `DRAFT_MARGIN` is
+            left.
         quality: JPEG quality of lossy images that were shrunk.
         keep_bytes: store files as they are or not at all: what would be written again is turned away.
             Excludes `shorter_side`.
@@ -108,10 +114,11 @@ def _encode(image: Image.Image, data: bytes, shorter_side: int | None, quality: 
     if shorter_side is not None and shrink:
         scale = shorter_side / min(size)
         size = (max(round(size[0] * scale), 1), max(round(size[1] * scale), 1))
-        image.draft(None, size)
-    picture = _to_8_bit(image)
-    if picture.size != size:
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
+        # The box is exact where the decoder's rounded size is not.
+        drafted = image.draft(None, (ceil(size[0] * DRAFT_MARGIN), ceil(size[1] * DRAFT_MARGIN)))
+        picture = _to_8_bit(image).resize(size, Image.Resampling.BICUBIC, box=drafted and drafted[1])
+    else:
+        picture = _to_8_bit(image)
     if orientation in UPRIGHT:
         picture = picture.transpose(UPRIGHT[orientation])
     picture.info = {}  # or the PNG writer copies colour profiles and transparency
