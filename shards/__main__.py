@@ -40,12 +40,12 @@ def inspect(root: Path) -> None:
 
 def main() -> None:
     """Run one command."""
-    # A plain SIGTERM would leave a half-written folder; leaving by an exception removes it.
+    # A plain SIGTERM would leave worker processes and half-written files; leaving by an exception clears them up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         run_commands("python -m shards", {"build": build, "verify": verify, "inspect": inspect})
     except KeyboardInterrupt:
-        print("python -m shards: interrupted; nothing was left behind", file=sys.stderr)
+        print("python -m shards: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -120,10 +120,11 @@ def open_dataset(root: Path | str) -> Dataset:
 
 
 def image_sizes(sizes: Sequence[NDArray[np.void]]) -> dict[str, int]:
-    """Return the smallest and largest "height" and "width" in arrays with these fields, N >= 1 in all."""
-    size = np.concatenate(sizes)
+    """Return the smallest and largest "height" and "width" in arrays with these fields, N >= 1 each."""
     return {
-        f"{bound}_{axis}": int(getattr(size[axis], bound)()) for bound in ("min", "max") for axis in ("height", "width")
+        f"{name}_{axis}": int(bound([bound(size[axis]) for size in sizes]))
+        for name, bound in (("min", np.min), ("max", np.max))
+        for axis in ("height", "width")
     }
 
 

@@ -15,7 +15,8 @@ from shards.groups import imbalance_factor
 from shards.index import MANIFEST, Split, image_sizes, open_split, read_manifest
 from shards.parallel import run_jobs
 from shards.progress import Progress
-from shards.writer import REJECTED, index_text, sha256
+from shards.staging import REJECTED
+from shards.writer import index_text, sha256
 
 
 def verify(root: Path, *, decode: bool = True, workers: int | None = None) -> list[str]:
