@@ -18,14 +18,14 @@ import numpy as np
 from shards.assemble import ENCODER, assemble
 from shards.encode import encode
 from shards.errors import UserError
-from shards.index import FORMAT, MANIFEST, SPLITS, open_dataset, read_manifest
+from shards.index import FORMAT, MANIFEST, SPLITS, STAGING, open_dataset, read_manifest
 from shards.parallel import run_jobs
 from shards.plan import Plan, plan_splits
 from shards.profiles import PROFILES
 from shards.progress import Progress, say
 from shards.show import summary
 from shards.sources import Source, open_source
-from shards.staging import PLAN, REJECTED, STAGING, Staging, file_names, staged
+from shards.staging import PLAN, REJECTED, Staging, file_names, staged
 from shards.writer import ShardJob, Written, read_written, write_shard
 
 TEST_FRACTION = 0.25

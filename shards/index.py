@@ -28,6 +28,7 @@ from shards.errors import UserError
 
 FORMAT = "tailstream-shards/1"
 MANIFEST = "dataset.json"
+STAGING = ".build"  # inside a dataset's folder: a build that has not ended
 SPLITS = ("train", "val", "test")
 
 # offset and size span the encoded image inside its shard file (the tar header is before the offset);
@@ -138,6 +139,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
+        if (root / STAGING).is_dir():
+            raise UserError(f"{root} holds an unfinished build; give the command that began it again") from None
         what = "has no dataset.json" if root.is_dir() else "does not exist"
         raise UserError(
             f"{root} {what}, so it is not a dataset; build one with: scripts/build_shards.sh digits --out {root}"

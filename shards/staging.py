@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
-from shards.index import MANIFEST
+from shards.index import MANIFEST, STAGING
 
-STAGING = ".build"
 LOCK = "lock"
 PLAN = "plan.json"
 OLD_MANIFEST = "old.json"
