@@ -7,13 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from shards.__main__ import main
 from shards.build import build
 from shards.index import open_dataset
-from shards.show import BLOCKS, inspect, sparkline
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -142,21 +140,3 @@ def test_the_script_takes_paths_from_where_it_is_called(tmp_path, image_folder):
     script = REPOSITORY / "scripts" / "build_shards.sh"
     subprocess.run([script, "folder", "--source", "pets", "--out", "here/pets"], cwd=tmp_path, check=True)
     assert open_dataset(tmp_path / "here" / "pets").name == "pets"
-
-
-def test_inspect_shows_the_tail(digits):
-    text = inspect(open_dataset(digits))
-    assert "train 412, val 136, test 451; 10 classes" in text
-    assert "imbalance factor 20; 1 many, 5 medium, 4 few" in text
-    assert "rejected images: 0" in text
-    assert text.splitlines()[4:6] == [f"{'0':>24}  120", f"{'1':>24}  88"]
-
-
-@pytest.mark.parametrize(("n_classes", "width"), [(1, 1), (2, 2), (72, 72), (73, 72), (8142, 72)])
-def test_the_sparkline_fits_and_falls(n_classes, width):
-    counts_C = np.geomspace(1000, 2, n_classes).astype(int)
-    line = sparkline(np.random.default_rng(0).permutation(counts_C))
-    assert len(line) == width
-    heights = [BLOCKS.index(block) for block in line]
-    assert heights == sorted(heights, reverse=True)
-    assert heights[0] == len(BLOCKS) - 1
