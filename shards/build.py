@@ -81,7 +81,8 @@ def build(
         executor: what does the work: processes on this machine, or the workers of a Dask cluster, which see the
             same folders and have tailstream installed.
         scheduler: the Dask scheduler's address, such as tcp://10.0.0.1:8786.
-        strict: stop at the first image that cannot be stored, instead of leaving it out.
+        strict: stop instead of leaving anything out: before any work where lists and files do not agree, else at
+            the first image that cannot be stored.
         overwrite: replace a dataset that is already there, or an unfinished build of another; a dataset stays
             until the new one is complete.
 

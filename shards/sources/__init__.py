@@ -33,4 +33,7 @@ def open_source(dataset: str, path: Path | None) -> Source:
     """
     if dataset not in SOURCES:
         raise UserError(f"unknown dataset {dataset!r}; choose one of: {', '.join(SOURCES)}")
-    return SOURCES[dataset](path)
+    try:
+        return SOURCES[dataset](path)
+    except OSError as error:
+        raise UserError(f"--source {path} cannot be read: {error.filename}: {error.strerror}") from None

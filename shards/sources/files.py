@@ -1,6 +1,7 @@
 """What sources of image files share: names that can be kept and trusted, sizes, and lists made into a source."""
 
 import os
+import posixpath
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,10 @@ def listed_source(
     for split in sorted(lists, key=("test", "val", "train").index):
         names: list[str] = []
         labels: list[int] = []
-        for name, label in sorted(zip(lists[split][0], np.asarray(lists[split][1], np.int64).tolist(), strict=True)):
+        for name in lists[split][0]:
+            check_name(name)
+        listed = map(posixpath.normpath, lists[split][0])  # ./a//b.jpg and a/b.jpg are one
+        for name, label in sorted(zip(listed, np.asarray(lists[split][1], np.int64).tolist(), strict=True)):
             if name in label_of:
                 if label_of[name] != label:
                     raise UserError(
@@ -110,7 +114,6 @@ def listed_source(
                     )
                 repeated.append(name)
                 continue
-            check_name(name)
             label_of[name] = label
             names.append(name)
             labels.append(label)

@@ -28,13 +28,6 @@ def open_source(path: Path | None) -> Source:
         UserError: no `path`, or a folder that does not hold at least two classes with images.
     """
     root = check_folder("folder", path, "a folder with one sub-folder of images per class")
-    try:
-        return _open(root)
-    except OSError as error:
-        raise UserError(f"--source {path} cannot be read: {error.filename}: {error.strerror}") from None
-
-
-def _open(root: Path) -> Source:
     split_roots = _split_roots(root)
     class_folders = {name: _sub_folders(folder) for name, folder in split_roots.items()}
     classes = sorted({folder.name for folders in class_folders.values() for folder in folders})

@@ -43,10 +43,7 @@ def open_source(dataset: str, path: Path | None) -> Source:
 
 
 def _sub_folders(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if path.is_dir())
-    except OSError as error:
-        raise UserError(f"--source {folder} cannot be read: {error.strerror}") from None
+    return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
 def _find_train_list(folder: Path) -> Path:

@@ -58,9 +58,9 @@ def test_number_labels_are_sorted_as_numbers(csv):
 def test_an_image_listed_again_and_a_missing_one_are_counted(csv):
     rows = [
         "a.jpg,x,train",
-        "a.jpg,x,val",
+        "./a.jpg,x,val",
         "b.jpg,y,train",
-        "a.jpg,x,train",
+        ".//a.jpg,x,train",
         '"sub folder/ü, c.jpg",x,train',
         "d.jpg,y,train",
     ]
