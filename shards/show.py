@@ -11,7 +11,7 @@ from shards.index import Dataset
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 WIDTH = 64
-BAR = 6  # columns of a bar at most
+BAR = 7  # columns of a bar at most
 HEIGHT = 6
 
 
@@ -47,7 +47,7 @@ def inspect(dataset: Dataset) -> str:
         "",
         f"image height {image['min_height']} to {image['max_height']},"
         f" width {image['min_width']} to {image['max_width']} pixels",
-        *(_bytes(name, split["shards"]) for name, split in manifest["splits"].items()),
+        *(_bytes(name, manifest["splits"][name]["shards"]) for name in dataset.splits),
         f"rejected images: {rejected['total']:,}",
         *(f"{reason:>45}  {count:,}" for reason, count in sorted(rejected["reasons"].items())),
     ]
@@ -77,7 +77,7 @@ def draw_tail(counts_C: NDArray[np.int64], width: int = WIDTH, height: int = HEI
 
 
 def _bytes(name: str, shards: Sequence[dict[str, Any]]) -> str:
-    return f"{name}: {sum(shard['bytes'] for shard in shards):,} bytes in {len(shards):,} shards"
+    return f"{name}: {sum(shard['bytes'] for shard in shards):,} bytes in {len(shards):,} shard{'s' if len(shards) > 1 else ''}"
 
 
 def _splits(dataset: Dataset) -> str:

@@ -17,7 +17,7 @@ def test_inspect_shows_splits_tail_bytes_and_groups(digits):
     assert lines[13] == f"{'9':>24}  6"
     assert f"120 │{'█' * 6}▅▅▅▅▅▅▂▂▂▂▂▂" in lines
     n_bytes = sum(path.stat().st_size for path in digits.glob("val-*.tar"))
-    assert f"val: {n_bytes:,} bytes in 1 shards" in lines
+    assert f"val: {n_bytes:,} bytes in 1 shard" in lines
     assert lines[-1] == "rejected images: 0"
 
 
@@ -36,7 +36,7 @@ def test_inspect_counts_rejected_images_by_reason(tmp_path, image_folder):
     ]
 
 
-@pytest.mark.parametrize(("n_classes", "width"), [(1, 6), (2, 12), (13, 52), (64, 64), (65, 64), (8142, 64)])
+@pytest.mark.parametrize(("n_classes", "width"), [(1, 7), (2, 14), (13, 52), (64, 64), (65, 64), (8142, 64)])
 def test_the_tail_fits_and_falls(n_classes, width):
     counts_C = np.geomspace(1000, 2, n_classes).astype(int)
     lines = draw_tail(np.random.default_rng(0).permutation(counts_C))
