@@ -6,7 +6,6 @@ interruptions.
 """
 
 import math
-import os
 import sys
 from collections import Counter
 from functools import partial
@@ -18,14 +17,16 @@ import numpy as np
 from shards.assemble import ENCODER, assemble
 from shards.encode import encode
 from shards.errors import UserError
-from shards.index import FORMAT, MANIFEST, SPLITS, STAGING, open_dataset, read_manifest
+from shards.index import FORMAT, MANIFEST, SPLITS, STAGING, open_dataset, parse_manifest
 from shards.parallel import run_jobs
 from shards.plan import Plan, plan_splits
 from shards.profiles import PROFILES
 from shards.progress import Progress, say
+from shards.remote import RemoteStore, cached_source, is_url
 from shards.show import summary
 from shards.sources import Source, open_source
 from shards.staging import PLAN, REJECTED, Staging, file_names, staged
+from shards.store import LocalStore, Store
 from shards.writer import ShardJob, Written, read_written, write_shard
 
 TEST_FRACTION = 0.25
@@ -35,8 +36,8 @@ OWN_NAMES = ("folder", "csv")  # whoever builds such a dataset names it, by its 
 def build(
     dataset: str,
     *,
-    source: Path | None = None,
-    out: Path | None = None,
+    source: str | Path | None = None,
+    out: str | Path | None = None,
     profile: str | None = None,
     imbalance_factor: float | None = None,
     seed: int = 0,
@@ -51,7 +52,7 @@ def build(
     scheduler: str | None = None,
     strict: bool = False,
     overwrite: bool = False,
-) -> Path:
+) -> Path | str:
     """Build shards and a class index from images.
 
     A dataset that is already there, built from the same images with the same options, is left as it is. A build
@@ -61,8 +62,9 @@ def build(
         dataset: what to build: digits (comes with scikit-learn), fashion-mnist, cifar10, cifar100, inat2017,
             inat2018, inat2019, inat2021, imagenet-lt, places-lt, folder (a sub-folder of images per class) or csv
             (a file with the columns path, label and perhaps split).
-        source: where the images are: the folder of the official files, as they are unpacked; for csv the file.
-        out: the folder to make; data/DATASET if not given.
+        source: where the images are: the folder of the official files, as they are unpacked; for csv the file. A
+            URL such as s3://bucket/folder is copied to this machine first (see shards/remote.py).
+        out: the folder to make, or a URL such as s3://bucket/folder; data/DATASET if not given.
         profile: how training images are thinned: natural (not at all), exp, step or pareto; if not given,
             exp for digits, cifar10, cifar100 and fashion-mnist, else natural.
         imbalance_factor: largest over smallest class of the profile, at least 1; if not given, 20 for digits,
@@ -92,7 +94,7 @@ def build(
     Raises:
         UserError: an option, a source or an output folder that will not do.
     """
-    out = Path("data", dataset) if out is None else out
+    out = Path("data", dataset) if out is None else out if is_url(out) else Path(out)
     share = "a share of at least 0 and below 1"
     count = "a whole number of at least 1"
     for option, value, low, high, wanted in (
@@ -115,8 +117,12 @@ def build(
         raise UserError("--executor dask and --scheduler ADDRESS need each other")
     if scheduler is not None and workers is not None:
         raise UserError(f"--workers {workers} has no effect with --executor dask; leave it out")
-    # A cluster's workers were started elsewhere.
-    images = open_source(dataset, source if source is None or scheduler is None else source.absolute())
+    if source is not None:
+        # A cluster's workers were started elsewhere.
+        source = (
+            cached_source(str(source)) if is_url(source) else Path(source).absolute() if scheduler else Path(source)
+        )
+    images = open_source(dataset, source)
     profile = profile or images.profile
     if profile == "natural" and imbalance_factor is not None:
         raise UserError(
@@ -136,14 +142,15 @@ def build(
         "keep_bytes": keep_bytes,
         "shard_samples": shard_samples,
     }
+    store = RemoteStore(str(out)) if is_url(out) else LocalStore(Path(out).resolve())
     try:
         # An equal dataset may lie where nobody may write.
-        if not (out / STAGING).is_dir() and _already_built(out, options, overwrite, strict):
+        if STAGING not in (store.names() or ()) and _already_built(out, store, options, overwrite, strict):
             return out
-        with staged(out) as staging:
+        with staged(store) as staging:
             recovered = staging.recover()
             just_built = recovered is not None and not _difference(recovered["options"], options)
-            if not _already_built(out, options, overwrite and not just_built, strict):
+            if not _already_built(out, store, options, overwrite and not just_built, strict):
                 _build(out, staging, images, options, overwrite, strict, workers, scheduler)
             elif staging.read_json(PLAN) in (None, _plan_file(options)):
                 staging.clear()  # an --overwrite with the same options that was interrupted
@@ -167,16 +174,16 @@ def _fraction(images: Source, split: str, fraction: float | None, default: float
     return None
 
 
-def _already_built(out: Path, options: dict[str, Any], overwrite: bool, strict: bool) -> bool:
+def _already_built(out: Path | str, store: Store, options: dict[str, Any], overwrite: bool, strict: bool) -> bool:
     """Whether `out` holds this very dataset, and tell so; UserError where something else is in the way."""
-    names = set(os.listdir(out)) - {STAGING} if out.is_dir() else set()
-    if not names and (out.is_dir() or not os.path.lexists(out)):
+    names = store.names()
+    if names is not None and not names - {STAGING}:
         return False
-    if MANIFEST not in names:
+    if names is None or MANIFEST not in names:
         raise UserError(f"{out} is there and is no dataset; remove it or give another --out")
-    manifest = read_manifest(out)
+    manifest = parse_manifest(store.read(MANIFEST), f"{out}/{MANIFEST}")
     if overwrite:
-        if foreign := names - file_names(manifest):
+        if foreign := names - {STAGING} - file_names(manifest):
             raise UserError(f"{out} also holds {min(foreign)!r}, which no build put there; move it away")
         return False
     if difference := _difference(manifest["options"], options):
@@ -204,7 +211,7 @@ def _plan_file(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build(
-    out: Path,
+    out: Path | str,
     staging: Staging,
     images: Source,
     options: dict[str, Any],
@@ -226,7 +233,7 @@ def _build(
         staging.write_json(PLAN, wanted)
     jobs = {split: _shard_jobs(staging, split, images, plan, options) for split in SPLITS if split in plan.splits}
     _write_shards(staging, [job for split_jobs in jobs.values() for job in split_jobs], strict, workers, scheduler)
-    name = out.resolve().name if options["dataset"] in OWN_NAMES else options["dataset"]
+    name = Path(out).resolve().name if options["dataset"] in OWN_NAMES else options["dataset"]
     shards = {split: [job.name for job in split_jobs] for split, split_jobs in jobs.items()}
     try:
         manifest = assemble(staging, name, images, options, shards)

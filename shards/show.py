@@ -21,7 +21,7 @@ def summary(dataset: Dataset) -> str:
         [
             f"{dataset.name}: {_splits(dataset)}; {len(dataset.classes)} classes",
             _tail(dataset),
-            f"built in {dataset.root}; next: accelerate launch train/bbn.py --data {dataset.root}",
+            f"built in {dataset.place}; next: accelerate launch train/bbn.py --data {dataset.place}",
         ]
     )
 
@@ -34,7 +34,7 @@ def inspect(dataset: Dataset) -> str:
     counts_C = dataset.train_counts
     order = np.argsort(-counts_C, kind="stable")
     lines = [
-        f"{dataset.name} in {dataset.root}, preset {manifest['preset']}",
+        f"{dataset.name} in {dataset.place}, preset {manifest['preset']}",
         f"{_splits(dataset)}; {len(dataset.classes)} classes",
         _tail(dataset),
         "",

@@ -18,15 +18,16 @@ from shards.groups import imbalance_factor
 from shards.index import MANIFEST, Split, image_sizes, open_split, read_manifest
 from shards.parallel import run_jobs
 from shards.progress import Progress
+from shards.remote import is_url, whole_cached_dataset
 from shards.staging import REJECTED, file_names
 from shards.writer import index_text, sha256
 
 
-def verify(root: Path, *, decode: bool = True, workers: int | None = None) -> list[str]:
+def verify(root: Path | str, *, decode: bool = True, workers: int | None = None) -> list[str]:
     """Compare a dataset's shards, indexes, arrays and checksums with its manifest and with each other.
 
     Args:
-        root: the dataset's folder.
+        root: the dataset's folder, or its URL: then all of it is fetched into the cache first.
         decode: also decode every image.
         workers: processes; if None, one per available core.
 
@@ -38,9 +39,13 @@ def verify(root: Path, *, decode: bool = True, workers: int | None = None) -> li
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}; give a whole number of at least 1")
+    problems: list[str] = []
+    if is_url(root):
+        root, problems = whole_cached_dataset(str(root), MANIFEST, REJECTED)
+    root = Path(root)
     manifest = read_manifest(root)
     try:
-        return _problems(root, manifest, decode, workers)
+        return problems + _problems(root, manifest, decode, workers)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{root / MANIFEST} is damaged ({error!r}); build the dataset again") from None
     except OSError as error:

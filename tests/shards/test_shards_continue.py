@@ -16,6 +16,7 @@ from shards.build import build
 from shards.errors import UserError
 from shards.index import open_dataset
 from shards.staging import STAGING, staged
+from shards.store import LocalStore
 from shards.verify import verify
 from shards.writer import write_shard
 
@@ -161,7 +162,7 @@ def test_half_a_file_is_removed_when_writing_fails(tmp_path):
             tar.write_bytes(b"half")
             raise OSError(28, "No space left on device")
 
-    with staged(tmp_path / "out") as staging:
+    with staged(LocalStore(tmp_path / "out")) as staging:
         with pytest.raises(OSError, match="No space"):
             fail(staging)
         assert staging.sizes().keys() == {"lock"}
@@ -176,7 +177,7 @@ def test_an_interrupt_says_that_the_same_command_goes_on(tmp_path, pets, monkeyp
 
 def test_a_second_builder_is_refused(tmp_path, pets):
     out = tmp_path / "out"
-    with staged(out), pytest.raises(UserError) as error:
+    with staged(LocalStore(out)), pytest.raises(UserError) as error:
         build("folder", source=pets, out=out, workers=1)
     holder = f"process {os.getpid()} on {os.uname().nodename}"
     assert str(error.value) == f"{out} is being built by {holder}; wait for it or give another --out"
@@ -193,7 +194,7 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path, monkeypatch):
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with staged(tmp_path / "out") as staging:
+    with staged(LocalStore(tmp_path / "out")) as staging:
         assert staging.sizes().keys() == {"lock"}
 
 
