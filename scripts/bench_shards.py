@@ -74,19 +74,9 @@ def _measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
     for i in range(rounds):
         for name, command in commands.items():
             run, tenth = (run_on(command, sources[n], folder / "out") for n in sources)
-            runs[name].append(run | {"tenth_seconds": tenth["seconds"]})
+            runs[name].append(run | {f"tenth_{key}": tenth[key] for key in ("seconds", "cpu_seconds")})
             say(f"round {i + 1}, {name}: {run['seconds']:.1f} s, {tenth['seconds']:.1f} s for a tenth")
-    results = {}
-    for name, of in runs.items():
-        seconds = statistics.median(run["seconds"] for run in of)
-        more_seconds = seconds - statistics.median(run["tenth_seconds"] for run in of)
-        if more_seconds <= 0:
-            raise RuntimeError(f"{name}: {images} images took no longer than {images // 10}; measure more images")
-        results[name] = {
-            "images_per_second": (images - images // 10) / more_seconds,
-            "with_start": images / seconds,
-            "runs": of,
-        }
+    results = {name: rates(of, images) for name, of in runs.items()}
     return {
         "command": " ".join(sys.orig_argv[1:]),
         "commit": subprocess.run(
@@ -104,6 +94,7 @@ def _measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
         "results": results,
         "skipped": skipped,
         "one_worker_over_plain": ratio(results, "ours, 1 worker", "plain"),
+        "one_worker_over_plain_per_cpu_second": ratio(results, "ours, 1 worker", "plain", "cpu_second"),
         "one_worker_over_mosaicml": ratio(results, "ours, 1 worker", "mosaicml"),
         "two_workers_over_one": ratio(results, "ours, 2 workers", "ours, 1 worker"),
         "rss_growth_mb": max(run["rss_growth_mb"] for name in runs if name.startswith("ours") for run in runs[name]),
@@ -147,6 +138,17 @@ def make_environment(folder: Path, packages: list[str]) -> Path:
     # A line of a .pth file comes behind the folder that it lies in.
     Path(own, "behind.pth").write_text(str(Path(np.__file__).parents[1]) + "\n")
     return python
+
+
+def rates(runs: list[dict[str, float]], images: int) -> dict[str, Any]:
+    """Images per second and per CPU second, without what starting takes; and with it."""
+    result: dict[str, Any] = {}
+    for key in ("seconds", "cpu_seconds"):
+        more = statistics.median(run[key] for run in runs) - statistics.median(run[f"tenth_{key}"] for run in runs)
+        if more <= 0:
+            raise RuntimeError(f"{images} images took no longer than {images // 10}; measure more images")
+        result[f"images_per_{key.removesuffix('s')}"] = (images - images // 10) / more
+    return result | {"with_start": images / statistics.median(run["seconds"] for run in runs), "runs": runs}
 
 
 def run_on(command: list[str], source: Path, out: Path) -> dict[str, float]:
@@ -207,11 +209,11 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-def ratio(results: dict[str, dict[str, Any]], one: str, other: str) -> float | None:
-    """How many times the images per second of the other; None where one was not measured."""
+def ratio(results: dict[str, dict[str, Any]], one: str, other: str, per: str = "second") -> float | None:
+    """How many times the other's images per second; None where one was not measured."""
     if one not in results or other not in results:
         return None
-    return float(results[one]["images_per_second"] / results[other]["images_per_second"])
+    return float(results[one][f"images_per_{per}"] / results[other][f"images_per_{per}"])
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
