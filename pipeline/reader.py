@@ -14,7 +14,8 @@ from shards.index import Split
 class ShardReader:
     """Reads the encoded bytes of samples by id, without a copy.
 
-    Shards are mapped when they are first needed. A reader can be pickled; the copy maps them anew.
+    Shards are mapped when they are first needed, and fetched then where the dataset is remote. A reader can be
+    pickled; the copy maps them anew.
     """
 
     def __init__(self, split: Split) -> None:
@@ -48,7 +49,7 @@ class ShardReader:
         return files
 
     def _map(self, shard: int) -> NDArray[np.uint8]:
-        path = self._split.shard_paths[shard]
+        path = self._split.local_shard(shard)
         try:
             # A plain ndarray view: slicing np.memmap itself costs several times as much.
             return np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)

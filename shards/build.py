@@ -1,47 +1,43 @@
-"""Build a dataset: list a source, plan its splits, write the shards, index them, and put it all in place.
+"""Build a dataset: list a source, plan its splits, write the shards, index them, and publish it all at once.
 
-Everything is written to a hidden folder beside the dataset's place and renamed at the end, so a dataset is
-there whole or not at all. The same source and options give the same bytes in every file, whatever the number
-of workers.
+A build can be interrupted at any moment, even by kill -9: the same command goes on with the shards that are
+done. The same source and options give the same bytes in every file, whatever the number of workers and of
+interruptions.
 """
 
-import json
 import math
-import os
-import secrets
-import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import PIL
-from numpy.typing import NDArray
 
+from shards.assemble import ENCODER, assemble
+from shards.encode import encode
 from shards.errors import UserError
-from shards.groups import imbalance_factor as measured_imbalance_factor
-from shards.index import FORMAT, MANIFEST, SAMPLE, SPLITS, image_sizes, open_dataset, read_manifest
+from shards.index import FORMAT, MANIFEST, SPLITS, STAGING, open_dataset, parse_manifest
 from shards.parallel import run_jobs
 from shards.plan import Plan, plan_splits
 from shards.profiles import PROFILES
 from shards.progress import Progress, say
+from shards.remote import RemoteStore, cached_source, is_url
 from shards.show import summary
 from shards.sources import Source, open_source
-from shards.writer import REJECTED, ShardJob, WrittenShard, sha256, write_shard
+from shards.staging import PLAN, REJECTED, Staging, file_names, staged
+from shards.store import LocalStore, Store
+from shards.writer import ShardJob, Written, read_written, write_shard
 
 TEST_FRACTION = 0.25
-VAL_FRACTION = 0.1
-SMALL_PIXELS = 64
+OWN_NAMES = ("folder", "csv")  # whoever builds such a dataset names it, by its folder
 
 
 def build(
     dataset: str,
     *,
-    source: Path | None = None,
-    out: Path | None = None,
+    source: str | Path | None = None,
+    out: str | Path | None = None,
     profile: str | None = None,
     imbalance_factor: float | None = None,
     seed: int = 0,
@@ -49,40 +45,56 @@ def build(
     val_fraction: float | None = None,
     shorter_side: int | None = None,
     quality: int = 90,
+    keep_bytes: bool = False,
     shard_samples: int = 2000,
     workers: int | None = None,
+    executor: Literal["processes", "dask"] = "processes",
+    scheduler: str | None = None,
+    strict: bool = False,
     overwrite: bool = False,
-) -> Path:
+) -> Path | str:
     """Build shards and a class index from images.
 
-    A dataset that is already there, built from the same images with the same options, is left as it is.
+    A dataset that is already there, built from the same images with the same options, is left as it is. A build
+    that was interrupted goes on.
 
     Args:
-        dataset: what to build: digits (comes with scikit-learn) or folder (a sub-folder of images per class).
-        source: where the images are (folder).
-        out: the folder to make; data/DATASET if not given.
+        dataset: what to build: digits (comes with scikit-learn), fashion-mnist, cifar10, cifar100, inat2017,
+            inat2018, inat2019, inat2021, imagenet-lt, places-lt, folder (a sub-folder of images per class) or csv
+            (a file with the columns path, label and perhaps split).
+        source: where the images are: the folder of the official files, as they are unpacked; for csv the file. A
+            URL such as s3://bucket/folder is copied to this machine first (see shards/remote.py).
+        out: the folder to make, or a URL such as s3://bucket/folder; data/DATASET if not given.
         profile: how training images are thinned: natural (not at all), exp, step or pareto; if not given,
-            exp for digits, else natural.
+            exp for digits, cifar10, cifar100 and fashion-mnist, else natural.
         imbalance_factor: largest over smallest class of the profile, at least 1; if not given, 20 for digits,
             else 100.
         seed: decides which images are held out and kept, and their order.
         test_fraction: share of each class held out for testing, in [0, 1), where the source has no test split
             of its own; 0.25 if not given.
-        val_fraction: share of each class's remaining images held out for validation, likewise; 0.1 if not
-            given, and 0 makes no validation split.
+        val_fraction: share of each class's remaining images held out for validation, likewise; if not
+            given, 0.1 for digits, folder and csv, else 0, which makes no validation split.
         shorter_side: shrink larger images to this shorter side in pixels.
         quality: JPEG quality of shrunk images, 1 to 100.
+        keep_bytes: store every file as it is, and leave out those that a decoder could show otherwise (turned by
+            EXIF, not 8-bit RGB or grey, neither JPEG nor PNG), which are written again without this.
         shard_samples: most images per shard file.
         workers: processes; if not given, one per available core, fewer where there are few images.
-        overwrite: replace a dataset that is already there.
+        executor: what does the work: processes on this machine, or the workers of a Dask cluster, which see the
+            same folders and have tailstream installed.
+        scheduler: the Dask scheduler's address, such as tcp://10.0.0.1:8786.
+        strict: stop instead of leaving anything out: before any work where lists and files do not agree, else at
+            the first image that cannot be stored.
+        overwrite: replace a dataset that is already there, or an unfinished build of another; a dataset stays
+            until the new one is complete.
 
     Returns:
         The dataset's folder.
 
     Raises:
-        UserError: an option, a source or an output folder that will not do; nothing is left behind.
+        UserError: an option, a source or an output folder that will not do.
     """
-    out = Path("data", dataset) if out is None else out
+    out = Path("data", dataset) if out is None else out if is_url(out) else Path(out)
     share = "a share of at least 0 and below 1"
     count = "a whole number of at least 1"
     for option, value, low, high, wanted in (
@@ -99,6 +111,17 @@ def build(
             raise UserError(f"{option} is {value:g}; give {wanted}")
     if profile is not None and profile not in PROFILES:
         raise UserError(f"unknown --profile {profile!r}; choose one of: {', '.join(PROFILES)}")
+    if keep_bytes and shorter_side is not None:
+        raise UserError(f"--keep-bytes and --shorter-side {shorter_side} exclude each other; leave one of them out")
+    if (executor == "dask") != (scheduler is not None):
+        raise UserError("--executor dask and --scheduler ADDRESS need each other")
+    if scheduler is not None and workers is not None:
+        raise UserError(f"--workers {workers} has no effect with --executor dask; leave it out")
+    if source is not None:
+        # A cluster's workers were started elsewhere.
+        source = (
+            cached_source(str(source)) if is_url(source) else Path(source).absolute() if scheduler else Path(source)
+        )
     images = open_source(dataset, source)
     profile = profile or images.profile
     if profile == "natural" and imbalance_factor is not None:
@@ -113,35 +136,32 @@ def build(
         "imbalance_factor": None if profile == "natural" else float(imbalance_factor or images.imbalance_factor),
         "seed": seed,
         "test_fraction": _fraction(images, "test", test_fraction, TEST_FRACTION),
-        "val_fraction": _fraction(images, "val", val_fraction, VAL_FRACTION),
+        "val_fraction": _fraction(images, "val", val_fraction, images.val_fraction),
         "shorter_side": shorter_side,
         "quality": quality,
+        "keep_bytes": keep_bytes,
         "shard_samples": shard_samples,
     }
+    store = RemoteStore(str(out)) if is_url(out) else LocalStore(Path(out).resolve())
     try:
-        already_built = _already_built(out, options, overwrite)
+        # An equal dataset may lie where nobody may write.
+        if STAGING not in (store.names() or ()) and _already_built(out, store, options, overwrite, strict):
+            return out
+        with staged(store) as staging:
+            recovered = staging.recover()
+            just_built = recovered is not None and not _difference(recovered["options"], options)
+            if not _already_built(out, store, options, overwrite and not just_built, strict):
+                _build(out, staging, images, options, overwrite, strict, workers, scheduler)
+            elif staging.read_json(PLAN) in (None, _plan_file(options)):
+                staging.clear()  # an --overwrite with the same options that was interrupted
+    except (KeyboardInterrupt, SystemExit):
+        say(f"{out} is unfinished; the same command goes on with it")
+        raise
     except OSError as error:
-        raise UserError(f"{out} cannot be read: {error.strerror}; give another --out") from None
-    if already_built:
-        say(f"already built: {out} (the same images and options; --overwrite builds it again)")
-        return out
-
-    for note in images.notes:
-        say(f"note: {note}")
-    plan = plan_splits(
-        images,
-        profile=profile,
-        imbalance_factor=options["imbalance_factor"] or 1.0,
-        test_fraction=options["test_fraction"] or 0.0,
-        val_fraction=options["val_fraction"] or 0.0,
-        seed=seed,
-    )
-    for note in plan.notes:
-        say(f"note: {note}")
-    name = dataset if dataset != "folder" else out.resolve().name
-    with _new_folder(out) as folder:
-        _build_in(folder, name, images, plan, options, workers)
-    print(summary(open_dataset(out)))
+        raise UserError(
+            f"{out} cannot be written: {error.strerror or error}; mend that or give another --out"
+            " (shards that are done are kept, and the same command goes on with them)"
+        ) from None
     return out
 
 
@@ -154,173 +174,141 @@ def _fraction(images: Source, split: str, fraction: float | None, default: float
     return None
 
 
-def _already_built(out: Path, options: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `out` holds this very dataset; UserError where something else is in the way."""
-    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+def _already_built(out: Path | str, store: Store, options: dict[str, Any], overwrite: bool, strict: bool) -> bool:
+    """Whether `out` holds this very dataset, and tell so; UserError where something else is in the way."""
+    names = store.names()
+    if names is not None and not names - {STAGING}:
         return False
-    if not (out / MANIFEST).is_file():
+    if names is None or MANIFEST not in names:
         raise UserError(f"{out} is there and is no dataset; remove it or give another --out")
-    manifest = read_manifest(out)
+    manifest = parse_manifest(store.read(MANIFEST), f"{out}/{MANIFEST}")
     if overwrite:
-        foreign = {path.name for path in out.iterdir()} - _file_names(manifest)
-        if foreign:
-            raise UserError(f"{out} also holds {min(foreign)!r}, which --overwrite would delete; move it away")
+        if foreign := names - {STAGING} - file_names(manifest):
+            raise UserError(f"{out} also holds {min(foreign)!r}, which no build put there; move it away")
         return False
-    for option, value in options.items():
-        built = manifest["options"].get(option)
-        if built != value:
-            name = option.replace("_", "-")
-            what = "from other images" if option == "source" else f"with {name} {built!r}, not {value!r}"
-            raise UserError(f"{out} holds a dataset built {what}; give --overwrite or another --out")
+    if difference := _difference(manifest["options"], options):
+        raise UserError(f"{out} holds a dataset built {difference}; give --overwrite or another --out")
+    if strict and (rejected := manifest["rejected"]["total"]):
+        raise UserError(
+            f"{out} was built without {rejected} images that {REJECTED} names; leave out --strict, or mend them"
+        )
+    say(f"already built: {out} (the same images and options; --overwrite builds it again)")
     return True
 
 
-def _file_names(manifest: dict[str, Any]) -> set[str]:
-    names = {MANIFEST, REJECTED}
-    for split in manifest["splits"].values():
-        names |= set(split["files"])
-        for shard in split["shards"]:
-            names |= {shard["file"], Path(shard["file"]).with_suffix(".idx").name}
-    return names
+def _difference(built: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Say how what was built differs from what is wanted; "" if it does not."""
+    for option, value in wanted.items():
+        if built.get(option) != value:
+            if option == "source":
+                return "from other images"
+            return f"with {option.replace('_', '-')} {built.get(option)!r}, not {value!r}"
+    return ""
 
 
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder that takes the place of `out` when the block ends well, and is removed otherwise."""
-    place = out.resolve()
-    partial = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
-    old = place.with_name(f"{partial.name}.old")
-    made = [folder for folder in place.parents if not folder.exists()]
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if place.exists():
-            place.rename(old)
-        partial.rename(place)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        if old.exists() and not place.exists():
-            old.rename(place)
-        for folder in (partial, old):
-            shutil.rmtree(folder, ignore_errors=True)
-        for folder in made:
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
-        if isinstance(error, OSError):
-            raise UserError(f"{out} cannot be written: {error.strerror or error}; nothing was left behind") from None
-        raise
+def _plan_file(options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "format": FORMAT, "encoder": ENCODER}
 
 
-def _build_in(
-    folder: Path, name: str, images: Source, plan: Plan, options: dict[str, Any], workers: int | None
+def _build(
+    out: Path | str,
+    staging: Staging,
+    images: Source,
+    options: dict[str, Any],
+    overwrite: bool,
+    strict: bool,
+    workers: int | None,
+    scheduler: str | None,
 ) -> None:
-    """Write every file of the dataset into `folder`, the manifest last."""
-    jobs = {split: _shard_jobs(folder, split, images, plan, options) for split in SPLITS if split in plan.splits}
-    total = sum(len(listing) for listing in plan.splits.values())
-    written = iter(_write_shards([job for group in jobs.values() for job in group], workers, total))
-
-    splits = {}
-    rejected = []
-    sizes = []
-    for split, split_jobs in jobs.items():
-        shards = [next(written) for _ in split_jobs]
-        for shard in shards:
-            rejected += [{"split": split, "class": images.classes[image["label"]], **image} for image in shard.rejected]
-        filled = _keep_filled(folder, shards)
-        samples = np.concatenate([np.empty(0, SAMPLE), *(shard.samples for shard in filled)])
-        samples["shard"] = np.repeat(np.arange(len(filled)), [len(shard.samples) for shard in filled])
-        splits[split] = _write_split(folder, split, samples, filled, len(images.classes))
-        _check_something_left(split, splits[split]["class_counts"], images, plan)
-        sizes.append(samples[["height", "width"]])
-    with (folder / REJECTED).open("w", encoding="utf-8") as file:
-        for image in rejected:
-            file.write(json.dumps(image, ensure_ascii=False, sort_keys=True) + "\n")
-    reasons = Counter(image["reason"] for image in rejected)
-    if rejected:
-        kinds = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        say(f"note: {len(rejected)} of {total} images are left out ({kinds}); {REJECTED} names them")
-
-    image = image_sizes(sizes)
-    small = max(image["max_height"], image["max_width"]) <= SMALL_PIXELS
-    manifest = {
-        "format": FORMAT,
-        "name": name,
-        "preset": images.preset or ("small" if small else "photos"),
-        "options": options,
-        "classes": images.classes,
-        "imbalance_factor": measured_imbalance_factor(splits["train"]["class_counts"]),
-        "image": image,
-        "splits": splits,
-        "rejected": {"total": len(rejected), "reasons": dict(reasons)},
-        "encoder": f"Pillow {PIL.__version__}",
-    }
-    text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    """Go on with an unfinished build of the same, or begin one; publish it."""
+    begun, wanted = staging.read_json(PLAN), _plan_file(options)
+    if begun is not None and begun != wanted and not overwrite:
+        raise UserError(
+            f"{out} holds an unfinished build {_difference(begun, wanted)};"
+            " give --overwrite to begin anew, or another --out"
+        )
+    plan = _plan(images, options, strict)
+    if begun != wanted:
+        staging.clear()
+        staging.write_json(PLAN, wanted)
+    jobs = {split: _shard_jobs(staging, split, images, plan, options) for split in SPLITS if split in plan.splits}
+    _write_shards(staging, [job for split_jobs in jobs.values() for job in split_jobs], strict, workers, scheduler)
+    name = Path(out).resolve().name if options["dataset"] in OWN_NAMES else options["dataset"]
+    shards = {split: [job.name for job in split_jobs] for split, split_jobs in jobs.items()}
+    try:
+        manifest = assemble(staging, name, images, options, shards)
+    except UserError:
+        staging.clear()  # these images would fail again
+        raise
+    staging.publish()
+    if rejected := manifest["rejected"]["total"]:
+        total = sum(len(listing) for listing in plan.splits.values())
+        kinds = ", ".join(f"{n} {reason}" for reason, n in Counter(manifest["rejected"]["reasons"]).most_common())
+        say(f"note: {rejected} of {total} images are left out ({kinds}); {REJECTED} names them")
+    print(summary(open_dataset(out)))
 
 
-def _shard_jobs(folder: Path, split: str, images: Source, plan: Plan, options: dict[str, Any]) -> list[ShardJob]:
+def _plan(images: Source, options: dict[str, Any], strict: bool) -> Plan:
+    if strict and images.skipped:
+        raise UserError(f"{images.skipped[0]}; mend that or leave out --strict")
+    plan = plan_splits(
+        images,
+        profile=options["profile"],
+        imbalance_factor=options["imbalance_factor"] or 1.0,
+        test_fraction=options["test_fraction"] or 0.0,
+        val_fraction=options["val_fraction"] or 0.0,
+        seed=options["seed"],
+    )
+    for note in (*images.notes, *images.skipped, *plan.notes):
+        say(f"note: {note}")
+    return plan
+
+
+def _write_shards(
+    staging: Staging, jobs: list[ShardJob], strict: bool, workers: int | None, scheduler: str | None
+) -> None:
+    """Write the shards that are not there yet."""
+    rejected = 0
+
+    def count(shard: Written) -> int:
+        nonlocal rejected
+        rejected += shard.rejected
+        if strict and shard.rejected:
+            raise UserError(f"{shard.example}; mend or remove it, or leave out --strict to build without it")
+        return shard.samples + shard.rejected
+
+    def tell(shard: Written) -> None:
+        images = count(shard)
+        progress.add(images, f"{rejected} rejected" if rejected else "")
+
+    sizes = staging.sizes()
+    waiting = []
+    done = 0
+    for job in jobs:
+        written = read_written(staging, job.name, sizes)
+        if written is None:
+            waiting.append(job)
+        else:
+            done += count(written)
+    if done:
+        say(f"continuing: {len(jobs) - len(waiting)} of {len(jobs)} shards are done")
+    total = sum(len(job.images) for job in jobs)
+    with Progress("build", total, done) as progress:
+        run_jobs(write_shard, waiting, n_images=total - done, workers=workers, scheduler=scheduler, done=tell)
+
+
+def _shard_jobs(staging: Staging, split: str, images: Source, plan: Plan, options: dict[str, Any]) -> list[ShardJob]:
     """Cut a split into shards of nearly equal length."""
     listing = plan.splits[split]
     n_shards = -(-len(listing) // options["shard_samples"])
     return [
         ShardJob(
-            path=folder / f"{split}-{i:06d}.tar",
+            staging=staging,
+            name=f"{split}-{i:06d}",
             first=int(ids[0]),
             images=listing[ids],
             read=images.read,
-            shorter_side=options["shorter_side"],
-            quality=options["quality"],
+            encode=partial(encode, **{name: options[name] for name in ("shorter_side", "quality", "keep_bytes")}),
         )
         for i, ids in enumerate(np.array_split(np.arange(len(listing)), n_shards))
     ]
-
-
-def _write_shards(jobs: list[ShardJob], workers: int | None, total: int) -> list[WrittenShard]:
-    rejected = 0
-
-    def count(shard: WrittenShard) -> None:
-        nonlocal rejected
-        rejected += len(shard.rejected)
-        progress.add(len(shard.samples) + len(shard.rejected), f"{rejected} rejected" if rejected else "")
-
-    with Progress("build", total) as progress:
-        return run_jobs(write_shard, jobs, n_images=total, workers=workers, done=count)
-
-
-def _keep_filled(folder: Path, shards: list[WrittenShard]) -> list[WrittenShard]:
-    """Remove the shards whose images were all rejected."""
-    for shard in shards:
-        if not len(shard.samples):
-            path = folder / shard.entry["file"]
-            path.unlink()
-            path.with_suffix(".idx").unlink()
-    return [shard for shard in shards if len(shard.samples)]
-
-
-def _write_split(
-    folder: Path, split: str, samples: NDArray[np.void], shards: list[WrittenShard], n_classes: int
-) -> dict[str, Any]:
-    """Write a split's arrays and names; return its entry in the manifest."""
-    paths = [folder / f"{split}.{kind}" for kind in ("samples.npy", "by_class.npy", "names.txt")]
-    np.save(paths[0], samples)
-    np.save(paths[1], np.argsort(samples["label"], kind="stable").astype("<i8"))
-    with paths[2].open("w", encoding="utf-8") as file:
-        file.writelines(f"{name}\n" for shard in shards for name in shard.names)
-    return {
-        "samples": len(samples),
-        "class_counts": np.bincount(samples["label"], minlength=n_classes).tolist(),
-        "shards": [shard.entry for shard in shards],
-        "files": {path.name: sha256(path) for path in paths},
-    }
-
-
-def _check_something_left(split: str, counts: list[int], images: Source, plan: Plan) -> None:
-    if not any(counts):
-        raise UserError(f"no image of the {split} split can be read; nothing was built")
-    planned = plan.splits[split].class_counts(len(images.classes))
-    for j, count in enumerate(counts):
-        if split == "train" and not count:
-            raise UserError(
-                f"no training image of class {images.classes[j]!r} can be read ({planned[j]} tried);"
-                " mend or remove the class; nothing was built"
-            )

@@ -7,6 +7,7 @@ decoded here, once.
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
+from math import ceil
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -18,6 +19,12 @@ LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
 EXTENSIONS = {end for end, kind in Image.registered_extensions().items() if kind in LOSSLESS + LOSSY}
 # An MPO is a JPEG with a second picture behind it, and is opened as one.
 OPENED = [kind for kind in LOSSLESS + LOSSY if kind in Image.OPEN]
+
+# A JPEG that is to be shrunk is decoded at a fraction of its size, in a third less time, if that is still so many
+# times what is wanted. The result then differs from shrinking the whole picture by no more than storing it at quality
+# 90 does: on a detailed and a soft photograph 35 and 44 dB at 1.17 times, 39 and 46 at 1.43 (31 and 40 at 1.0, which
+# would lose), against 35 and 36 of the storing.
+DRAFT_MARGIN = 1.15
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,7 +51,7 @@ class Encoded:
     width: int
 
 
-def encode(data: bytes, shorter_side: int | None = None, quality: int = 90) -> Encoded:
+def encode(data: bytes, shorter_side: int | None = None, quality: int = 90, keep_bytes: bool = False) -> Encoded:
     """Decode an image fully and return what to store for it.
 
     An 8-bit RGB or greyscale JPEG or PNG that lies upright is stored as it is, byte for byte. Anything else
@@ -54,13 +61,17 @@ def encode(data: bytes, shorter_side: int | None = None, quality: int = 90) -> E
 
     Args:
         data: a whole image file.
-        shorter_side: shrink larger images to this shorter side in pixels (bicubic, antialiased; a JPEG is
-            decoded at the nearest larger eighth first); None keeps every size.
+        shorter_side: shrink larger images to this shorter side in pixels (bicubic, antialiased); None keeps
+            every size. A JPEG is decoded at half, a quarter or an eighth of its size where `DRAFT_MARGIN` is
+            left.
         quality: JPEG quality of lossy images that were shrunk.
+        keep_bytes: store files as they are or not at all: what would be written again is turned away.
+            Excludes `shorter_side`.
 
     Raises:
-        BadImageError: the bytes do not decode to an image.
+        BadImageError: the bytes do not decode to an image, or cannot be kept.
     """
+    assert not (keep_bytes and shorter_side)
     if not data:
         raise BadImageError("empty file")
     try:
@@ -68,7 +79,7 @@ def encode(data: bytes, shorter_side: int | None = None, quality: int = 90) -> E
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(BytesIO(data), formats=OPENED) as image:
-                return _encode(image, data, shorter_side, quality)
+                return _encode(image, data, shorter_side, quality, keep_bytes)
     except BadImageError:
         raise
     except UnidentifiedImageError:
@@ -82,7 +93,7 @@ def encode(data: bytes, shorter_side: int | None = None, quality: int = 90) -> E
         raise BadImageError(reason) from None
 
 
-def _encode(image: Image.Image, data: bytes, shorter_side: int | None, quality: int) -> Encoded:
+def _encode(image: Image.Image, data: bytes, shorter_side: int | None, quality: int, keep_bytes: bool) -> Encoded:
     kind = image.format or ""
     if kind == "PNG":
         # PIL's decoder overlooks wrong checksums and a lost end; DALI's does not.
@@ -95,15 +106,19 @@ def _encode(image: Image.Image, data: bytes, shorter_side: int | None, quality: 
     if not shrink and orientation == 1 and _is_plain(image, data):
         image.load()
         return Encoded(data, "jpg" if kind == "JPEG" else "png", image.height, image.width)
+    if keep_bytes:
+        image.load()  # a damaged image is called that first
+        raise BadImageError(_why_not_kept(image, orientation))
 
     size = image.size
     if shorter_side is not None and shrink:
         scale = shorter_side / min(size)
         size = (max(round(size[0] * scale), 1), max(round(size[1] * scale), 1))
-        image.draft(None, size)
-    picture = _to_8_bit(image)
-    if picture.size != size:
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
+        # The box is exact where the decoder's rounded size is not.
+        drafted = image.draft(None, (ceil(size[0] * DRAFT_MARGIN), ceil(size[1] * DRAFT_MARGIN)))
+        picture = _to_8_bit(image).resize(size, Image.Resampling.BICUBIC, box=drafted and drafted[1])
+    else:
+        picture = _to_8_bit(image)
     if orientation in UPRIGHT:
         picture = picture.transpose(UPRIGHT[orientation])
     picture.info = {}  # or the PNG writer copies colour profiles and transparency
@@ -131,6 +146,14 @@ def _is_plain(image: Image.Image, data: bytes) -> bool:
         and "transparency" not in image.info
         and not getattr(image, "is_animated", False)
     )
+
+
+def _why_not_kept(image: Image.Image, orientation: int) -> str:
+    if image.format not in ("JPEG", "PNG"):
+        return "cannot be kept: no JPEG or PNG"
+    if orientation != 1:
+        return "cannot be kept: EXIF does not say upright"
+    return "cannot be kept: not plain 8-bit RGB or grey"
 
 
 def _orientation(image: Image.Image) -> int:

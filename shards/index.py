@@ -25,9 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import UserError
+from shards.remote import RemoteShards, cached_dataset, fetch_file, is_url, origin
 
 FORMAT = "tailstream-shards/1"
 MANIFEST = "dataset.json"
+STAGING = ".build"  # inside a dataset's folder: a build that has not ended
 SPLITS = ("train", "val", "test")
 
 # offset and size span the encoded image inside its shard file (the tar header is before the offset);
@@ -54,6 +56,7 @@ class Split:
         by_class: shape (N,), int64: the ids of class 0, then those of class 1, and so on.
         class_counts: shape (C,), int64: samples per class; 0 for a class that this split lacks.
         shard_paths: the shard files; `samples["shard"]` counts into this tuple.
+        remote: where the shards are fetched from; None where they lie at their paths.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Split:
     by_class: NDArray[np.int64]
     class_counts: NDArray[np.int64]
     shard_paths: tuple[Path, ...]
+    remote: RemoteShards | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -70,6 +74,13 @@ class Split:
         """Shape (C + 1,): `by_class[class_starts[j]:class_starts[j + 1]]` are the ids of class j."""
         return np.concatenate([[0], np.cumsum(self.class_counts)])
 
+    def local_shard(self, shard: int) -> Path:
+        """Return a shard's file on this machine, fetched and checked first where the dataset is remote."""
+        path = self.shard_paths[shard]
+        if self.remote is not None:
+            self.remote.fetch(shard, path)
+        return path
+
     def sample_names(self) -> list[str]:
         """Return where each sample came from, by id (reads the whole names file)."""
         path = self.shard_paths[0].parent / f"{self.name}.names.txt"
@@ -78,11 +89,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened dataset: `root` folder, `manifest` (the parsed dataset.json) and its splits by name."""
+    """An opened dataset: `root` folder (of a remote one: in the cache), parsed `manifest`, and splits by name."""
 
     root: Path
     manifest: dict[str, Any]
     splits: dict[str, Split]
+
+    @property
+    def place(self) -> str:
+        """Where it lies: its folder, or its URL."""
+        return origin(self.root) or str(self.root)
 
     @property
     def name(self) -> str:
@@ -101,15 +117,15 @@ class Dataset:
 
 
 def open_dataset(root: Path | str) -> Dataset:
-    """Open a folder that `python -m shards build` made.
+    """Open a folder that `python -m shards build` made, or a URL of one (see `shards.remote`).
 
-    Only the manifest is read; arrays are memory-mapped.
+    Only the manifest is read; arrays are memory-mapped. Of a remote dataset all but the shards is fetched.
 
     Raises:
         UserError: no such folder, not a dataset, another format version, or an array that does not fit
             the manifest.
     """
-    root = Path(root)
+    root = cached_dataset(str(root), MANIFEST) if is_url(root) else Path(root)
     manifest = read_manifest(root)
     try:
         entries = manifest["splits"]
@@ -120,10 +136,11 @@ def open_dataset(root: Path | str) -> Dataset:
 
 
 def image_sizes(sizes: Sequence[NDArray[np.void]]) -> dict[str, int]:
-    """Return the smallest and largest "height" and "width" in arrays with these fields, N >= 1 in all."""
-    size = np.concatenate(sizes)
+    """Return the smallest and largest "height" and "width" in arrays with these fields, N >= 1 each."""
     return {
-        f"{bound}_{axis}": int(getattr(size[axis], bound)()) for bound in ("min", "max") for axis in ("height", "width")
+        f"{name}_{axis}": int(bound([bound(size[axis]) for size in sizes]))
+        for name, bound in (("min", np.min), ("max", np.max))
+        for axis in ("height", "width")
     }
 
 
@@ -135,12 +152,20 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """
     path = root / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return parse_manifest(path.read_bytes(), path)
     except (FileNotFoundError, NotADirectoryError):
+        if (root / STAGING).is_dir():
+            raise UserError(f"{root} holds an unfinished build; give the command that began it again") from None
         what = "has no dataset.json" if root.is_dir() else "does not exist"
         raise UserError(
             f"{root} {what}, so it is not a dataset; build one with: scripts/build_shards.sh digits --out {root}"
         ) from None
+
+
+def parse_manifest(data: bytes, path: Path | str) -> dict[str, Any]:
+    """Read the contents of a dataset.json; raises as `read_manifest` does, naming `path`."""
+    try:
+        manifest = json.loads(data.decode())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); build the dataset again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -154,6 +179,10 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 def open_split(root: Path, name: str, entry: dict[str, Any]) -> Split:
     """Open one split by its name and its entry in the manifest; raises as `open_dataset` does."""
+    url = origin(root)
+    if url is not None:
+        for file, digest in entry["files"].items():
+            fetch_file(url, root / file, digest)
     arrays = {}
     for kind, dtype in (("samples", SAMPLE), ("by_class", np.dtype("<i8"))):
         path = root / f"{name}.{kind}.npy"
@@ -174,4 +203,5 @@ def open_split(root: Path, name: str, entry: dict[str, Any]) -> Split:
         by_class=arrays["by_class"],
         class_counts=np.asarray(entry["class_counts"], dtype=np.int64),
         shard_paths=tuple(root / shard["file"] for shard in entry["shards"]),
+        remote=None if url is None else RemoteShards(url, tuple(shard["sha256"] for shard in entry["shards"])),
     )

@@ -5,7 +5,7 @@ import time
 
 from tqdm import tqdm
 
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES = 5.0
 
 
 def say(line: str) -> None:
@@ -14,15 +14,21 @@ def say(line: str) -> None:
 
 
 class Progress:
-    """Counts images towards `total`; use it in a `with` block."""
+    """Counts images towards `total`, `done` of which need no work any more; use it in a `with` block."""
 
-    def __init__(self, task: str, total: int) -> None:
+    def __init__(self, task: str, total: int, done: int = 0) -> None:
         self.task = task
         self.total = total
-        self.done = 0
+        self.done = self.start_done = done
         self.start = self.last_line = time.monotonic()
         self.bar = tqdm(
-            total=total, desc=task, unit=" images", disable=not sys.stderr.isatty(), leave=False, file=sys.stderr
+            total=total,
+            initial=done,
+            desc=task,
+            unit=" images",
+            disable=not sys.stderr.isatty(),
+            leave=False,
+            file=sys.stderr,
         )
 
     def __enter__(self) -> "Progress":
@@ -39,5 +45,7 @@ class Progress:
         now = time.monotonic()
         if self.bar.disable and now - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = now
-            rate = self.done / (now - self.start)
-            say(f"{self.task}: {self.done:,} of {self.total:,} images, {rate:,.0f}/s {note}".rstrip())
+            rate = max(self.done - self.start_done, 1) / (now - self.start)
+            left = tqdm.format_interval((self.total - self.done) / rate)
+            parts = [f"{self.done:,} of {self.total:,} images", f"{rate:,.0f}/s", f"{left} left", note]
+            say(f"{self.task}: " + ", ".join(part for part in parts if part))

@@ -1,13 +1,18 @@
 """Show a dataset as text: its splits, its tail, its images."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.groups import GROUPS, class_groups
 from shards.index import Dataset
 
-BLOCKS = "▁▂▃▄▅▆▇█"
-WIDTH = 72
+BLOCKS = " ▁▂▃▄▅▆▇█"
+WIDTH = 64
+BAR = 7  # columns of a bar at most
+HEIGHT = 6
 
 
 def summary(dataset: Dataset) -> str:
@@ -16,22 +21,20 @@ def summary(dataset: Dataset) -> str:
         [
             f"{dataset.name}: {_splits(dataset)}; {len(dataset.classes)} classes",
             _tail(dataset),
-            f"built in {dataset.root}; next: accelerate launch train/bbn.py --data {dataset.root}",
+            f"built in {dataset.place}; next: accelerate launch train/bbn.py --data {dataset.place}",
         ]
     )
 
 
 def inspect(dataset: Dataset) -> str:
-    """All that `python -m shards inspect` prints, at most 72 columns wide but for the class names."""
+    """All that `python -m shards inspect` prints."""
     manifest = dataset.manifest
     image = manifest["image"]
-    n_bytes = sum(shard["bytes"] for split in manifest["splits"].values() for shard in split["shards"])
-    n_shards = sum(len(split["shards"]) for split in manifest["splits"].values())
     rejected = manifest["rejected"]
     counts_C = dataset.train_counts
     order = np.argsort(-counts_C, kind="stable")
     lines = [
-        f"{dataset.name} in {dataset.root}, preset {manifest['preset']}",
+        f"{dataset.name} in {dataset.place}, preset {manifest['preset']}",
         f"{_splits(dataset)}; {len(dataset.classes)} classes",
         _tail(dataset),
         "",
@@ -39,28 +42,43 @@ def inspect(dataset: Dataset) -> str:
         *([f"{'…':>24}"] if len(order) > 10 else []),
         *(f"{dataset.classes[j]:>24}  {counts_C[j]:,}" for j in order[max(5, len(order) - 5) :]),
         "",
-        sparkline(counts_C),
+        *draw_tail(counts_C),
         "training images per class, largest first (height on a log scale)",
         "",
         f"image height {image['min_height']} to {image['max_height']},"
         f" width {image['min_width']} to {image['max_width']} pixels",
-        f"{n_bytes:,} bytes in {n_shards} shards",
-        f"rejected images: {rejected['total']}",
-        *(f"{reason:>40}  {count}" for reason, count in sorted(rejected["reasons"].items())),
+        *(_bytes(name, manifest["splits"][name]["shards"]) for name in dataset.splits),
+        f"rejected images: {rejected['total']:,}",
+        *(f"{reason:>45}  {count:,}" for reason, count in sorted(rejected["reasons"].items())),
     ]
     return "\n".join(lines)
 
 
-def sparkline(counts_C: NDArray[np.int64], width: int = WIDTH) -> str:
-    """Draw class counts, sorted from the largest, as one line of blocks.
+def draw_tail(counts_C: NDArray[np.int64], width: int = WIDTH, height: int = HEIGHT) -> list[str]:
+    """Draw class counts as bars, sorted from the largest, and name the groups below; `height` + 1 lines.
 
     With more classes than columns, a column stands for several classes and shows their mean. Heights are
-    logarithmic, so an exponential tail falls in a straight line.
+    logarithmic, so an exponential tail falls in a straight line; the numbers are counts at the top of their row.
     """
-    columns = np.array_split(np.sort(counts_C)[::-1], min(width, len(counts_C)))
-    heights = np.log1p([column.mean() for column in columns])
-    levels = np.rint(heights / max(heights.max(), 1e-9) * (len(BLOCKS) - 1)).astype(int)
-    return "".join(BLOCKS[level] for level in levels)
+    means = np.array([column.mean() for column in np.array_split(np.sort(counts_C)[::-1], min(width, len(counts_C)))])
+    top = np.log1p(means.max())
+    eighths = np.rint(np.log1p(means) / max(top, 1e-9) * 8 * height).astype(int)
+    ticks = [f"{np.expm1(top * (row + 1) / height):,.0f}" for row in range(height)]
+    margin = max(map(len, ticks))
+    wide = min(width // len(means), BAR)
+    lines = [
+        f"{ticks[row]:>{margin}} │" + "".join(BLOCKS[filled] * wide for filled in np.clip(eighths - 8 * row, 0, 8))
+        for row in reversed(range(height))
+    ]
+    groups = class_groups(means)
+    columns = {group: wide * int(np.count_nonzero(groups == group)) for group in GROUPS}
+    names = "".join(group[: max(n - 1, 0)].ljust(n) for group, n in columns.items())
+    return [line.rstrip() for line in [*lines, f"{'':>{margin}}  {names}"]]
+
+
+def _bytes(name: str, shards: Sequence[dict[str, Any]]) -> str:
+    plural = "s" if len(shards) > 1 else ""
+    return f"{name}: {sum(shard['bytes'] for shard in shards):,} bytes in {len(shards):,} shard{plural}"
 
 
 def _splits(dataset: Dataset) -> str:

@@ -1,8 +1,11 @@
 """Read a built dataset again and compare everything with everything."""
 
+import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,16 @@ from shards.groups import imbalance_factor
 from shards.index import MANIFEST, Split, image_sizes, open_split, read_manifest
 from shards.parallel import run_jobs
 from shards.progress import Progress
-from shards.writer import REJECTED, index_text, sha256
+from shards.remote import is_url, whole_cached_dataset
+from shards.staging import REJECTED, file_names
+from shards.writer import index_text, sha256
 
 
-def verify(root: Path, *, decode: bool = True, workers: int | None = None) -> list[str]:
+def verify(root: Path | str, *, decode: bool = True, workers: int | None = None) -> list[str]:
     """Compare a dataset's shards, indexes, arrays and checksums with its manifest and with each other.
 
     Args:
-        root: the dataset's folder.
+        root: the dataset's folder, or its URL: then all of it is fetched into the cache first.
         decode: also decode every image.
         workers: processes; if None, one per available core.
 
@@ -34,11 +39,17 @@ def verify(root: Path, *, decode: bool = True, workers: int | None = None) -> li
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}; give a whole number of at least 1")
+    problems: list[str] = []
+    if is_url(root):
+        root, problems = whole_cached_dataset(str(root), MANIFEST, REJECTED)
+    root = Path(root)
     manifest = read_manifest(root)
     try:
-        return _problems(root, manifest, decode, workers)
+        return problems + _problems(root, manifest, decode, workers)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{root / MANIFEST} is damaged ({error!r}); build the dataset again") from None
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def _problems(root: Path, manifest: dict[str, Any], decode: bool, workers: int | None) -> list[str]:
@@ -47,21 +58,19 @@ def _problems(root: Path, manifest: dict[str, Any], decode: bool, workers: int |
     sizes = []
     for name, entry in manifest["splits"].items():
         problems += [p for file, digest in entry["files"].items() for p in _file_problems(root / file, digest)]
-        samples = None
+        shard_rows: list[NDArray[np.void] | None] = [None] * len(entry["shards"])
         try:
             split = open_split(root, name, entry)
         except UserError as error:
             problems.append(str(error))
         else:
-            samples = split.samples
-            sizes.append(samples[["height", "width"]])
             problems += _split_problems(root, split, len(manifest["classes"]))
+            shard_rows = _rows_by_shard(split.samples, len(entry["shards"]))
+            if len(split):
+                sizes.append(split.samples[["height", "width"]])
         if entry["samples"] != sum(shard["samples"] for shard in entry["shards"]):
             problems.append(f"{MANIFEST}: the {name} shards do not add up to {entry['samples']} samples")
-        checks += [
-            _ShardCheck(root, shard, None if samples is None else samples[samples["shard"] == i], decode)
-            for i, shard in enumerate(entry["shards"])
-        ]
+        checks += [_ShardCheck(root, *of, decode) for of in zip(entry["shards"], shard_rows, strict=True)]
     problems += _manifest_problems(root, manifest, sizes)
 
     total = sum(check.entry["samples"] for check in checks)
@@ -74,6 +83,16 @@ def _problems(root: Path, manifest: dict[str, Any], decode: bool, workers: int |
             done=lambda result: progress.add(result.samples),
         )
     return problems + [problem for result in found for problem in result.problems]
+
+
+def _rows_by_shard(samples: NDArray[np.void], n_shards: int) -> list[NDArray[np.void] | None]:
+    """Cut a split's rows into those of each shard: views, unless the rows are out of order."""
+    shards = samples["shard"]
+    if (np.diff(shards) < 0).any():
+        samples = samples[np.argsort(shards, kind="stable")]
+        shards = samples["shard"]
+    bounds = np.searchsorted(shards, np.arange(n_shards + 1))
+    return [samples[start:end] for start, end in pairwise(bounds)]
 
 
 def _file_problems(path: Path, digest: str) -> Iterator[str]:
@@ -96,9 +115,12 @@ def _split_problems(root: Path, split: Split, n_classes: int) -> Iterator[str]:
     shards = split.samples["shard"]
     if len(shards) and not (shards.min() >= 0 and shards.max() < len(split.shard_paths)):
         yield f"{split.name}.samples.npy: a shard is outside 0 to {len(split.shard_paths) - 1}"
+    if (np.diff(shards) < 0).any():
+        yield f"{split.name}.samples.npy: the rows are not in the order of the shards"
     try:
-        n_names = len(split.sample_names())
-    except (OSError, UnicodeDecodeError):
+        with (root / f"{split.name}.names.txt").open("rb") as file:
+            n_names = sum(1 for _ in file)
+    except OSError:
         return  # its checksum has told
     if n_names != len(split):
         yield f"{split.name}.names.txt: {n_names} names for {len(split)} samples"
@@ -112,12 +134,21 @@ def _manifest_problems(root: Path, manifest: dict[str, Any], sizes: list[NDArray
     if len(sizes) == len(manifest["splits"]) and manifest["image"] != image_sizes(sizes):
         yield f"{MANIFEST}: the image sizes are not those in the arrays"
     try:
-        n_rejected = len((root / REJECTED).read_bytes().splitlines())
+        lines = (root / REJECTED).read_bytes().splitlines()
+        reasons = Counter(json.loads(line)["reason"] for line in lines)
     except OSError:
         yield f"{REJECTED}: missing"
+    except (ValueError, KeyError, TypeError) as error:
+        yield f"{REJECTED}: damaged ({error!r})"
     else:
-        if n_rejected != manifest["rejected"]["total"]:
-            yield f"{REJECTED}: {n_rejected} lines, the manifest counts {manifest['rejected']['total']}"
+        if len(lines) != manifest["rejected"]["total"]:
+            yield f"{REJECTED}: {len(lines)} lines, the manifest counts {manifest['rejected']['total']}"
+        elif reasons != manifest["rejected"]["reasons"]:
+            yield f"{REJECTED}: the reasons are not those that the manifest counts"
+    known = file_names(manifest)
+    for path in sorted(root.iterdir()):
+        if path.suffix in (".tar", ".idx") and path.name not in known:
+            yield f"{path.name}: the manifest does not know it"
 
 
 @dataclass(frozen=True)
@@ -138,7 +169,11 @@ class _ShardResult:
 
 def _check_shard(check: _ShardCheck) -> _ShardResult:
     path = check.root / check.entry["file"]
-    return _ShardResult(check.entry["samples"], list(_shard_problems(path, check)))
+    try:
+        problems = list(_shard_problems(path, check))
+    except OSError as error:
+        problems = [f"{path.name}: cannot be read ({error.strerror})"]
+    return _ShardResult(check.entry["samples"], problems)
 
 
 def _shard_problems(path: Path, check: _ShardCheck) -> Iterator[str]:
@@ -147,6 +182,8 @@ def _shard_problems(path: Path, check: _ShardCheck) -> Iterator[str]:
     yield from _file_problems(index_path, check.entry["index_sha256"])
     if not path.is_file():
         return
+    if (size := path.stat().st_size) != check.entry["bytes"]:
+        yield f"{path.name}: {size} bytes long, the manifest says {check.entry['bytes']}"
     try:
         with tarfile.open(path, "r:") as tar:
             members = tar.getmembers()
@@ -157,6 +194,9 @@ def _shard_problems(path: Path, check: _ShardCheck) -> Iterator[str]:
     if [member.name for member in labels] != [f"{Path(member.name).stem}.cls" for member in images]:
         yield f"{path.name}: its members are not pairs of an image and its .cls"
         return
+    keys = [member.name for member in labels]
+    if any(key >= following for key, following in pairwise(keys)):
+        yield f"{path.name}: its keys do not rise"
     if index_path.is_file() and index_path.read_bytes() != index_text(members).encode():
         yield f"{index_path.name}: does not describe {path.name}"
     n_rows = check.entry["samples"] if check.rows is None else len(check.rows)
@@ -183,8 +223,8 @@ def _image_problems(name: str, data: bytes, row: np.void | None) -> Iterator[str
     except BadImageError as error:
         yield f"{name}: {error}"
         return
-    if decoded.data is not data:
-        yield f"{name}: not an upright 8-bit RGB or greyscale JPEG or PNG"
+    if decoded.data is not data or not name.endswith(decoded.extension):
+        yield f"{name}: not an upright 8-bit RGB or greyscale JPEG or PNG, as its name says"
     if row is not None and (decoded.height, decoded.width) != (row["height"], row["width"]):
         yield (
             f"{name}: {decoded.height}x{decoded.width} pixels, the samples array says {row['height']}x{row['width']}"

@@ -7,20 +7,18 @@ Worker processes run `write_shard`; everything it takes and returns can be pickl
 
 import hashlib
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from shards.encode import BadImageError, Encoded, encode
+from shards.encode import BadImageError, Encoded
 from shards.index import SAMPLE
 from shards.sources import Listing
-
-REJECTED = "rejected.jsonl"
+from shards.staging import Staging
 
 
 @dataclass(frozen=True)
@@ -28,74 +26,85 @@ class ShardJob:
     """One shard to write.
 
     Attributes:
-        path: the tar; its folder exists.
+        staging: where to.
+        name: the file's name without its end, such as "train-000012".
         first: position of the first image in its split's plan; the samples' keys count on from it.
         images: what to write.
         read: gives an image's bytes by its name.
-        shorter_side: as in `encode`.
-        quality: as in `encode`.
+        encode: gives what to store for these bytes.
     """
 
-    path: Path
+    staging: Staging
+    name: str
     first: int
     images: Listing
     read: Callable[[str], bytes]
-    shorter_side: int | None
-    quality: int
+    encode: Callable[[bytes], Encoded]
 
 
-@dataclass(frozen=True)
-class WrittenShard:
-    """What one shard holds.
+class Written(NamedTuple):
+    """What a shard came to: samples, rejected images, and the first of those with its reason ("" for none)."""
 
-    Attributes:
-        samples: shape (N,), dtype `SAMPLE`, in file order; `shard` is left 0.
-        names: where each sample came from.
-        rejected: {"label", "source", "reason"} of each image that could not be stored.
-        entry: the manifest's entry: file, samples, bytes and checksums.
-    """
-
-    samples: NDArray[np.void]
-    names: list[str]
-    rejected: list[dict[str, Any]]
-    entry: dict[str, Any]
+    samples: int
+    rejected: int
+    example: str
 
 
-def write_shard(job: ShardJob) -> WrittenShard:
-    """Read, check, encode and write one shard's images.
+def write_shard(job: ShardJob) -> Written:
+    """Read, check, encode and write one shard's images, and a record of it for `read_record`.
 
     Raises:
         OSError: the shard cannot be written.
     """
     rows = []
     names = []
-    rejected = []
+    rejected: list[dict[str, Any]] = []
     members: list[tarfile.TarInfo] = []
-    with job.path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for i, name in enumerate(job.images.names):
-            label = int(job.images.labels[i])
-            try:
-                image = _load(job, name)
-            except BadImageError as error:
-                rejected.append({"label": label, "source": name, "reason": str(error)})
-                continue
-            key = f"{job.first + i:09d}"
-            members += [
-                _add(tar, f"{key}.{image.extension}", image.data),
-                _add(tar, f"{key}.cls", str(label).encode("ascii")),
-            ]
-            rows.append((members[-2].offset_data, len(image.data), 0, label, image.height, image.width))
-            names.append(name)
-    index_path = job.path.with_suffix(".idx")
-    index_path.write_text(index_text(members), encoding="ascii")
-    entry = {
-        "file": job.path.name,
-        "samples": len(rows),
-        "bytes": job.path.stat().st_size,
-        "sha256": sha256(job.path),
-        "index_sha256": sha256(index_path),
-    }
-    return WrittenShard(np.array(rows, dtype=SAMPLE), names, rejected, entry)
+    with job.staging.writing(*(f"{job.name}.{end}" for end in ("tar", "idx", "npy", "names.txt"))) as paths:
+        tar_path, index_path, rows_path, names_path = paths
+        with tar_path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for i, name in enumerate(job.images.names):
+                label = int(job.images.labels[i])
+                try:
+                    image = _load(job, i)
+                except BadImageError as error:
+                    rejected.append({"label": label, "source": name, "reason": str(error)})
+                    continue
+                key = f"{job.first + i:09d}"
+                members += [
+                    _add(tar, f"{key}.{image.extension}", image.data),
+                    _add(tar, f"{key}.cls", str(label).encode("ascii")),
+                ]
+                rows.append((members[-2].offset_data, len(image.data), 0, label, image.height, image.width))
+                names.append(name)
+        index_path.write_text(index_text(members), encoding="ascii")
+        with rows_path.open("wb") as file:
+            np.save(file, np.array(rows, dtype=SAMPLE))
+        names_path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        entry = {
+            "file": f"{job.name}.tar",
+            "samples": len(rows),
+            "bytes": tar_path.stat().st_size,
+            "sha256": sha256(tar_path),
+            "index_sha256": sha256(index_path),
+        }
+    record = {"entry": entry, "rejected": rejected}
+    job.staging.write_json(f"{job.name}.json", record)
+    return _written(record)
+
+
+def read_written(staging: Staging, name: str, sizes: Mapping[str, int]) -> Written | None:
+    """Return what a shard that an earlier builder wrote came to; None if it is not among the files of these `sizes`."""
+    record = staging.read_json(f"{name}.json") if f"{name}.json" in sizes else None
+    if record is None or sizes.get(f"{name}.tar") != record["entry"]["bytes"]:
+        return None
+    return _written(record)
+
+
+def _written(record: dict[str, Any]) -> Written:
+    rejected = record["rejected"]
+    example = f"{rejected[0]['source']}: {rejected[0]['reason']}" if rejected else ""
+    return Written(record["entry"]["samples"], len(rejected), example)
 
 
 def index_text(members: Sequence[tarfile.TarInfo]) -> str:
@@ -113,12 +122,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _load(job: ShardJob, name: str) -> Encoded:
+def _load(job: ShardJob, i: int) -> Encoded:
     try:
-        data = job.read(name)
+        data = job.read(job.images.names[i])
+    except PermissionError:
+        raise BadImageError("no permission to read it") from None
     except OSError:
         raise BadImageError("cannot be read") from None
-    return encode(data, job.shorter_side, job.quality)
+    if job.images.sizes is not None and job.images.sizes[i] != len(data):
+        raise BadImageError("changed since it was listed")
+    return job.encode(data)
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tarfile.TarInfo:

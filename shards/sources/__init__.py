@@ -1,17 +1,23 @@
 """Where images come from. A new kind of source is one module with an `open_source` and a line here."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.sources import digits, folder
+from shards.sources import cifar, coco, digits, fashion, folder, lists, table
 from shards.sources.source import Listing, Source
 
 __all__ = ["SOURCES", "Listing", "Source", "open_source"]
 
 SOURCES: dict[str, Callable[[Path | None], Source]] = {
     "digits": digits.open_source,
+    "fashion-mnist": fashion.open_source,
+    **{name: partial(cifar.open_source, name) for name in cifar.KINDS},
+    **{name: partial(coco.open_source, name) for name in coco.FILES},
+    **{name: partial(lists.open_source, name) for name in ("imagenet-lt", "places-lt")},
     "folder": folder.open_source,
+    "csv": table.open_source,
 }
 
 
@@ -27,4 +33,7 @@ def open_source(dataset: str, path: Path | None) -> Source:
     """
     if dataset not in SOURCES:
         raise UserError(f"unknown dataset {dataset!r}; choose one of: {', '.join(SOURCES)}")
-    return SOURCES[dataset](path)
+    try:
+        return SOURCES[dataset](path)
+    except OSError as error:
+        raise UserError(f"--source {path} cannot be read: {error.filename}: {error.strerror}") from None

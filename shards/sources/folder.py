@@ -7,27 +7,18 @@ Images may lie at any depth below their class folder. Hidden files and folders a
 extension is not that of an image that PIL reads are skipped and counted.
 """
 
-import hashlib
 import os
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from shards.encode import EXTENSIONS
 from shards.errors import UserError
-from shards.sources.source import Listing, Source
+from shards.sources.files import FileReader, check_folder, check_name, file_sizes
+from shards.sources.source import Listing, Source, fingerprint
 
 SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "val", "validation": "val"}
-
-
-@dataclass(frozen=True)
-class _Reader:
-    root: Path
-
-    def __call__(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
 
 
 def open_source(path: Path | None) -> Source:
@@ -36,19 +27,7 @@ def open_source(path: Path | None) -> Source:
     Raises:
         UserError: no `path`, or a folder that does not hold at least two classes with images.
     """
-    if path is None:
-        raise UserError("folder needs --source DIR, a folder with one sub-folder of images per class")
-    root = Path(path)
-    if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
-        raise UserError(f"--source {path} {what}; give a folder with one sub-folder of images per class")
-    try:
-        return _open(root)
-    except OSError as error:
-        raise UserError(f"--source {path} cannot be read: {error.filename}: {error.strerror}") from None
-
-
-def _open(root: Path) -> Source:
+    root = check_folder("folder", path, "a folder with one sub-folder of images per class")
     split_roots = _split_roots(root)
     class_folders = {name: _sub_folders(folder) for name, folder in split_roots.items()}
     classes = sorted({folder.name for folders in class_folders.values() for folder in folders})
@@ -57,7 +36,6 @@ def _open(root: Path) -> Source:
 
     label_of = {name: label for label, name in enumerate(classes)}
     skipped: Counter[str] = Counter()
-    digest = hashlib.sha256()
     splits = {}
     for split, folders in class_folders.items():
         names: list[str] = []
@@ -70,12 +48,11 @@ def _open(root: Path) -> Source:
             skipped += others
             for image in images:
                 name = image.relative_to(root).as_posix()
-                _check_name(name)
-                size = image.stat().st_size if image.exists() else -1  # a dangling link is told when it is read
-                digest.update(f"{name}\0{size}\n".encode())
+                check_name(name)
                 names.append(name)
             labels += [label_of[folder.name]] * len(images)
-        splits[split] = Listing(names, np.array(labels, dtype=np.int64))
+        # A dangling link is told when it is read.
+        splits[split] = Listing(names, np.array(labels, dtype=np.int64), file_sizes(root, names))
 
     untrained = sorted(set(classes) - {folder.name for folder in class_folders["train"]})
     if untrained:
@@ -87,7 +64,7 @@ def _open(root: Path) -> Source:
         notes.append(f"images that lie in no class folder are skipped: {loose}")
     if skipped:
         notes.append(f"files that this PIL does not read as images are skipped: {_kinds(skipped)}")
-    return Source(classes, splits, _Reader(root), digest.hexdigest(), notes=tuple(notes))
+    return Source(classes, splits, FileReader(root), fingerprint(classes, splits), notes=tuple(notes))
 
 
 def _split_roots(root: Path) -> dict[str, Path]:
@@ -136,13 +113,3 @@ def _kinds(files: Counter[str]) -> str:
 
 def _fail(error: OSError) -> None:
     raise error
-
-
-def _check_name(name: str) -> None:
-    """Names are kept one per line of a UTF-8 file."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{name!r}: the name is not valid UTF-8; rename it") from None
-    if name.splitlines() != [name]:
-        raise UserError(f"{name!r}: the name holds a line break; rename it")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, features
 from shards_pictures import encoded, picture
+from sklearn.datasets import load_sample_image
 
 import shards.encode
 from shards.encode import UPRIGHT, BadImageError, encode
@@ -204,3 +205,42 @@ def test_a_format_that_this_pil_lacks_is_not_called_damaged(monkeypatch):
 @pytest.mark.skipif(not features.check("webp"), reason="this PIL was built without WebP")
 def test_webp_becomes_jpeg():
     assert encode(encoded(picture(), "WEBP")).extension == "jpg"
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L")])
+def test_keep_bytes_keeps_plain_files(kind, mode):
+    data = encoded(picture().convert(mode), kind)
+    assert encode(data, keep_bytes=True).data is data
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (with_orientation(picture(), "JPEG", 6), "cannot be kept: EXIF does not say upright"),
+        (with_orientation(picture(), "PNG", 3), "cannot be kept: EXIF does not say upright"),
+        (encoded(picture().convert("CMYK"), "JPEG"), "cannot be kept: not plain 8-bit RGB or grey"),
+        (encoded(picture().convert("RGBA"), "PNG"), "cannot be kept: not plain 8-bit RGB or grey"),
+        (encoded(Image.fromarray(RAMP_HW), "PNG"), "cannot be kept: not plain 8-bit RGB or grey"),
+        (encoded(picture(), "BMP"), "cannot be kept: no JPEG or PNG"),
+        (with_orientation(picture(size=(150, 120)), "JPEG", 6)[:-10], "damaged or truncated"),
+        (JPEG[: len(JPEG) // 2], "damaged or truncated"),
+        (b"", "empty file"),
+    ],
+)
+def test_keep_bytes_turns_away_what_would_be_written_again(data, reason):
+    with pytest.raises(BadImageError) as error:
+        encode(data, keep_bytes=True)
+    assert str(error.value) == reason
+    if reason.startswith("cannot be kept"):
+        encode(data)
+
+
+@pytest.mark.parametrize("shorter_side", [213, 200, 186, 182, 150, 107, 92, 75])
+def test_decoding_at_a_fraction_costs_no_more_than_storing_does(shorter_side):
+    # A picture of much detail; its height of 427 is no multiple of anything.
+    data = encoded(Image.fromarray(load_sample_image("china.jpg")), "JPEG", quality=95)
+    stored_HWC = pixels(encode(data, shorter_side).data)
+    exact = Image.open(BytesIO(data)).resize(stored_HWC.shape[1::-1], Image.Resampling.BICUBIC)
+    exact_HWC = np.asarray(exact).astype(int)
+    again_HWC = pixels(encoded(exact, "JPEG", quality=90))
+    assert np.square(stored_HWC - exact_HWC).mean() < 2.05 * np.square(again_HWC - exact_HWC).mean()

@@ -1,6 +1,7 @@
 """The folder source: which layouts it reads, and what it says about the others."""
 
 import os
+from pathlib import Path
 
 import pytest
 from shards_pictures import encoded, picture
@@ -119,10 +120,25 @@ def test_names_that_no_text_file_can_list(tmp_path, image_folder, name, why):
 
 
 def test_unknown_dataset_lists_the_known():
-    with pytest.raises(UserError, match="unknown dataset 'mnist'; choose one of: digits, folder"):
+    with pytest.raises(UserError, match="unknown dataset 'mnist'; choose one of: digits, fashion-mnist, cifar10, "):
         open_source("mnist", None)
 
 
 def test_digits_take_no_source(tmp_path):
     with pytest.raises(UserError, match="leave out --source"):
         open_source("digits", tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["folder", "places-lt"])
+def test_a_folder_that_may_not_be_read(tmp_path, image_folder, monkeypatch, dataset):
+    image_folder(tmp_path, {"a": 1, "b": 1})
+    (tmp_path / "P_train.txt").write_text("")
+    for split in ("val", "test"):
+        (tmp_path / f"P_{split}.txt").write_text("")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=rf"--source {tmp_path} cannot be read: {tmp_path}: Permission denied"):
+        open_source(dataset, tmp_path)

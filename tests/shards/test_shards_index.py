@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from shards.errors import UserError
-from shards.index import open_dataset
+from shards.index import FORMAT, SAMPLE, open_dataset
 
 
 @pytest.fixture
@@ -64,3 +66,42 @@ def test_a_split_entry_without_its_parts(root):
     (root / "dataset.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="lacks the key 'class_counts'"):
         open_dataset(root)
+
+
+def made_array(path, dtype, n):
+    """An array file with a hole instead of values."""
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (n,)}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + n * np.dtype(dtype).itemsize)
+
+
+def test_ten_million_samples_open_in_no_time_and_no_memory(tmp_path):
+    n, n_classes, n_shards = 10_000_000, 10_000, 5_000
+    made_array(tmp_path / "train.samples.npy", SAMPLE, n)
+    made_array(tmp_path / "train.by_class.npy", "<i8", n)
+    digests = {"sha256": "0" * 64, "index_sha256": "0" * 64}
+    shards = [{"file": f"train-{i:06d}.tar", "samples": 2000, "bytes": 10**8, **digests} for i in range(n_shards)]
+    manifest = {
+        **dict.fromkeys(("preset", "options", "imbalance_factor", "image", "rejected")),
+        "format": FORMAT,
+        "name": "large",
+        "classes": [f"a class, the {j}th" for j in range(n_classes)],
+        "splits": {"train": {"samples": n, "class_counts": [n // n_classes] * n_classes, "shards": shards}},
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(manifest))
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        split = open_dataset(tmp_path).splits["train"]
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.05
+    tracemalloc.start()
+    try:
+        split = open_dataset(tmp_path).splits["train"]
+        ids = split.by_class[split.class_starts[-2] : split.class_starts[-1]]
+        assert split.samples[n - 1]["size"] == 0
+        assert tracemalloc.get_traced_memory()[1] < 20e6  # two bytes per sample: the shards' and the classes' entries
+    finally:
+        tracemalloc.stop()
+    assert len(ids) == 1000

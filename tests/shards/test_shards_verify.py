@@ -1,5 +1,6 @@
 """`verify` names what was damaged."""
 
+import itertools
 import json
 import shutil
 import tarfile
@@ -148,6 +149,140 @@ def test_a_lost_name_is_told(root):
 def test_a_manifest_that_contradicts_the_files_is_told(root, change, problem):
     edit_manifest(root, change)
     assert any(p.startswith(problem) for p in verify(root, workers=1))
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def append_sample(path):
+    """Another sample behind the last; tar readers see it."""
+    with tarfile.open(path, "a") as tar:
+        for end in ("png", "cls"):
+            tar.addfile(tarfile.TarInfo(f"999999999.{end}"))
+
+
+def drop_last_sample(path):
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    path.write_bytes(path.read_bytes()[: members[-2].offset] + bytes(1024))
+
+
+def swap(one, other):
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+
+
+TAMPERINGS = {
+    "a flipped byte in an image": (
+        lambda root: flip(root / "train-000000.tar", 600),
+        ["train-000000.tar: its checksum is not the manifest's"],
+    ),
+    "a flipped byte in a tar header": (
+        lambda root: flip(root / "train-000000.tar", 3),
+        ["train-000000.tar: its checksum is not the manifest's", "train-000000.tar: no whole tar"],
+    ),
+    "a truncated shard": (
+        lambda root: (root / "train-000000.tar").write_bytes((root / "train-000000.tar").read_bytes()[:3000]),
+        ["train-000000.tar: its checksum", "train-000000.tar: 3000 bytes long, the manifest says"],
+    ),
+    "an empty shard": (
+        lambda root: (root / "train-000000.tar").write_bytes(b""),
+        ["train-000000.tar: its checksum", "train-000000.tar: 0 bytes long, the manifest says"],
+    ),
+    "a missing shard": (lambda root: (root / "train-000001.tar").unlink(), ["train-000001.tar: missing"]),
+    "an extra sample": (
+        lambda root: append_sample(root / "train-000000.tar"),
+        ["train-000000.tar: its checksum", "train-000000.tar: 5 samples, expected 4"],
+    ),
+    "a missing sample": (
+        lambda root: drop_last_sample(root / "train-000000.tar"),
+        ["train-000000.tar: its checksum", "train-000000.tar: 3 samples, expected 4"],
+    ),
+    "an extra shard": (
+        lambda root: shutil.copy(root / "train-000000.tar", root / "train-000009.tar"),
+        ["train-000009.tar: the manifest does not know it"],
+    ),
+    "shards in each other's place": (
+        lambda root: swap(root / "train-000000.tar", root / "train-000001.tar"),
+        ["train-000000.tar: its checksum", "train-000001.tar: its checksum"],
+    ),
+    "a wrong text index": (
+        lambda root: swap(root / "train-000000.idx", root / "test-000000.idx"),
+        ["train-000000.idx: does not describe train-000000.tar", "test-000000.idx: does not describe"],
+    ),
+    "a row too few": (
+        lambda root: np.save(root / "train.samples.npy", np.load(root / "train.samples.npy")[1:]),
+        ["train.samples.npy: its checksum", "train.samples.npy holds 6 entries of the manifest's 7"],
+    ),
+    "a wrong class index": (
+        lambda root: np.save(root / "train.by_class.npy", np.load(root / "train.by_class.npy")[::-1]),
+        ["train.by_class.npy: its checksum", "train.by_class.npy: not the sample ids sorted by class"],
+    ),
+    "a name too many": (
+        lambda root: (root / "train.names.txt").open("a").write("more\n"),
+        ["train.names.txt: its checksum", "train.names.txt: 8 names for 7 samples"],
+    ),
+    "no list of rejected images": (lambda root: (root / "rejected.jsonl").unlink(), ["rejected.jsonl: missing"]),
+    "a damaged list of rejected images": (
+        lambda root: (root / "rejected.jsonl").write_text("{"),
+        ["rejected.jsonl: damaged ("],
+    ),
+}
+
+
+@pytest.mark.parametrize(("tamper", "problems"), TAMPERINGS.values(), ids=TAMPERINGS)
+def test_tampering_is_named(root, tamper, problems):
+    tamper(root)
+    found = verify(root, workers=1)
+    for problem in problems:
+        assert any(problem in line for line in found), found
+
+
+def test_a_split_that_contradicts_the_shards_in_the_tar_order_is_named(root):
+    samples = np.load(root / "train.samples.npy")
+    np.save(root / "changed.npy", samples[::-1])
+    overwrite_with_checksum(root, "train.samples.npy", (root / "changed.npy").read_bytes())
+    assert "train.samples.npy: the rows are not in the order of the shards" in verify(root, workers=1)
+
+
+def test_two_samples_with_one_key_are_named(root):
+    tar = (root / "train-000000.tar").read_bytes()
+    path = root / "train-000000.tar"
+    with tarfile.open(path) as opened:
+        members = opened.getmembers()
+    samples = [tar[a.offset : b.offset] for a, b in itertools.pairwise([*members[::2], members[-1]])]
+    path.write_bytes(samples[0] + samples[0] + tar[members[4].offset :])
+    assert "train-000000.tar: its keys do not rise" in verify(root, workers=1)
+
+
+def test_an_image_of_another_kind_than_its_name_says_is_named(root):
+    path = root / "train-000000.tar"
+    with tarfile.open(path) as tar:
+        header = tar.getmembers()[0]
+    header.name = header.name.replace(".png", ".jpg")
+    data = path.read_bytes()
+    overwrite_with_checksum(root, path.name, header.tobuf(tarfile.USTAR_FORMAT) + data[512:])
+    assert f"train-000000.tar: {header.name}: not an upright 8-bit RGB or greyscale JPEG or PNG, as its name says" in (
+        verify(root, workers=1)
+    )
+
+
+def test_a_shard_that_cannot_be_read_is_named(root):
+    (root / "train-000000.tar").unlink()
+    (root / "train-000000.tar").symlink_to("train-000000.tar")
+    problems = verify(root, workers=1)
+    assert any(problem.startswith("train-000000.tar: ") for problem in problems)
+
+
+def test_an_unfinished_build_is_told(root):
+    (root / "dataset.json").unlink()
+    (root / ".build").mkdir()
+    with pytest.raises(UserError, match="holds an unfinished build; give the command that began it again"):
+        verify(root)
 
 
 def test_no_dataset_is_a_mistake(tmp_path):

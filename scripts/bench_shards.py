@@ -1,0 +1,226 @@
+"""How fast shards are built, beside what else one could use, on JPEGs of 800x600 shrunk to a shorter side of 256.
+
+    .venv/bin/python scripts/bench_shards.py --json FILE
+
+Measures by turns in one run: `python -m shards build` with one worker and with two, a plain loop of ordinary Pillow and
+webdataset's TarWriter, and MosaicML's MDSWriter (the latter two in an environment that is made for it with uv and
+thrown away). `images_per_second` is what counts: the same commands are also run on a tenth of the images, and the time
+of that is subtracted, with starting Python and importing libraries in it. `with_start` is of the whole commands.
+"""
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from shards.cli import run_commands
+from shards.progress import say
+
+ROOT = Path(__file__).parents[1]
+SIZE = (800, 600)
+CLASSES = 20
+SOURCE, OUT = "SOURCE", "OUT"  # in a command, for paths
+# torch is taken from the environment that this script runs in: mosaicml-streaming imports it.
+WITHOUT_TORCH = "torch; python_version < '0'\ntorchvision; python_version < '0'\n"
+
+
+def bench(json: Path = Path("bench_shards.json"), images: int = 2000, rounds: int = 3) -> None:
+    """Measure and write the results.
+
+    Args:
+        json: the file to write.
+        images: how many JPEGs to make and build from, at least 200.
+        rounds: how often everything is measured, by turns.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _write(json, _measure(Path(folder), images, rounds))
+
+
+def _measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
+    sources = {images: folder / "source", images // 10: folder / "tenth"}
+    say(f"making {images} JPEGs")
+    for n, source in sources.items():
+        mean_bytes = make_photographs(source, n)
+    ours = [sys.executable, "-m", "shards", "build", "folder", "--shorter-side", "256", "--quality", "90"]
+    ours += ["--test-fraction", "0", "--val-fraction", "0", "--shard-samples", str(images // 20)]
+    commands = {
+        f"ours, {n} worker{'s' * (n > 1)}": [*ours, "--workers", str(n), "--source", SOURCE, "--out", OUT]
+        for n in (1, 2)
+    }
+    skipped = {}
+    for peer, packages in {"plain": ["pillow", "webdataset"], "mosaicml": ["pillow", "mosaicml-streaming"]}.items():
+        say(f"making an environment for {peer}")
+        try:
+            python = make_environment(folder / f"env-{peer}", packages)
+        except subprocess.CalledProcessError as error:
+            skipped[peer] = error.stderr.strip().splitlines()[-1]
+        else:
+            commands[peer] = [str(python), str(ROOT / "scripts" / "bench_peers.py"), peer, SOURCE, OUT]
+
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    for i in range(rounds):
+        for name, command in commands.items():
+            run, tenth = (run_on(command, sources[n], folder / "out") for n in sources)
+            runs[name].append(run | {f"tenth_{key}": tenth[key] for key in ("seconds", "cpu_seconds")})
+            say(f"round {i + 1}, {name}: {run['seconds']:.1f} s, {tenth['seconds']:.1f} s for a tenth")
+    results = {name: rates(of, images) for name, of in runs.items()}
+    return {
+        "command": " ".join(sys.orig_argv[1:]),
+        "commit": subprocess.run(
+            ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
+        "environment": {
+            "cpu": cpu_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "python": platform.python_version(),
+            "pillow": Image.__version__,
+            "numpy": version("numpy"),
+        },
+        "images": images,
+        "mean_bytes": mean_bytes,
+        "results": results,
+        "skipped": skipped,
+        "one_worker_over_plain": ratio(results, "ours, 1 worker", "plain"),
+        "one_worker_over_plain_per_cpu_second": ratio(results, "ours, 1 worker", "plain", "cpu_second"),
+        "one_worker_over_mosaicml": ratio(results, "ours, 1 worker", "mosaicml"),
+        "two_workers_over_one": ratio(results, "ours, 2 workers", "ours, 1 worker"),
+        "rss_growth_mb": max(run["rss_growth_mb"] for name in runs if name.startswith("ours") for run in runs[name]),
+    }
+
+
+def make_photographs(source: Path, images: int) -> float:
+    """Write windows of scikit-learn's two photographs, mirrored by turns; return the mean file size in bytes."""
+    generator = np.random.default_rng(0)
+    photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
+    sizes = []
+    for i in range(images):
+        photograph = photographs[i % 2]
+        width = int(generator.integers(480, photograph.width + 1))
+        height = width * SIZE[1] // SIZE[0]
+        height, width = min(height, photograph.height), min(height, photograph.height) * SIZE[0] // SIZE[1]
+        left = int(generator.integers(0, photograph.width - width + 1))
+        top = int(generator.integers(0, photograph.height - height + 1))
+        picture = photograph.resize(SIZE, Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+        if i // 2 % 2:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        path = source / f"class-{i % CLASSES:02d}" / f"{i:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, quality=90)
+        sizes.append(path.stat().st_size)
+    return float(np.mean(sizes))
+
+
+def make_environment(folder: Path, packages: list[str]) -> Path:
+    """Make an environment with these packages first and this one's behind them; return its Python."""
+    uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
+    folder.mkdir()
+    override = folder / "override.txt"
+    override.write_text(WITHOUT_TORCH)
+    python = folder / "env" / "bin" / "python"
+    install = [uv, "pip", "install", "--no-config", "--python", python, "--override", override, *packages]
+    for command in ([uv, "venv", "--no-config", "--python", sys.executable, folder / "env"], install):
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    site = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own = subprocess.run([python, "-c", site], check=True, capture_output=True, text=True).stdout.strip()
+    # A line of a .pth file comes behind the folder that it lies in.
+    Path(own, "behind.pth").write_text(str(Path(np.__file__).parents[1]) + "\n")
+    return python
+
+
+def rates(runs: list[dict[str, float]], images: int) -> dict[str, Any]:
+    """Images per second and per CPU second, without what starting takes; and with it."""
+    result: dict[str, Any] = {}
+    for key in ("seconds", "cpu_seconds"):
+        more = statistics.median(run[key] for run in runs) - statistics.median(run[f"tenth_{key}"] for run in runs)
+        if more <= 0:
+            raise RuntimeError(f"{images} images took no longer than {images // 10}; measure more images")
+        result[f"images_per_{key.removesuffix('s')}"] = (images - images // 10) / more
+    return result | {"with_start": images / statistics.median(run["seconds"] for run in runs), "runs": runs}
+
+
+def run_on(command: list[str], source: Path, out: Path) -> dict[str, float]:
+    """Time a command on a source; what it writes is deleted."""
+    paths = {SOURCE: str(source), OUT: str(out)}
+    result = timed([paths.get(word, word) for word in command], cwd=out.parent)
+    shutil.rmtree(out)
+    return result
+
+
+def timed(command: list[str], cwd: Path) -> dict[str, float]:
+    """Run a command; return its seconds, CPU seconds, and how much more memory it took after its first tenth, in MB."""
+    start = time.monotonic()
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    memory: list[tuple[float, float]] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            memory.append((time.monotonic() - start, resident_mb(process.pid)))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    before = os.times()
+    _, errors = process.communicate()
+    seconds = time.monotonic() - start
+    after = os.times()
+    ended.set()
+    watcher.join()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {errors.strip()}")
+    early = [mb for when, mb in memory if when <= max(seconds / 10, 1)]
+    late = [mb for when, mb in memory if when > max(seconds / 10, 1)]
+    return {
+        "seconds": seconds,
+        "cpu_seconds": after.children_user + after.children_system - before.children_user - before.children_system,
+        "rss_mb": max((mb for _, mb in memory), default=0.0),
+        "rss_growth_mb": max(late, default=0.0) - max(early, default=0.0) if late else 0.0,
+    }
+
+
+def resident_mb(pid: int) -> float:
+    """Memory of a process and its descendants that is its own: without pages of mapped files, which are the cache's."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return 0.0
+    own = sum(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
+    return own + sum(resident_mb(int(child)) for child in children)
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def ratio(results: dict[str, dict[str, Any]], one: str, other: str, per: str = "second") -> float | None:
+    """How many times the other's images per second; None where one was not measured."""
+    if one not in results or other not in results:
+        return None
+    return float(results[one][f"images_per_{per}"] / results[other][f"images_per_{per}"])
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    say(f"written: {path}")
+
+
+if __name__ == "__main__":
+    run_commands("scripts/bench_shards.py", bench)

@@ -1,0 +1,285 @@
+"""Datasets and images behind URLs such as s3://bucket/folder: building into them, and a cache on this machine.
+
+Whatever fsspec opens will do (extra `remote`: fsspec and s3fs). Credentials and endpoints are fsspec's and the
+providers' own settings, such as AWS_PROFILE and AWS_ENDPOINT_URL.
+
+    ~/.cache/tailstream/           or $TAILSTREAM_CACHE
+        dataset-4f0c…/             a dataset: its small files, and each shard once it was asked for
+            .origin                its URL
+        source-91ab…/              images to build from
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.errors import UserError
+
+TRANSFERS = 16  # at the same time: object stores answer slowly and serve many
+ORIGIN = ".origin"
+
+
+def is_url(path: Path | str) -> bool:
+    """Whether this names a remote place."""
+    return "://" in str(path)
+
+
+def cache_folder() -> Path:
+    """Where copies of remote files are kept."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TAILSTREAM_CACHE") or Path(cache, "tailstream"))
+
+
+@dataclass(frozen=True)
+class RemoteStore:
+    """A `shards.store.Store` behind a URL. Object stores put whole files in place and know no folders and no locks.
+
+    Two builders at one URL are not told of each other: with the same options they write the same bytes, with other
+    options the second one finds the first one's plan and is refused.
+    """
+
+    url: str
+
+    def names(self) -> set[str] | None:  # noqa: D102
+        with _remote(self.url) as (files, root):
+            return {_base(path) for path in _listing(files, root)}
+
+    def sizes(self, folder: str) -> dict[str, int]:  # noqa: D102
+        with _remote(self.url) as (files, root):
+            found = _listing(files, f"{root}/{folder}").items()
+            return {_base(path): about["size"] for path, about in found if about["type"] == "file"}
+
+    def read(self, name: str) -> bytes:  # noqa: D102
+        with _remote(self.url) as (files, root):
+            data: bytes = files.cat_file(f"{root}/{name}")
+            return data
+
+    @contextmanager
+    def writing(self, names: Sequence[str]) -> Iterator[list[Path]]:  # noqa: D102
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [Path(folder, _base(name)) for name in names]
+            yield paths
+            with _remote(self.url) as (files, root):
+                for path, name in zip(paths, names, strict=True):
+                    files.put_file(str(path), f"{root}/{name}")
+
+    def move(self, names: Iterable[tuple[str, str]]) -> None:  # noqa: D102
+        def move(old: str, new: str) -> None:
+            files.cp_file(f"{root}/{old}", f"{root}/{new}")
+            files.rm_file(f"{root}/{old}")
+
+        with _remote(self.url) as (files, root), ThreadPoolExecutor(TRANSFERS) as pool:
+            for future in [pool.submit(move, *pair) for pair in names]:
+                future.result()
+
+    def delete(self, names: Iterable[str]) -> None:  # noqa: D102
+        def delete(name: str) -> None:
+            with suppress(FileNotFoundError):
+                files.rm_file(f"{root}/{name}")
+
+        with _remote(self.url) as (files, root), ThreadPoolExecutor(TRANSFERS) as pool:
+            list(pool.map(delete, names))
+
+    @contextmanager
+    def locked(self, folder: str) -> Iterator[None]:  # noqa: D102
+        yield
+
+
+@dataclass(frozen=True)
+class RemoteShards:
+    """The shards of a split that lie behind a URL, and their sha256 in the order of the split."""
+
+    url: str
+    digests: tuple[str, ...]
+
+    def fetch(self, shard: int, path: Path) -> None:
+        """Have a shard in the cache at `path`, whole: what lies there is checked, and fetched where it is not right.
+
+        Processes of one machine that want the same shard wait for each other.
+
+        Raises:
+            UserError: it cannot be fetched, or is not the shard that the manifest describes.
+        """
+        with path.with_name(f"{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists() and _sha256(path) == self.digests[shard]:
+                return
+            _fetch(self.url, path.name, path)
+        if _sha256(path) != self.digests[shard]:
+            path.unlink()
+            raise UserError(f"{self.url}/{path.name} is not the file that the manifest describes; build it again")
+
+
+def cached_dataset(url: str, manifest_name: str) -> Path:
+    """Copy a remote dataset's manifest into the cache; return its folder there.
+
+    The folder is named after the manifest's contents: another dataset at the same URL has another one.
+
+    Raises:
+        UserError: no dataset there, or no answer.
+    """
+    try:
+        manifest = RemoteStore(url).read(manifest_name)
+    except FileNotFoundError:
+        raise UserError(
+            f"{url} has no {manifest_name}, so it is not a dataset; build one with: scripts/build_shards.sh digits"
+            f" --out {url}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{url} cannot be read: {error.strerror or error}") from None
+    digest = hashlib.sha256(url.encode() + manifest).hexdigest()
+    folder = cache_folder() / f"dataset-{digest[:16]}"
+    _make(folder)
+    for name, data in ((ORIGIN, url.encode()), (manifest_name, manifest)):
+        _put(folder / name, data)
+    return folder
+
+
+def whole_cached_dataset(url: str, manifest_name: str, *others: str) -> tuple[Path, list[str]]:
+    """Copy a remote dataset into the cache: what its manifest gives checksums of, and the others that are named.
+
+    Returns:
+        Its folder there, and a line for each file that could not be copied.
+
+    Raises:
+        UserError: as `cached_dataset` does.
+    """
+    folder = cached_dataset(url, manifest_name)
+    digests: dict[str, str | None] = dict.fromkeys(others)
+    for split in json.loads((folder / manifest_name).read_bytes())["splits"].values():
+        digests |= split["files"]
+        for shard in split["shards"]:
+            digests |= {shard["file"]: shard["sha256"], f"{Path(shard['file']).stem}.idx": shard["index_sha256"]}
+
+    def problem(name: str) -> str:
+        digest = digests[name]
+        try:
+            if digest is None:
+                _fetch(url, name, folder / name)
+            else:
+                fetch_file(url, folder / name, digest)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        return folder, [line for line in pool.map(problem, digests) if line]
+
+
+def origin(root: Path) -> str | None:
+    """The URL of a dataset in the cache; None for any other folder."""
+    try:
+        return (root / ORIGIN).read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
+def fetch_file(url: str, path: Path, digest: str) -> None:
+    """Have a dataset's small file in the cache, with this sha256; UserError where that fails."""
+    RemoteShards(url, (digest,)).fetch(0, path)
+
+
+def cached_source(url: str) -> Path:
+    """Copy a remote folder of images into the cache, as far as it is not there yet; return the folder there.
+
+    Of a URL of a file the folder around it is copied.
+
+    Files of another size than the remote ones are copied anew, and those that are gone there are deleted.
+
+    Raises:
+        UserError: nothing there, or no answer.
+    """
+    folder = cache_folder() / f"source-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    try:
+        with _remote(url) as (files, root):
+            found = files.find(root, detail=True)
+            sizes = {path.removeprefix(root).lstrip("/"): about["size"] for path, about in found.items()}
+        if not sizes:
+            raise UserError(f"--source {url} holds no files")
+        if "" in sizes:  # a file, such as a list of images beside it
+            parent, _, name = url.rpartition("/")
+            return cached_source(parent) / name
+        here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        for name in here.keys() - sizes.keys():
+            here[name].unlink()
+        missing = [name for name, size in sizes.items() if name not in here or here[name].stat().st_size != size]
+        for name in missing:
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"--source {url}: {name!r} leads out of the folder")
+            _make((folder / name).parent)
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            list(pool.map(lambda name: _fetch(url, name, folder / name), missing))
+    except OSError as error:
+        raise UserError(f"--source {url} cannot be read: {error.strerror or error}") from None
+    return folder
+
+
+def _fetch(url: str, name: str, path: Path) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with _remote(url) as (files, root):
+            files.get_file(f"{root}/{name}", str(temporary))
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{url}/{name} cannot be fetched to {path.parent}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _put(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the cache {folder} cannot be written: {error.strerror}; set TAILSTREAM_CACHE") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _base(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _listing(files: Any, folder: str) -> dict[str, Any]:
+    try:
+        return {about["name"]: about for about in files.ls(folder, detail=True) if about["name"].rstrip("/") != folder}
+    except FileNotFoundError:
+        return {}
+
+
+@contextmanager
+def _remote(url: str) -> Iterator[tuple[Any, str]]:
+    """Yield fsspec's file system for a URL and the path in it; what its libraries raise becomes an OSError."""
+    try:
+        import fsspec
+    except ImportError:
+        raise UserError(f"{url} needs fsspec; install it with: pip install 'tailstream[remote]'") from None
+    try:
+        # Other processes write there too, so a listing is old the next moment.
+        files, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    except ImportError as error:
+        raise UserError(f"{url}: {error}; or: pip install 'tailstream[remote]'") from None
+    except ValueError as error:
+        raise UserError(f"{url} cannot be opened: {error}") from None
+    try:
+        yield files, root.rstrip("/")
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # such as botocore's own
+        raise OSError(0, " ".join(str(error).split())) from error

@@ -1,0 +1,257 @@
+"""A build that is killed goes on with the same command, and ends as if nothing had been."""
+
+import fcntl
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import shards.build
+from shards.build import build
+from shards.errors import UserError
+from shards.index import open_dataset
+from shards.staging import STAGING, staged
+from shards.store import LocalStore
+from shards.verify import verify
+from shards.writer import write_shard
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory, image_folder):
+    """19 pictures and a file that is none."""
+    root = image_folder(tmp_path_factory.mktemp("pets"), {"cat": 9, "dog": 6, "eel": 4})
+    (root / "cat" / "text.jpg").write_text("no image")
+    return root
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches kill -9."""
+
+
+def build_until(n_shards, monkeypatch, error, **options):
+    """Build, with an error raised when that many shards are done."""
+    written = []
+
+    def write(job):
+        if len(written) == n_shards:
+            raise error
+        written.append(job.name)
+        return write_shard(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.build, "write_shard", write)
+        with pytest.raises(UserError if isinstance(error, OSError) else type(error)) as caught:
+            build(workers=1, **options)
+    return caught.value
+
+
+@pytest.mark.parametrize(("mode", "at_least"), [("at_every_step", 30), ("while_overwriting", 20), ("at_random", 24)])
+def test_killed_builds_end_as_undisturbed_ones(tmp_path, pets, mode, at_least):
+    script = Path(__file__).with_name("killed_builds.py")
+    run = subprocess.run([sys.executable, script, mode, pets, tmp_path], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split("kills:")[1]) >= at_least
+
+
+def test_killed_with_workers_none_lives_on_and_the_rest_is_built(tmp_path, pets):
+    options = ["--source", str(pets), "--shard-samples", "1", "--workers", "2", "--out"]
+    command = [sys.executable, "-m", "shards", "build", "folder", *options]
+    build("folder", source=pets, out=tmp_path / "whole" / "out", shard_samples=1, workers=1)
+    chance = random.Random(0)
+    done = 0
+    while not (tmp_path / "out" / "dataset.json").exists():
+        process = subprocess.Popen([*command, "out"], cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
+        until = time.monotonic() + 60
+        wanted = min(done + chance.randint(5, 12), 20)
+        while process.poll() is None and len(list((tmp_path / "out" / STAGING).glob("t*-*.json"))) < wanted:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        workers_gone = time.monotonic() + 20
+        while group_lives(process.pid):
+            assert time.monotonic() < workers_gone, "a worker lives on"
+            time.sleep(0.01)
+        done = wanted
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+
+
+def group_lives(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_it_says_how_far_it_is(tmp_path, pets, monkeypatch, capsys):
+    options = {"dataset": "folder", "source": pets, "out": tmp_path / "out", "shard_samples": 2}
+    build_until(3, monkeypatch, Killed(), **options)
+    capsys.readouterr()
+    build(workers=1, **options)
+    assert "continuing: 3 of 11 shards are done\n" in capsys.readouterr().err
+
+
+def test_other_options_do_not_go_on_with_it(tmp_path, pets, monkeypatch):
+    options = {"dataset": "folder", "source": pets, "out": tmp_path / "out", "shard_samples": 2}
+    build_until(3, monkeypatch, Killed(), **options)
+    with pytest.raises(UserError) as error:
+        build(**options, seed=1)
+    assert str(error.value) == (
+        f"{tmp_path / 'out'} holds an unfinished build with seed 0, not 1;"
+        " give --overwrite to begin anew, or another --out"
+    )
+    build(**options, seed=1, overwrite=True)
+    assert open_dataset(tmp_path / "out").manifest["options"]["seed"] == 1
+    assert not (tmp_path / "out" / STAGING).exists()
+
+
+def test_another_encoder_does_not_go_on_with_it(tmp_path, pets, monkeypatch):
+    options = {"dataset": "folder", "source": pets, "out": tmp_path / "out", "shard_samples": 2}
+    build_until(3, monkeypatch, Killed(), **options)
+    monkeypatch.setattr(shards.build, "ENCODER", "Pillow 99")
+    with pytest.raises(UserError, match=r"holds an unfinished build with encoder 'Pillow .*', not 'Pillow 99'"):
+        build(**options)
+
+
+def test_a_record_without_its_shard_is_not_believed(tmp_path, pets, monkeypatch, capsys):
+    options = {"dataset": "folder", "source": pets, "out": tmp_path / "out", "shard_samples": 2}
+    build_until(3, monkeypatch, Killed(), **options)
+    tar = next((tmp_path / "out" / STAGING).glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:1024])
+    build(workers=1, **options)
+    assert "continuing: 2 of 11 shards are done\n" in capsys.readouterr().err
+    assert verify(tmp_path / "out", workers=1) == []
+
+
+@pytest.mark.parametrize("there_already", [False, True])
+def test_a_full_disk_is_one_line_and_the_build_goes_on(tmp_path, pets, monkeypatch, there_already):
+    out = tmp_path / "new" / "out"
+    options = {"dataset": "folder", "source": pets, "out": out, "shard_samples": 2, "overwrite": there_already}
+    if there_already:
+        build(workers=1, **{**options, "seed": 1})
+    before = contents(out) if there_already else {}
+    error = build_until(3, monkeypatch, OSError(28, "No space left on device"), **options)
+    assert str(error) == (
+        f"{out} cannot be written: No space left on device; mend that or give another --out"
+        " (shards that are done are kept, and the same command goes on with them)"
+    )
+    assert contents_without_staging(out) == before
+    assert not list((out / STAGING).glob("*.tmp"))
+    build(workers=1, **options)
+    assert verify(out, workers=1) == []
+    assert open_dataset(out).manifest["options"]["seed"] == 0
+
+
+def contents_without_staging(out):
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != STAGING}
+
+
+def test_half_a_file_is_removed_when_writing_fails(tmp_path):
+    def fail(staging):
+        with staging.writing("a.tar", "a.idx") as (tar, _):
+            tar.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    with staged(LocalStore(tmp_path / "out")) as staging:
+        with pytest.raises(OSError, match="No space"):
+            fail(staging)
+        assert staging.sizes().keys() == {"lock"}
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupt_says_that_the_same_command_goes_on(tmp_path, pets, monkeypatch, capsys):
+    options = {"dataset": "folder", "source": pets, "out": tmp_path / "out", "shard_samples": 2}
+    build_until(2, monkeypatch, KeyboardInterrupt(), **options)
+    assert capsys.readouterr().err.endswith(f"{tmp_path / 'out'} is unfinished; the same command goes on with it\n")
+
+
+def test_a_second_builder_is_refused(tmp_path, pets):
+    out = tmp_path / "out"
+    with staged(LocalStore(out)), pytest.raises(UserError) as error:
+        build("folder", source=pets, out=out, workers=1)
+    holder = f"process {os.getpid()} on {os.uname().nodename}"
+    assert str(error.value) == f"{out} is being built by {holder}; wait for it or give another --out"
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path, monkeypatch):
+    flock = fcntl.flock
+    removals = []
+
+    def late(descriptor, operation):
+        if not removals:  # the holder before ends between opening and locking
+            removals.append((tmp_path / "out" / STAGING / "lock").unlink())
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with staged(LocalStore(tmp_path / "out")) as staging:
+        assert staging.sizes().keys() == {"lock"}
+
+
+def test_files_of_others_are_in_the_way_of_an_unfinished_build(tmp_path, pets, monkeypatch):
+    options = {"dataset": "folder", "source": pets, "out": tmp_path / "out", "shard_samples": 2}
+    build_until(2, monkeypatch, Killed(), **options)
+    (tmp_path / "out" / "notes.md").write_text("mine")
+    with pytest.raises(UserError, match="is there and is no dataset"):
+        build(**options)
+
+
+def test_the_old_options_leave_an_unfinished_overwrite_alone(tmp_path, pets, monkeypatch, capsys):
+    options = {"dataset": "folder", "source": pets, "out": tmp_path / "out", "shard_samples": 2}
+    build(workers=1, **options)
+    build_until(2, monkeypatch, Killed(), **options, seed=1, overwrite=True)
+    build(workers=1, **options)
+    assert "already built" in capsys.readouterr().err
+    build(workers=1, **options, seed=1, overwrite=True)
+    assert "continuing: 2 of 11" in capsys.readouterr().err
+    build_until(2, monkeypatch, Killed(), **options, seed=1, overwrite=True)
+    build(workers=1, **options, seed=1)  # complete already: what the unfinished repetition left is of no use
+    assert not (tmp_path / "out" / STAGING).exists()
+
+
+def test_strict_names_the_image_and_loses_nothing(tmp_path, pets, capsys):
+    options = {"dataset": "folder", "source": pets, "out": tmp_path / "out", "workers": 1}
+    with pytest.raises(UserError) as error:
+        build(**options, strict=True)
+    assert str(error.value) == (
+        "cat/text.jpg: not an image; mend or remove it, or leave out --strict to build without it"
+    )
+    with pytest.raises(UserError, match=r"cat/text\.jpg: not an image"):  # also when its shard is there already
+        build(**options, strict=True)
+    build(**options)
+    assert "continuing: " in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"was built without 1 images that rejected\.jsonl names; leave out --strict"):
+        build(**options, strict=True)
+
+
+def test_no_permission_is_one_line(tmp_path, pets):
+    if os.getuid() == 0:
+        pytest.skip("root may write everywhere")
+    (tmp_path / "mine").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="cannot be written: Permission denied"):
+        build("folder", source=pets, out=tmp_path / "mine" / "out", workers=1)
+
+
+def test_images_that_change_while_they_are_built_are_rejected(tmp_path, image_folder, monkeypatch):
+    source = image_folder(tmp_path / "source", {"a": 3, "b": 3})
+    plan_splits = shards.build.plan_splits
+
+    def change(*args, **kwargs):
+        with (source / "a" / "000.png").open("ab") as file:
+            file.write(b"more")
+        return plan_splits(*args, **kwargs)
+
+    monkeypatch.setattr(shards.build, "plan_splits", change)
+    out = build("folder", source=source, out=tmp_path / "out", workers=1, test_fraction=0, val_fraction=0)
+    (line,) = (out / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "changed since it was listed"

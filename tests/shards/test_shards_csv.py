@@ -1,0 +1,109 @@
+"""CSV files that list images."""
+
+import pytest
+from shards_pictures import encoded, picture
+
+from shards.errors import UserError
+from shards.sources import open_source
+
+JPEG = encoded(picture(), "JPEG")
+
+
+@pytest.fixture
+def csv(tmp_path):
+    """Write a CSV file and images a.jpg, b.jpg, sub folder/ü, c.jpg beside it."""
+    (tmp_path / "sub folder").mkdir()
+    for name in ("a.jpg", "b.jpg", "sub folder/ü, c.jpg"):
+        (tmp_path / name).write_bytes(JPEG)
+
+    def write(text: str | bytes):
+        path = tmp_path / "list.csv"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write
+
+
+def opened(path):
+    return open_source("csv", path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "\r\n , \r\n"])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_paths_and_labels(csv, start, end):
+    source = opened(
+        csv(start + end.join(["path,label", "a.jpg,kein Riß", '"sub folder/ü, c.jpg",crack', "b.jpg,crack"]))
+    )
+    assert source.classes == ["crack", "kein Riß"]
+    assert source.splits["train"].names == ["a.jpg", "b.jpg", "sub folder/ü, c.jpg"]
+    assert source.splits["train"].labels.tolist() == [1, 0, 0]
+    assert list(source.splits) == ["train"]
+    assert source.read("sub folder/ü, c.jpg") == JPEG
+    assert (source.preset, source.val_fraction) == (None, 0.1)
+
+
+def test_splits_in_any_column_and_case(csv):
+    text = 'Split,label,PATH,size\ntest,x,a.jpg,1\nTrain,x,b.jpg,2\ntrain,y,"sub folder/ü, c.jpg",3\n'
+    source = opened(csv(text))
+    assert {split: listing.labels.tolist() for split, listing in source.splits.items()} == {
+        "train": [0, 1],
+        "test": [0],
+    }
+
+
+def test_number_labels_are_sorted_as_numbers(csv):
+    assert opened(csv("path,label\na.jpg,10\nb.jpg,9\n")).classes == ["9", "10"]
+
+
+def test_an_image_listed_again_and_a_missing_one_are_counted(csv):
+    rows = [
+        "a.jpg,x,train",
+        "./a.jpg,x,val",
+        "b.jpg,y,train",
+        ".//a.jpg,x,train",
+        '"sub folder/ü, c.jpg",x,train',
+        "d.jpg,y,train",
+    ]
+    source = opened(csv("\n".join(["path,label,split", *rows])))
+    assert source.splits["val"].names == ["a.jpg"]
+    assert source.splits["train"].names == ["b.jpg", "d.jpg", "sub folder/ü, c.jpg"]
+    assert source.skipped == (
+        "images that are listed again are left out: 2 (a.jpg, a.jpg)",
+        "files that are listed and not there: 1 (d.jpg)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"list\.csv: the first line has no column 'path' \(\); it needs path,label"),
+        ("path;label\na.jpg;x", r"no column 'path' \(path;label\)"),
+        ("path,class\na.jpg,x", r"no column 'label' \(path, class\)"),
+        ("path,label", "lists no training images"),
+        ("path,label,split\na.jpg,x,test", "lists no training images"),
+        ("path,label,split\na.jpg,x,dev", "line 2: split 'dev' is none of train, val and test"),
+        ("path,label\n\na.jpg,x,y", "line 3: 3 values for 2 columns"),
+        ("path,label\na.jpg,", "line 2: the label is empty"),
+        ("path,label\n,x", "line 2: the path is empty"),
+        ("path,label\na.jpg,x", "classes with training images: 1; a"),
+        ("path,label\na.jpg,x\na.jpg,y", "a.jpg is listed as 'x' and as 'y'; keep one of them"),
+        ("path,label\n../a.jpg,x\nb.jpg,y", r"'\.\./a\.jpg' leads out of the source's folder"),
+        ("path,label\n/a.jpg,x\nb.jpg,y", "'/a.jpg' leads out of the source's folder"),
+        ("path,label\nx.jpg,x\ny.jpg,y", r"none of the 2 train images is there: \S+/x\.jpg is missing"),
+        ('path,label\n"a.jpg,x', "line 2: unexpected end of data"),
+        (b"path,label\n\xff.jpg,x", r"list\.csv is not UTF-8 text \(invalid start byte at byte 11\)"),
+    ],
+)
+def test_files_that_will_not_do(csv, text, message):
+    with pytest.raises(UserError, match=message) as error:
+        opened(csv(text))
+    assert "\n" not in str(error.value)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(UserError, match="csv needs --source FILE"):
+        opened(None)
+    with pytest.raises(UserError, match="is a folder; give a CSV file"):
+        opened(tmp_path)
+    with pytest.raises(UserError, match=r"x\.csv is missing"):
+        opened(tmp_path / "x.csv")

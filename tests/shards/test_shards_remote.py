@@ -1,0 +1,293 @@
+"""Datasets and images behind URLs, on a real S3-compatible server on loopback (moto) and in fsspec's memory."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import shards.build
+import shards.remote
+from pipeline.reader import ShardReader
+from shards.build import build
+from shards.errors import UserError
+from shards.index import open_dataset
+from shards.remote import RemoteStore
+from shards.staging import STAGING, staged
+from shards.verify import verify
+from shards.writer import write_shard
+
+fsspec = pytest.importorskip("fsspec", reason="the extra `remote` is not installed")
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The address of an S3 server."""
+    pytest.importorskip("s3fs", reason="the extra `remote` is not installed")
+    program = shutil.which("moto_server") or shutil.which("moto_server", path=Path(sys.executable).parent)
+    if program is None:
+        pytest.skip("moto[server] is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [program, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        until = time.monotonic() + 60
+        while True:
+            assert process.poll() is None, "moto_server ended"
+            assert time.monotonic() < until
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TAILSTREAM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def bucket(request, tmp_path, monkeypatch):
+    """The URL of an empty folder."""
+    server = request.getfixturevalue("server")
+    for name, value in {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    files = fsspec.filesystem("s3", skip_instance_cache=True)
+    name = f"bucket-{tmp_path.name[-30:].replace('_', '-').lower().strip('-')}"
+    files.mkdir(name)
+    return f"s3://{name}/some/where"
+
+
+@pytest.fixture
+def memory():
+    """The URL of an empty folder in this process's memory."""
+    fsspec.filesystem("memory").store.clear()
+    fsspec.filesystem("memory").pseudo_dirs[:] = [""]
+    return "memory://bucket/some/where"
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory, image_folder):
+    """19 pictures and a file that is none."""
+    root = image_folder(tmp_path_factory.mktemp("pets"), {"cat": 9, "dog": 6, "eel": 4})
+    (root / "cat" / "text.jpg").write_text("no image")
+    return root
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def remote_contents(url):
+    files, root = fsspec.core.url_to_fs(url)
+    files.invalidate_cache()
+    return {path.removeprefix(root).lstrip("/"): files.cat_file(path) for path in files.find(root)}
+
+
+def images(dataset):
+    """Every sample's label and bytes, as training reads them."""
+    read = []
+    for split in dataset.splits.values():
+        data = ShardReader(split).encoded(np.arange(len(split)))
+        read += [(label, bytes(file)) for label, file in zip(split.samples["label"].tolist(), data, strict=True)]
+    return read
+
+
+def test_a_bucket_holds_the_same_bytes_and_training_reads_them(tmp_path, pets, bucket, cache, capsys):
+    local = build("folder", source=pets, out=tmp_path / "where", shard_samples=4, workers=1)
+    assert build("folder", source=pets, out=bucket, shard_samples=4, workers=2) == bucket
+    assert f"built in {bucket}; next: accelerate launch train/bbn.py --data {bucket}" in capsys.readouterr().out
+    assert remote_contents(bucket) == contents(local)
+
+    dataset = open_dataset(bucket)
+    assert not list(cache.rglob("*.tar"))  # opening fetches no shard
+    assert images(dataset) == images(open_dataset(local))
+    assert len(list(cache.rglob("*.tar"))) == len(list(local.glob("*.tar")))
+    # A run remembers the folder in the cache; it opens the same.
+    assert images(open_dataset(dataset.root)) == images(open_dataset(local))
+    build("folder", source=pets, out=bucket, shard_samples=4)
+    assert "already built" in capsys.readouterr().err
+
+
+def test_images_in_a_bucket_are_built_from(tmp_path, pets, bucket):
+    files, root = fsspec.core.url_to_fs(bucket)
+    files.put(f"{pets}/", root, recursive=True)
+    local = build("folder", source=pets, out=tmp_path / "one" / "out", workers=1)
+    out = build("folder", source=bucket, out=tmp_path / "two" / "out", workers=1)
+    assert contents(out) == contents(local)
+    files.rm_file(f"{root}/cat/text.jpg")  # gone there, gone here
+    again = build("folder", source=bucket, out=tmp_path / "three" / "out", workers=1)
+    assert open_dataset(again).manifest["rejected"]["total"] == 0
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_interrupted_build_goes_on_in_a_bucket(tmp_path, pets, memory, monkeypatch, capsys, overwrite):
+    options = {"dataset": "folder", "source": pets, "out": memory, "shard_samples": 4, "workers": 1}
+    if overwrite:
+        build(**{**options, "seed": 1, "shard_samples": 1})
+    written = []
+
+    def write(job):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(job.name)
+        return write_shard(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.build, "write_shard", write)
+        with pytest.raises(KeyboardInterrupt):
+            build(**options, overwrite=overwrite)
+    assert ("dataset.json" in remote_contents(memory)) == overwrite
+    with pytest.raises(UserError, match="holds an unfinished build with seed 0, not 2" if not overwrite else "seed 1"):
+        build(**{**options, "seed": 2})
+    capsys.readouterr()
+    build(**options, overwrite=overwrite)
+    assert "continuing: 3 of" in capsys.readouterr().err
+    local = build("folder", source=pets, out=tmp_path / "where", shard_samples=4, workers=1)
+    assert remote_contents(memory) == contents(local)
+
+
+def test_a_build_that_was_being_moved_is_completed(tmp_path, pets, memory, monkeypatch):
+    options = {"dataset": "folder", "source": pets, "out": memory, "shard_samples": 4, "workers": 1}
+    move = RemoteStore.move
+
+    def move_some(self, names):
+        move(self, list(names)[:2])
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteStore, "move", move_some)
+        with pytest.raises(UserError, match="memory://bucket/some/where cannot be written: Input/output error"):
+            build(**options)
+    monkeypatch.setattr(shards.build, "write_shard", None)  # everything is there
+    build(**options)
+    monkeypatch.undo()
+    local = build("folder", source=pets, out=tmp_path / "where", shard_samples=4, workers=1)
+    assert remote_contents(memory) == contents(local)
+
+
+@pytest.fixture
+def remote(pets, memory, monkeypatch, tmp_path):
+    monkeypatch.setenv("TAILSTREAM_CACHE", str(tmp_path / "cache"))
+    return build("folder", source=pets, out=memory, shard_samples=4, workers=1)
+
+
+def test_a_spoiled_shard_in_the_cache_is_fetched_again(remote, cache):
+    expected = images(open_dataset(remote))
+    for path in cache.rglob("*.tar"):
+        data = bytearray(path.read_bytes())
+        data[600] ^= 1
+        path.write_bytes(data)
+    assert images(open_dataset(remote)) == expected
+
+
+def test_a_spoiled_shard_in_the_bucket_is_named_and_not_kept(remote, cache):
+    dataset = open_dataset(remote)
+    files, root = fsspec.core.url_to_fs(remote)
+    files.pipe_file(f"{root}/train-000000.tar", b"something else")
+    with pytest.raises(UserError, match=r"where/train-000000\.tar is not the file that the manifest describes"):
+        images(dataset)
+    assert not list(cache.rglob("train-000000.tar"))
+    files.rm_file(f"{root}/train-000000.tar")
+    with pytest.raises(UserError, match=r"where/train-000000\.tar cannot be fetched to "):
+        images(dataset)
+
+
+def test_verify_names_what_is_wrong_behind_a_url(remote):
+    assert verify(remote, workers=1) == []
+    files, root = fsspec.core.url_to_fs(remote)
+    shutil.rmtree(open_dataset(remote).root)
+    data = bytearray(files.cat_file(f"{root}/train-000000.tar"))
+    data[600] ^= 1
+    files.pipe_file(f"{root}/train-000000.tar", bytes(data))
+    files.rm_file(f"{root}/train-000001.idx")
+    problems = verify(remote, workers=1)
+    for wanted in (
+        "train-000000.tar is not the file that",
+        "train-000001.idx cannot be fetched",
+        "train-000000.tar: mis",
+    ):
+        assert any(wanted in problem for problem in problems), problems
+
+
+def test_a_list_of_images_behind_a_url(tmp_path, pets, memory):
+    files, root = fsspec.core.url_to_fs(memory)
+    files.put(f"{pets}/", root, recursive=True)
+    lines = [f"{path.relative_to(pets)},{path.parent.name}" for path in sorted(pets.rglob("*.png"))]
+    files.pipe_file(f"{root}/list.csv", "\n".join(["path,label", *lines]).encode())
+    out = build("csv", source=f"{memory}/list.csv", out=tmp_path / "out", test_fraction=0, val_fraction=0, workers=1)
+    assert open_dataset(out).train_counts.tolist() == [9, 6, 4]
+
+
+def test_another_dataset_at_the_same_url_is_another_one_in_the_cache(tmp_path, remote, pets):
+    before = open_dataset(remote)
+    expected = images(before)
+    options = {"dataset": "folder", "source": pets, "shard_samples": 4, "seed": 1, "workers": 1}
+    build(**options, out=remote, overwrite=True)
+    assert images(open_dataset(remote)) == images(open_dataset(build(**options, out=tmp_path / "other")))
+    assert images(before) == expected
+
+
+def test_no_dataset_behind_a_url(memory):
+    with pytest.raises(UserError, match=r"memory://bucket/some/where has no dataset\.json, so it is not a dataset"):
+        open_dataset(memory)
+    with pytest.raises(UserError, match="--source memory://bucket/some/where holds no files"):
+        build("folder", source=memory)
+
+
+def test_an_unknown_kind_of_url():
+    with pytest.raises(UserError, match=r"nothing://x cannot be opened: Protocol not known"):
+        open_dataset("nothing://x")
+
+
+def test_without_fsspec_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(UserError, match=r"s3://x needs fsspec; install it with: pip install 'tailstream\[remote\]'"):
+        open_dataset("s3://x")
+
+
+def test_a_bucket_that_is_not_there(bucket):
+    with pytest.raises(UserError, match=r"s3://no-such-bucket/x has no dataset\.json"):
+        open_dataset("s3://no-such-bucket/x")
+
+
+def test_a_server_that_is_not_there(bucket, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    fsspec.filesystem("s3").clear_instance_cache()
+    with pytest.raises(UserError, match=r"s3://bucket/x cannot be read: .*127\.0\.0\.1:1"):
+        open_dataset("s3://bucket/x")
+
+
+def test_files_of_an_object_store_appear_whole(memory):
+    store = RemoteStore(memory)
+
+    def fail():
+        with staged(store) as staging, staging.writing("a", "b") as (path, _):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fail()
+    assert store.sizes(STAGING) == {}
