@@ -1,12 +1,19 @@
 #!/usr/bin/env bash
 # Makes .venv, a Python environment with tailstream and everything it needs. Safe to run again: it does
 # nothing when the environment is already what requirements.txt and pyproject.toml ask for.
+#   scripts/setup.sh --test                what the tests need, too (requirements-test.txt)
 #   PYTHON=python3.12 scripts/setup.sh     use another Python (3.11 or newer)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 2; }
+
+case "${1-}" in
+    "") requirements=requirements.txt ;;
+    --test) requirements=requirements-test.txt ;;
+    *) die "unknown argument $1; there is only --test" ;;
+esac
 
 find_python() {
     local candidate
@@ -38,8 +45,10 @@ install_build_needs() {
 
 [ -x .venv/bin/python ] || { python=$(find_python); say "creating .venv with $python"; "$python" -m venv .venv; }
 
-stamp=.venv/tailstream-$(cat requirements.txt pyproject.toml scripts/setup.sh | sha256sum | cut -c1-16)
-if [ -e "$stamp" ] && .venv/bin/python -c 'import shards, torch, PIL' 2>/dev/null; then
+# An environment that fits the tests fits everything.
+stamp_of() { echo ".venv/tailstream-$(cat "$1" pyproject.toml scripts/setup.sh | sha256sum | cut -c1-16)"; }
+stamp=$(stamp_of $requirements)
+if { [ -e "$stamp" ] || [ -e "$(stamp_of requirements-test.txt)" ]; } && .venv/bin/python -c 'import shards, torch, PIL' 2>/dev/null; then
     exit 0
 fi
 rm -f .venv/tailstream-*
@@ -48,15 +57,15 @@ if command -v uv >/dev/null; then uv=uv; else
     [ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
     uv=.venv/bin/uv
 fi
-# --no-deps: requirements.txt is complete, and torchvision's wish for Pillow would overwrite pillow-simd.
+# --no-deps: the files are complete, and torchvision's wish for Pillow would overwrite pillow-simd.
 # --no-config: pyproject.toml tells uv to leave Pillow out, which is wrong where it has to stand in.
 install() { "$uv" pip install --quiet --no-config --python .venv/bin/python --no-deps "$@"; }
 uninstall() { "$uv" pip uninstall --quiet --no-config --python .venv/bin/python "$1" 2>/dev/null || true; }
 
 wanted=$(mktemp)
 trap 'rm -f "$wanted"' EXIT
-pillow_simd=$(grep '^pillow-simd==' requirements.txt)
-grep -v '^pillow-simd==' requirements.txt >"$wanted"
+pillow_simd=$(grep '^pillow-simd==' $requirements)
+grep -v '^pillow-simd==' $requirements >"$wanted"
 say "installing $(grep -c '==' "$wanted") packages (some GB the first time)"
 install -r "$wanted"
 if [ "$(uname -m)" = x86_64 ] && { can_build_pillow_simd || { install_build_needs && can_build_pillow_simd; }; }; then

@@ -3,7 +3,7 @@
 #   scripts/test.sh [pytest arguments]     such as: scripts/test.sh tests/pipeline -k reversed
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-scripts/setup.sh
+scripts/setup.sh --test
 export PATH="$PWD/.venv/bin:$PATH"
 ruff format --check --quiet . || { echo "test: run: .venv/bin/ruff format ." >&2; exit 1; }
 ruff check --quiet .

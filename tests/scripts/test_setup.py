@@ -24,14 +24,20 @@ def test_only_one_pil_is_installed_and_it_is_the_active_one():
     assert PIL.__version__ == next(iter(found.values()))
 
 
-def test_pinned_versions_are_plain_and_fit_what_is_declared():
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+def pins(name: str) -> dict[str, str]:
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in lines)
-    pinned = {line.split("==")[0] for line in lines}
-    assert "pillow" not in pinned
+    return dict(line.split("==") for line in lines)
+
+
+def test_pinned_versions_are_plain_and_fit_what_is_declared():
+    pinned, for_tests = pins("requirements.txt"), pins("requirements-test.txt")
+    assert pinned.items() <= for_tests.items()
+    assert "pillow" not in for_tests
     declared = re.findall(r'^    "([a-z0-9-]+)', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert "torch" in declared
-    assert set(declared) <= pinned
+    assert set(declared) <= set(pinned)
+    assert {"pytest", "ruff", "mypy", "dask", "s3fs", "moto"} <= set(for_tests)
 
 
 @pytest.mark.skipif(installed("tailstream") is None, reason="runs from a checkout that is not installed")
