@@ -293,7 +293,7 @@ def _run(argv: list[str] | None) -> None:
         folder = [runs.use_run(Path(asked.run), False) if asked.run else runs.new_run(f"{dataset.name}-afg")]
     (run_folder,) = broadcast_object_list(folder)
     if accelerator.is_main_process:
-        told = {"method": "afg", "dataset": dataset.name, "data": str(dataset.root), "from": str(stage_one)}
+        told = {"method": "afg", "dataset": dataset.name, "data": dataset.place, "from": str(stage_one)}
         runs.write_config(run_folder, {"about": told, **plain_sections(parser, settings)})
     input = Input(
         image_size=saved["input"]["image_size"],

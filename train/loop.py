@@ -106,7 +106,7 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None) -> No
             folder = [runs.new_run(f"{dataset.name}-{method.name}")]
     (run_folder,) = broadcast_object_list(folder)
     if accelerator.is_main_process:
-        about = {"method": method.name, "dataset": dataset.name, "data": str(dataset.root)}
+        about = {"method": method.name, "dataset": dataset.name, "data": dataset.place}
         runs.write_config(run_folder, {"about": about, **plain_sections(parser, settings)})
         runs.truncate_rows(run_folder, counters.epochs)
         (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
