@@ -118,10 +118,9 @@ def build(
     if scheduler is not None and workers is not None:
         raise UserError(f"--workers {workers} has no effect with --executor dask; leave it out")
     if source is not None:
-        # A cluster's workers were started elsewhere.
-        source = (
-            cached_source(str(source)) if is_url(source) else Path(source).absolute() if scheduler else Path(source)
-        )
+        source = cached_source(str(source)) if is_url(source) else Path(source)
+        if scheduler is not None:
+            source = source.absolute()  # the cluster's workers were started elsewhere
     images = open_source(dataset, source)
     profile = profile or images.profile
     if profile == "natural" and imbalance_factor is not None:

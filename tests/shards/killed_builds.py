@@ -9,9 +9,12 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from tqdm import tqdm
 
 from shards.build import build
 from shards.staging import STAGING
@@ -19,6 +22,7 @@ from shards.staging import STAGING
 OPTIONS = {"shard_samples": 4, "workers": 1}
 
 os.fsync = lambda descriptor: None  # it takes long, and only matters where the whole machine dies
+tqdm.set_lock(threading.RLock())  # its own is shared with forked processes, and one that is killed may hold it
 
 
 def child(work: Callable[[], object]) -> int:
@@ -88,9 +92,9 @@ def goes_on(source: Path, out: Path, wanted: dict[str, bytes], **options: object
 
 
 def at_every_step(source: Path, folder: Path, wanted: dict[str, bytes]) -> int:
-    """Kill at every third call that changes the disk, until a build gets through."""
+    """Kill at every fourth call that changes the disk, until a build gets through."""
     out = folder / "out"
-    for kills, step in enumerate(range(1, 10_000, 3)):
+    for kills, step in enumerate(range(1, 10_000, 4)):
 
         def work(step: int = step) -> None:
             dying_at(step)
@@ -109,7 +113,7 @@ def while_overwriting(source: Path, folder: Path, wanted: dict[str, bytes]) -> i
     other, out = folder / "other", folder / "out"
     build("folder", source=source, out=other / "out", seed=1, shard_samples=3, workers=1)
     before = contents(other / "out")
-    for kills, step in enumerate(range(2, 10_000, 5)):
+    for kills, step in enumerate(range(2, 10_000, 8)):
         shutil.copytree(other / "out", out)
 
         def work(step: int = step) -> None:
@@ -146,7 +150,7 @@ def at_random(source: Path, folder: Path, wanted: dict[str, bytes]) -> int:
     seconds = time.monotonic() - start
     shutil.rmtree(out)
     kills = 0
-    while kills < 24:
+    while kills < 20:
         for _ in range(chance.randint(1, 3)):
             pid = child(work)
             time.sleep(chance.uniform(0, seconds))

@@ -54,10 +54,10 @@ def build_until(n_shards, monkeypatch, error, **options):
     return caught.value
 
 
-@pytest.mark.parametrize(("mode", "at_least"), [("at_every_step", 30), ("while_overwriting", 20), ("at_random", 24)])
+@pytest.mark.parametrize(("mode", "at_least"), [("at_every_step", 20), ("while_overwriting", 15), ("at_random", 20)])
 def test_killed_builds_end_as_undisturbed_ones(tmp_path, pets, mode, at_least):
     script = Path(__file__).with_name("killed_builds.py")
-    run = subprocess.run([sys.executable, script, mode, pets, tmp_path], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, script, mode, pets, tmp_path], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout.split("kills:")[1]) >= at_least
 
@@ -71,7 +71,7 @@ def test_killed_with_workers_none_lives_on_and_the_rest_is_built(tmp_path, pets)
     while not (tmp_path / "out" / "dataset.json").exists():
         process = subprocess.Popen([*command, "out"], cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
         until = time.monotonic() + 60
-        wanted = min(done + chance.randint(5, 12), 20)
+        wanted = min(done + chance.randint(7, 12), 20)
         while process.poll() is None and len(list((tmp_path / "out" / STAGING).glob("t*-*.json"))) < wanted:
             assert time.monotonic() < until
             time.sleep(0.005)
