@@ -7,37 +7,47 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
-seeds=3
+seeds="0 1 2"
 runs=runs/quickstart
+log=$runs/ce-and-afg.log
 rm -rf "$runs"
 mkdir -p "$runs"
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT # cut off, it leaves no training behind
+
 step() { printf '\n== %s\n' "$*"; }
+folder() { if [ "$1" = 0 ]; then echo "$runs"; else echo "$runs/seed-$1"; fi; }
 # The options are what accelerate would otherwise warn that it assumes. Small images gain nothing from several
-# threads, so the two trainings share the cores instead.
+# threads, so one core trains BBN while another does the rest.
 launch() {
     OMP_NUM_THREADS=1 accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no "$@"
+}
+train_baselines_and_run_afg() {
+    for seed in $seeds; do
+        launch train/erm.py --data data/digits --run "$(folder "$seed")/ce" --loop.seed "$seed"
+    done
+    for seed in $seeds; do
+        until [ -e "$(folder "$seed")/bbn/summary.json" ]; do sleep 1; done
+        launch train/afg.py --from "$(folder "$seed")/bbn" --run "$(folder "$seed")/afg" --loop.seed "$seed"
+    done
 }
 
 step "digits, made long-tailed: data/digits"
 scripts/build_shards.sh digits
 
-all=()
-for ((seed = 0; seed < seeds; seed++)); do
-    folder=$runs
-    [ "$seed" = 0 ] || folder=$runs/seed-$seed
-    step "seed $seed: the baseline (one branch, cross-entropy), beside BBN (two branches, two streams)"
-    launch train/erm.py --data data/digits --run "$folder/ce" --loop.seed "$seed" >"$runs/ce-$seed.log" 2>&1 &
-    baseline=$!
-    launch train/bbn.py --data data/digits --run "$folder/bbn" --loop.seed "$seed"
-    wait "$baseline" || { cat "$runs/ce-$seed.log"; exit 1; }
-    tail -n 2 "$runs/ce-$seed.log"
-    step "seed $seed: AFG (generated tail features for BBN's classifier)"
-    launch train/afg.py --from "$folder/bbn" --run "$folder/afg" --loop.seed "$seed"
-    all+=("$folder/ce" "$folder/bbn" "$folder/afg")
+step "BBN (two branches, two streams); beside it, in $log:"
+echo "   the baseline CE (one branch, cross-entropy), then AFG (generated tail features for BBN's classifier)"
+train_baselines_and_run_afg >"$log" 2>&1 &
+for seed in $seeds; do
+    launch train/bbn.py --data data/digits --run "$(folder "$seed")/bbn" --loop.seed "$seed"
 done
+wait $! || { cat "$log"; exit 1; }
+grep "last epoch" "$log"
 
 step "the report"
+all=()
+for seed in $seeds; do
+    for method in ce bbn afg; do all+=("$(folder "$seed")/$method"); done
+done
 python -m analysis report "${all[@]}" --out "$runs/report.html"
 echo
 python -m analysis compare "${all[@]}"
