@@ -16,6 +16,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 # picture by itself (PDF, HDF5).
 LOSSLESS = ("PNG", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "PCX", "SGI", "QOI", "ICO")
 LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
+# PIL gives each picture's memory back to the system, which hands it out again page by page: a fifth of the time.
+Image.core.set_blocks_max(8)
 EXTENSIONS = {end for end, kind in Image.registered_extensions().items() if kind in LOSSLESS + LOSSY}
 # An MPO is a JPEG with a second picture behind it, and is opened as one.
 OPENED = [kind for kind in LOSSLESS + LOSSY if kind in Image.OPEN]
