@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/bench_inat.py train_counts.json --json FILE
 
-`train_counts.json` is a JSON list of training images per class (the real one has 8,142 numbers that sum to 437,513); three
-validation images per class are added, as the real collection has. The pictures are windows of scikit-learn's two
+`train_counts.json` is a JSON list of training images per class (the real one has 8,142 numbers that sum to 437,513);
+three validation images per class are added, as the real collection has. The pictures are windows of scikit-learn's two
 photographs, a few hundred of them under many names.
 """
 

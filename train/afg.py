@@ -13,8 +13,8 @@ Adaptive Feature Generation", section 4.2) on the frozen network of a finished r
                         loss = CE + α(t)·KL(stage one ‖ now) on head classes
 
 Measured on BBN's digits, three seeds: 95.2 ± 0.5 overall, 90.5 ± 1.0 on few-shot classes, which is less than BBN alone
-(95.5, 93.3): 136 validation images, all recognised, cannot choose β. On CIFAR-10-LT after 14 epochs of BBN: 50.4 against
-46.7, one seed. Seconds to two minutes on one core of an AMD EPYC.
+(95.5, 93.3): 136 validation images, all recognised, cannot choose β. On CIFAR-10-LT after 14 epochs of BBN: 50.4
+against 46.7, one seed. Seconds to two minutes on one core of an AMD EPYC.
 """
 
 import copy
