@@ -5,19 +5,18 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 from analysis.compare import group_runs, mismatched_datasets, table
 from analysis.runs import read_runs
+from shards.cli import Parser
 from shards.errors import user_errors_exit_2
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command; a user's mistake exits with status 2."""
-    comparing = ArgumentParser(description="Tabulate finished runs by method: mean and standard deviation over seeds.")
+    comparing = Parser(description="Tabulate finished runs by method: mean and standard deviation over seeds.")
     comparing.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
     comparing.add_argument("--json", action="store_true", help="print JSON; fractions, null where unmeasured")
-    reporting = ArgumentParser(
+    reporting = Parser(
         description="Write one self-contained HTML page about finished runs, averaged by method over seeds;"
         " the first run's method is the baseline."
     )
@@ -26,13 +25,13 @@ def main(argv: list[str] | None = None) -> None:
         "--out", type=Path | None, metavar="FILE", help="default: report.html in the run or beside the runs"
     )
 
-    parser = ArgumentParser(prog="python -m analysis", description="Tables and reports from the files of runs.")
+    parser = Parser(prog="python -m analysis", description="Tables and reports from the files of runs.")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("compare", comparing)
     commands.add_subcommand("report", reporting)
     options = parser.parse_args(argv)
 
-    with user_errors_exit_2("analysis"):
+    with user_errors_exit_2("python -m analysis"):
         runs = read_runs(options[options.command].runs)
         for dataset in mismatched_datasets(runs):
             print(f"note: the runs on {dataset} were trained on different class counts", file=sys.stderr)

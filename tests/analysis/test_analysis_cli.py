@@ -51,7 +51,7 @@ def test_a_path_that_is_no_run_exits_2_in_one_line(command, tmp_path):
     )
     assert result.returncode == 2
     assert result.stdout == ""
-    expected = f"analysis: error: {tmp_path / 'nowhere'} is not a folder; name the folder of a run"
+    expected = f"python -m analysis: error: {tmp_path / 'nowhere'} is not a folder; name the folder of a run"
     assert result.stderr.splitlines() == [expected]
 
 
