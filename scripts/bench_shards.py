@@ -37,7 +37,7 @@ SOURCE, OUT = "SOURCE", "OUT"  # in a command, for paths
 WITHOUT_TORCH = "torch; python_version < '0'\ntorchvision; python_version < '0'\n"
 
 
-def bench(json: Path = Path("bench_shards.json"), images: int = 2000, rounds: int = 3) -> None:
+def bench(json: Path = Path("bench_shards.json"), images: int = 4000, rounds: int = 5) -> None:
     """Measure and write the results.
 
     Args:
