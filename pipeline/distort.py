@@ -131,9 +131,10 @@ def _blur(x_BCHW: torch.Tensor, sigmas_B: NDArray[np.float32]) -> torch.Tensor:
     x_BCHW = F.pad(x_BCHW, (reach, reach, reach, reach), mode="reflect")
     for axis, size in ((2, height), (3, width)):
         blurred_BCHW = x_BCHW.narrow(axis, reach, size) * weights_T[0]
+        pair_BCHW = torch.empty_like(blurred_BCHW)
         for tap in taps[1:].tolist():
-            both_sides = x_BCHW.narrow(axis, reach - tap, size) + x_BCHW.narrow(axis, reach + tap, size)
-            blurred_BCHW.addcmul_(both_sides, weights_T[tap])
+            torch.add(x_BCHW.narrow(axis, reach - tap, size), x_BCHW.narrow(axis, reach + tap, size), out=pair_BCHW)
+            blurred_BCHW.addcmul_(pair_BCHW, weights_T[tap])
         x_BCHW = blurred_BCHW
     return x_BCHW
 
