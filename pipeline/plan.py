@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from pipeline.augment import Flips, Recipe, Windows, draw_distortions, find_recipe
 from pipeline.sampling import (
@@ -38,22 +38,22 @@ class Stream:
         augment: the name of a recipe of `pipeline.augment`.
         probabilities: P(class j), one for each class, in place of q.
         replacement: draw independently with q = 1 too, as all other samplers do anyway.
-        window: for storage with slow random reads: an epoch of q = 1 reads this many shards at a time (see
+        shard_window: for storage with slow random reads: an epoch of q = 1 reads this many shards at a time (see
             `pipeline.sampling.epoch_order`). Draws with replacement know no such order: one that kept to some
             shards would change what a batch is made of.
         repeats: the name of a stream of the same plan whose ids this one shows again: a second view of the same
             images, with windows, flips and distortions of its own. In place of a sampler.
 
     Raises:
-        UserError: fields that exclude each other, or a window below 1.
+        UserError: fields that exclude each other, or a shard_window below 1.
     """
 
     name: str
     q: Exponent = 1.0
     augment: str = "none"
-    probabilities: Sequence[float] | None = None
+    probabilities: ArrayLike | None = None
     replacement: bool = False
-    window: int | None = None
+    shard_window: int | None = None
     repeats: str | None = None
 
     def __post_init__(self) -> None:
@@ -62,14 +62,14 @@ class Stream:
         if len(chosen) == 2:
             raise UserError(f"stream {self.name!r} has both {chosen[0]} and probabilities; give one of them")
         chosen += ["replacement"] if self.replacement else []
-        if self.window is not None and chosen:
+        if self.shard_window is not None and chosen:
             raise UserError(
-                f"stream {self.name!r} has window={self.window}, which orders an epoch of q=1, and {chosen[0]}, which"
-                " draws with replacement; leave one out"
+                f"stream {self.name!r} has shard_window={self.shard_window}, which orders an epoch of q=1,"
+                f" and {chosen[0]}, which draws with replacement; leave one out"
             )
-        if self.window is not None and self.window < 1:
-            raise UserError(f"stream {self.name!r} has window={self.window}; it must be at least 1 shard")
-        chosen += ["window"] if self.window is not None else []
+        if self.shard_window is not None and self.shard_window < 1:
+            raise UserError(f"stream {self.name!r} has shard_window={self.shard_window}; it must be at least 1 shard")
+        chosen += ["shard_window"] if self.shard_window is not None else []
         if self.repeats is not None and chosen:
             raise UserError(
                 f"stream {self.name!r} repeats the ids of {self.repeats!r} and has {chosen[0]}; leave one out"
@@ -77,7 +77,7 @@ class Stream:
 
     @property
     def permutes(self) -> bool:
-        """Whether it visits each image once per epoch; else it draws with replacement."""
+        """Whether its sampler visits each image once per epoch; else it draws with replacement."""
         return self.q == 1 and self.probabilities is None and not self.replacement
 
 
@@ -225,8 +225,8 @@ class TrainPlan:
             if other.name == spec.repeats:
                 return other
         raise UserError(
-            f"stream {spec.name!r} repeats {spec.repeats!r}, which is no stream; choose one of: "
-            + ", ".join(name for name in self.streams if name != spec.name)
+            f"stream {spec.name!r} repeats {spec.repeats!r}, which is no stream; the streams are:"
+            f" {', '.join(self.streams)}"
         )
 
     def _probabilities(self, spec: Stream, epoch: int) -> NDArray[np.float64]:
@@ -239,8 +239,12 @@ class TrainPlan:
         known, table = self._latest.get(spec.name, (None, None))
         if table is None or known != epoch:
             if spec.permutes:
-                sizes = [len(self.split)] if spec.window is None else np.bincount(self.split.samples["shard"]).tolist()
-                order = epoch_order(self.seed, spec.name, epoch, sizes, spec.window)
+                sizes = (
+                    [len(self.split)]
+                    if spec.shard_window is None
+                    else np.bincount(self.split.samples["shard"]).tolist()
+                )
+                order = epoch_order(self.seed, spec.name, epoch, sizes, spec.shard_window)
                 # A batch larger than the split repeats the order.
                 table = np.resize(order, max(len(order), self.batch_size))
             else:

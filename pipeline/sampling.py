@@ -88,30 +88,32 @@ def checked_probabilities(counts_C: ArrayLike, probabilities_C: ArrayLike) -> ND
 
 
 def epoch_order(
-    seed: int, stream: str, epoch: int, shard_sizes: Sequence[int], window: int | None = None
+    seed: int, stream: str, epoch: int, shard_sizes: Sequence[int], shard_window: int | None = None
 ) -> NDArray[np.int64]:
     """Return the order in which an instance-balanced stream visits all ids 0 … N - 1 in one epoch, each once.
 
     Args:
         seed, stream, epoch: what the order belongs to.
         shard_sizes: samples in each shard; ids follow the shards.
-        window: None shuffles everything. A number shuffles the shards, and then the ids inside each window of that
-            many shards: no more shards are read at a time, and each from its one window only.
+        shard_window: None shuffles everything. A number shuffles the shards, and then the ids inside each window of
+            that many shards: no more shards are read at a time, and each in its one window only.
 
-            shards     3 0 | 5 1 | 2 4         window = 2
+            shards     3 0 | 5 1 | 2 4         shard_window = 2
             ids       mixed|mixed|mixed
 
     Returns:
         Shape (N,), int64.
     """
     generator = random_generator(seed, stream, "permutation", epoch)
-    if window is None:
+    if shard_window is None:
         return generator.permutation(sum(shard_sizes))
     ends = np.cumsum(shard_sizes)
     shards = generator.permutation(len(ends)).tolist()
     order = []
-    for first in range(0, len(shards), window):
-        ids = np.concatenate([np.arange(ends[s] - shard_sizes[s], ends[s]) for s in shards[first : first + window]])
+    for first in range(0, len(shards), shard_window):
+        ids = np.concatenate(
+            [np.arange(ends[s] - shard_sizes[s], ends[s]) for s in shards[first : first + shard_window]]
+        )
         generator.shuffle(ids)
         order.append(ids)
     return np.concatenate(order)
