@@ -24,6 +24,7 @@ from nvidia.dali import Pipeline, fn, types
 
 from pipeline.augment import Recipe
 from pipeline.batch import Batch
+from pipeline.distort import distort
 from pipeline.plan import Draw, Plan
 from pipeline.reader import ShardReader, undecodable
 from pipeline.resize import Buffers, resize_windows
@@ -176,7 +177,7 @@ class _Stream:
         else:
             images_BHWC = self._resize([torch.from_dlpack(window) for window in outputs])
         self._pipeline.release_outputs()
-        return images_BHWC
+        return images_BHWC if draw.distortions_B is None else distort(images_BHWC, draw.distortions_B)
 
     def _resize(self, windows: list[torch.Tensor]) -> torch.Tensor:
         images_BHWC = self._buffers.take()[: len(windows)]
@@ -185,6 +186,11 @@ class _Stream:
         shares = [windows[first : first + share] for first in firsts]
         list(self._pool.map(resize_windows, shares, [images_BHWC[first : first + share] for first in firsts]))
         return images_BHWC
+
+    def close(self) -> None:
+        """Free DALI's threads and buffers, and ours."""
+        self._pipeline = None  # it holds the callback, which holds this
+        self._pool.shutdown()
 
 
 class _Ahead:
@@ -238,7 +244,7 @@ class DaliLoader:
             _Ahead(stream.run) if device.type == "cpu" else stream.run() for stream in streams
         ]
         # Also when the loader is abandoned or the interpreter ends: no thread of ours may be inside DALI then.
-        self._free = weakref.finalize(self, _stop, self._parts)
+        self._free = weakref.finalize(self, _free, self._parts, streams)
 
     def __iter__(self) -> Iterator[dict[str, Batch]]:
         return self
@@ -269,8 +275,10 @@ class DaliLoader:
         self._free()
 
 
-def _stop(parts: list[Iterator[Part]]) -> None:
+def _free(parts: list[Iterator[Part]], streams: list[_Stream]) -> None:
     for ahead in parts:
         if isinstance(ahead, _Ahead):
             ahead.stop()
     parts.clear()
+    for stream in streams:
+        stream.close()
