@@ -1,13 +1,13 @@
-"""Augmentation recipes: which window of each stored image is shown, and whether it is mirrored.
+"""Augmentation recipes: which window of each stored image is shown, mirrored or not, and how it is distorted.
 
 A recipe only draws numbers. Whoever loads the pictures cuts the window out of the stored image (black where it
-reaches beyond the border), resizes it to the network's size with antialiasing, and mirrors it where asked. So
-every loader shows the same crops of the same images.
+reaches beyond the border), resizes it to the network's size with antialiasing, mirrors it where asked, and gives it
+to `pipeline.distort`. So every loader shows the same crops of the same images in the same colours.
 
                 stored image                     window (top, left, height, width)
         +---------------------------+            in pixels of the stored image
         |      +-----------+        |
-        |      |  window   |  ----> resize to image_size x image_size, mirror or not
+        |      |  window   |  ----> resize to image_size x image_size, mirror or not, distort or not
         |      +-----------+        |
         +---------------------------+
 """
@@ -23,6 +23,19 @@ from shards.errors import UserError
 Windows = NDArray[np.int32]  # shape (B, 4): top, left, height, width; may reach beyond the image
 Flips = NDArray[np.bool_]  # shape (B,)
 
+# What `pipeline.distort` does to a picture. Factors of 1, a hue of 0 and a sigma of 0 change nothing.
+DISTORTION = np.dtype(
+    [
+        ("order", "u1", (4,)),  # in which the next four are applied: a permutation of 0 … 3
+        ("brightness", "<f4"),  # factor
+        ("contrast", "<f4"),  # factor
+        ("saturation", "<f4"),  # factor
+        ("hue", "<f4"),  # turns of the colour circle, -0.5 … 0.5
+        ("grey", "?"),
+        ("sigma", "<f4"),  # Gaussian blur, in pixels of the picture that the network sees
+    ]
+)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -32,11 +45,13 @@ class Recipe:
         name: what configurations call it.
         draw: `(generator, heights_B, widths_B, image_size) -> (windows_B4, flips_B)`.
         pads: whether windows may reach beyond the image (then no loader can decode the window alone).
+        distorts: whether `draw_distortions` says what is done to the picture.
     """
 
     name: str
     draw: Callable[[np.random.Generator, NDArray[np.int64], NDArray[np.int64], int], tuple[Windows, Flips]]
     pads: bool = False
+    distorts: bool = False
 
 
 def centre_windows(heights_B: NDArray[np.int64], widths_B: NDArray[np.int64], share: float) -> Windows:
@@ -118,6 +133,28 @@ def _imagenet(
     return np.stack([tops_B, lefts_B, window_h_B, window_w_B], axis=1).astype(np.int32), flips_B
 
 
+def draw_distortions(generator: np.random.Generator, count: int) -> NDArray[np.void]:
+    """Draw the strong branch's distortions: colours with probability 0.8, grey 0.2, blur 0.5.
+
+    The probabilities are SDNHL's ("Strong-weak Dual-branch Network with Hard-aware Loss", section 3.1), which names
+    no strengths. Those are MoCo v2's (Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020),
+    a milder form of SimCLR's (Chen et al. 2020, appendix A): factors of brightness, contrast and saturation from
+    0.6 to 1.4, the hue turned by up to a tenth of the circle, in random order; blur with a sigma of 0.1 to 2 pixels.
+
+    Returns:
+        Shape (count,), dtype `DISTORTION`.
+    """
+    distortions_B = np.zeros(count, dtype=DISTORTION)
+    distortions_B["order"] = generator.random((count, 4)).argsort(axis=1)
+    coloured_B, grey_B, blurred_B = generator.random((3, count)) < np.array([[0.8], [0.2], [0.5]])
+    for name in ("brightness", "contrast", "saturation"):
+        distortions_B[name] = np.where(coloured_B, generator.uniform(0.6, 1.4, count), 1.0)
+    distortions_B["hue"] = np.where(coloured_B, generator.uniform(-0.1, 0.1, count), 0.0)
+    distortions_B["grey"] = grey_B
+    distortions_B["sigma"] = np.where(blurred_B, generator.uniform(0.1, 2.0, count), 0.0)
+    return distortions_B
+
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -125,6 +162,8 @@ RECIPES = {
         Recipe("shift", _shift, pads=True),
         Recipe("cifar", _cifar, pads=True),
         Recipe("imagenet", _imagenet),
+        Recipe("strong", _imagenet, distorts=True),
+        Recipe("strong-cifar", _cifar, pads=True, distorts=True),
         Recipe("eval", _eval),
     )
 }

@@ -1,6 +1,6 @@
 """Plans: what each rank loads at each step, for every stream, before a byte is read.
 
-seed, epoch, step ──> ids of the global batch ──> rank's slice ──> Draw(ids, windows, flips) ──> any loader
+seed, epoch, step ──> ids of the global batch ──> rank's slice ──> Draw(ids, windows, flips, …) ──> any loader
 
                    global batch of 8, two ranks          (one world size or another:
     uniform     [ a b c d | e f g h ]                     the same eight images)
@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.augment import Flips, Recipe, Windows, find_recipe
+from pipeline.augment import Flips, Recipe, Windows, draw_distortions, find_recipe
 from pipeline.sampling import Exponent, class_probabilities, draw_ids, epoch_permutation, random_generator
 from shards.errors import UserError
 from shards.index import Split
@@ -45,11 +45,14 @@ class Draw:
         ids_B: sample ids, shape (B,), int64.
         windows_B4: top, left, height, width in pixels of the stored image, shape (B, 4), int32.
         flips_B: mirror left to right, shape (B,), bool.
+        distortions_B: what `pipeline.distort` then does to the pictures, shape (B,), dtype
+            `pipeline.augment.DISTORTION`; None for a recipe that leaves colours alone.
     """
 
     ids_B: NDArray[np.int64]
     windows_B4: Windows
     flips_B: Flips
+    distortions_B: NDArray[np.void] | None = None
 
 
 class Plan(Protocol):
@@ -165,10 +168,12 @@ class TrainPlan:
             ids = self.global_ids(spec, epoch, step)
             rows = self.split.samples[ids]
             generator = random_generator(self.seed, spec.name, "augment", epoch, step)
-            windows_B4, flips_B = find_recipe(spec.augment).draw(
+            recipe = find_recipe(spec.augment)
+            windows_B4, flips_B = recipe.draw(
                 generator, rows["height"].astype(np.int64), rows["width"].astype(np.int64), self.image_size
             )
-            draws.append(Draw(ids[mine], windows_B4[mine], flips_B[mine]))
+            distortions_B = draw_distortions(generator, self.batch_size)[mine] if recipe.distorts else None
+            draws.append(Draw(ids[mine], windows_B4[mine], flips_B[mine], distortions_B))
         return draws
 
 
@@ -212,13 +217,12 @@ class EvalPlan:
         chosen = self._mine[step * self.batch_size : (step + 1) * self.batch_size]
         ids = np.arange(chosen.start, chosen.stop, dtype=np.int64)
         rows = self.split.samples[ids]
-        windows_B4, flips_B = find_recipe(self.augment).draw(
-            np.random.default_rng(0),
-            rows["height"].astype(np.int64),
-            rows["width"].astype(np.int64),
-            self.image_size,
+        generator, (recipe,) = np.random.default_rng(0), self.recipes
+        windows_B4, flips_B = recipe.draw(
+            generator, rows["height"].astype(np.int64), rows["width"].astype(np.int64), self.image_size
         )
-        return [Draw(ids, windows_B4, flips_B)]
+        distortions_B = draw_distortions(generator, len(ids)) if recipe.distorts else None
+        return [Draw(ids, windows_B4, flips_B, distortions_B)]
 
 
 @lru_cache(maxsize=4)
