@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pipeline.distort import distort
 from pipeline.plan import Draw
 from pipeline.reader import ShardReader
 from shards.index import Split
@@ -43,12 +44,12 @@ def decode(split: Split, reader: ShardReader, sample: int) -> Image.Image:
 
 
 def show_windows(split: Split, reader: ShardReader, draw: Draw, image_size: int) -> torch.Tensor:
-    """Decode a draw's images, cut their windows, resize them with antialiasing (triangle filter) and mirror them.
+    """Decode a draw's images, cut their windows, resize them with antialiasing (triangle filter), mirror and distort.
 
     Args:
         split: what the draw's ids belong to.
         reader: of that split.
-        draw: B samples, windows and flips.
+        draw: B samples, and what is shown of them.
         image_size: S, in pixels.
 
     Returns:
@@ -65,4 +66,5 @@ def show_windows(split: Split, reader: ShardReader, draw: Draw, image_size: int)
         window = decode(split, reader, sample).crop((left, top, left + width, top + height))
         shown = np.asarray(window.resize((image_size, image_size), Image.Resampling.BILINEAR))
         image_HWC[:] = shown[:, ::-1] if flip else shown
-    return torch.from_numpy(images_BHWC)
+    shown_BHWC = torch.from_numpy(images_BHWC)
+    return shown_BHWC if draw.distortions_B is None else distort(shown_BHWC, draw.distortions_B)

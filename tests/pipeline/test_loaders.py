@@ -29,7 +29,13 @@ def load(plan, kind: str, steps: int | None = None, start_step: int = 0):
 
 @pytest.mark.parametrize(
     ("source", "augment", "image_size"),
-    [("photos", "imagenet", 64), ("photos", "cifar", 32), ("photos", "none", 48), ("digits", "shift", 16)],
+    [
+        ("photos", "imagenet", 64),
+        ("photos", "cifar", 32),
+        ("photos", "none", 48),
+        ("photos", "strong", 64),
+        ("digits", "shift", 16),
+    ],
 )
 def test_loaders_show_the_same_pictures(source, augment, image_size, request):
     dataset = request.getfixturevalue(source)
