@@ -42,13 +42,13 @@ class BadImage:
 class Faults:
     """The images of a split that did not decode.
 
-    A loader that meets a batch which does not decode calls `rescue`; `mend` spares it the same image in later ones.
-    Both may be called from any thread and tell nobody: `check` does, which a loader calls as it hands a step over.
+    A loader that meets a batch which does not decode calls `rescue`, and `mend` spares it the same image in later
+    ones: both from any thread. As it hands a step over it calls `count` with what the plan drew, and `check`.
 
     Attributes:
-        limit: how many images may be bad before `check` stops the run.
+        limit: how many images may be bad before the run is stopped.
         bad: the bad images by sample id.
-        times: how often each was passed over, by sample id.
+        times: how often each was drawn, by sample id; 0 for one that was only to take another's place.
     """
 
     def __init__(self, limit: int) -> None:
@@ -63,11 +63,21 @@ class Faults:
         Raises:
             UserError: in training, no image of the batch's classes decodes.
         """
-        if not self.bad:
+        drawn = draw.ids_B.tolist() if self.bad else []
+        if self.bad.keys().isdisjoint(drawn):
             return draw
-        mended, passed_over = self._mended(plan, draw)
-        self.times.update(passed_over)
-        return mended
+        if plan.steps is not None:  # a plan that ends is an evaluation
+            return _part(draw, [position for position, sample in enumerate(drawn) if sample not in self.bad])
+        stand_ins = [self._stand_in(plan.split, sample) for sample in drawn]
+        good = [position for position, sample in enumerate(stand_ins) if sample is not None]
+        if not good:
+            raise UserError(f"no image of a batch of {plan.split.name} decodes: {self._remedy(drawn)}")
+        # Whose place stays empty repeats the next position that has one; the last is followed by the first.
+        sources = [good[i % len(good)] for i in np.searchsorted(good, np.arange(len(drawn)))]
+        part = _part(draw, sources)
+        ids_B = np.array([stand_ins[position] for position in sources], dtype=np.int64)
+        windows_B4 = _scaled(part.windows_B4, plan.split.samples[part.ids_B], plan.split.samples[ids_B])
+        return replace(part, ids_B=ids_B, windows_B4=windows_B4)
 
     def rescue(self, plan: Plan, reader: ShardReader, draw: Draw) -> tuple[torch.Tensor, Draw]:
         """Load a batch image by image, on the portable path, and mend it where images do not decode.
@@ -79,23 +89,29 @@ class Faults:
             UserError: as `mend`; more bad images than `limit`; a shard that cannot be read.
         """
         while True:
-            mended, passed_over = self._mended(plan, draw)
+            mended = self.mend(plan, draw)
             try:
-                images_BHWC = show_windows(plan.split, reader, mended, plan.image_size)
+                return show_windows(plan.split, reader, mended, plan.image_size), mended
             except UndecodableError as error:
                 self.add(plan.split, error)
-                self._stop_above_limit()
-            else:
-                self.times.update(passed_over)
-                return images_BHWC, mended
 
     def add(self, split: Split, error: UndecodableError) -> None:
-        """Remember a bad image."""
+        """Remember a bad image.
+
+        Raises:
+            UserError: there are more of them than `limit`.
+        """
         row = split.samples[error.sample]
         self.bad[error.sample] = BadImage(split.shard_paths[row["shard"]], int(row["offset"]), error.reason)
+        self._stop_above_limit()
+
+    def count(self, draw: Draw) -> None:
+        """Count the bad images in what a plan drew for a step."""
+        if self.bad:
+            self.times.update(sample for sample in draw.ids_B.tolist() if sample in self.bad)
 
     def take(self) -> tuple[dict[int, BadImage], Counter[int]]:
-        """Return the bad images, and how often each was passed over since the last call."""
+        """Return the bad images, and how often each was drawn since the last call."""
         times, self.times = self.times, Counter()
         return self.bad, times
 
@@ -116,45 +132,21 @@ class Faults:
         self._stop_above_limit()
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a row per bad image, ready for JSON: sample, shard, byte, reason, times (passed over)."""
+        """Return a row per bad image, ready for JSON: sample, shard, byte, reason, times (drawn)."""
         return [
             {"sample": sample, "shard": image.shard.name, "byte": image.byte, "reason": image.reason}
             | {"times": self.times[sample]}
             for sample, image in sorted(self.bad.items())
         ]
 
-    def _mended(self, plan: Plan, draw: Draw) -> tuple[Draw, list[int]]:
-        """Return the mended draw, and the ids that were passed over on the way, each as often as it was."""
-        drawn = draw.ids_B.tolist()
-        if self.bad.keys().isdisjoint(drawn):
-            return draw, []
-        passed_over: list[int] = []
-        if plan.steps is not None:  # a plan that ends is an evaluation
-            kept = [position for position, sample in enumerate(drawn) if sample not in self.bad]
-            return _part(draw, kept), [sample for sample in drawn if sample in self.bad]
-        stand_ins = [self._stand_in(plan.split, sample, passed_over) for sample in drawn]
-        good = [position for position, sample in enumerate(stand_ins) if sample is not None]
-        if not good:
-            raise UserError(f"no image of a batch of {plan.split.name} decodes: {self._remedy(drawn)}")
-        # Whose place stays empty repeats the next position that has one; the last is followed by the first.
-        next_good = np.searchsorted(good, np.arange(len(drawn))) % len(good)
-        sources = [good[position] for position in next_good]
-        part = _part(draw, sources)
-        ids_B = np.array([stand_ins[position] for position in sources], dtype=np.int64)
-        windows_B4 = _scaled(part.windows_B4, plan.split.samples[part.ids_B], plan.split.samples[ids_B])
-        return replace(part, ids_B=ids_B, windows_B4=windows_B4), passed_over
-
-    def _stand_in(self, split: Split, sample: int, passed_over: list[int]) -> int | None:
+    def _stand_in(self, split: Split, sample: int) -> int | None:
         """Return the first good image from here on in the class, which is a ring; None where there is none."""
         if sample not in self.bad:
             return sample
         label, starts = split.samples["label"][sample], split.class_starts
         members = split.by_class[starts[label] : starts[label + 1]]
-        for member in np.roll(members, -int(np.flatnonzero(members == sample)[0])).tolist():
-            if member not in self.bad:
-                return int(member)
-            passed_over.append(member)
-        return None
+        ring = np.roll(members, -int(np.flatnonzero(members == sample)[0])).tolist()
+        return next((member for member in ring if member not in self.bad), None)
 
     def _stop_above_limit(self) -> None:
         if len(self.bad) > self.limit:

@@ -43,6 +43,7 @@ class _Steps(Dataset[_Step | UserError]):
         streams = []
         for draw in self._plan.draws(step):
             images_BHWC, shown = self._faults.rescue(self._plan, self._reader, draw)
+            self._faults.count(draw)
             labels_B = self._plan.split.samples["label"][shown.ids_B].astype(np.int64)
             streams.append((images_BHWC, torch.from_numpy(labels_B), shown.ids_B))
         return _Step(streams, self._faults.take())
