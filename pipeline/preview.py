@@ -118,7 +118,7 @@ def draw(dataset: Dataset, streams: Sequence[Stream], batches: dict[str, Batch],
     return figure
 
 
-def _draw_grid(ax: Axes, dataset: Dataset, batch: Batch, groups_B: NDArray[np.str_], rows: int, columns: int) -> None:
+def _draw_grid(ax: Axes, dataset: Dataset, batch: Batch, groups_B: NDArray[np.str_], rows: int) -> None:
     """Draw the pictures, 1 by 1, each at the top of its cell."""
     names = _readable_names(dataset.classes)
     ax.set_xlim(-0.06, COLUMNS * CELL[0])
