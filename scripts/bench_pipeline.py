@@ -14,7 +14,6 @@ are not counted, so that neither full queues nor an empty pipeline are. Ratios a
 within a round.
 """
 
-import json as jsons
 import statistics
 import subprocess
 import sys
@@ -24,29 +23,25 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from bench_common import ROOT, commit, environment, make_environment, photographs, write_results
+import gpu_sweep
+import torch
+from bench_common import ROOT, commit, environment, make_environment, write_results
 from loader_process import Load, LoaderError, LoaderProcess
+from pipeline_data import make_data, make_index
 from pipeline_ours import CONTESTANTS, make_plan
 from pipeline_peers import BATCH, PEERS
 
-from shards.build import build
 from shards.cli import run_commands
 from shards.errors import UserError
-from shards.index import MANIFEST
-from shards.profiles import profile_counts
 from shards.progress import say
 
 OURS = ("dali", "resident", "torch")
-CLASSES, IMBALANCE_FACTOR = 20, 100
-QUALITY = 87  # of the photographs
 UNCOUNTED_STEPS = 8  # at the start of a turn; more than any contestant prefetches
 LONG_BATCH = {"photos": 16, "small": 128}
-INDEX_CLASSES, INDEX_STEP = 8142, 512
+INDEX_STEP = 512  # images per stream of a step whose ids are timed
 
 
 @dataclass(frozen=True)
@@ -73,6 +68,7 @@ BARS = (
 MOST_GROWTH_MB = 16.0  # memory between a tenth of the steps and all of them
 MOST_FIRST_BATCH_SECONDS = 3.0
 MOST_IDS_MS = 0.2
+HERE = {"PYTHONPATH": str(ROOT)}  # this checkout is imported, whichever one is installed
 OUTCOME = {True: "met", False: "missed", None: "not measured"}
 
 
@@ -112,35 +108,20 @@ def bench(
     for option, value, least in (("--rounds", rounds, 1), ("--steps", steps, 1), ("--images", images, 60)):
         if value is not None and value < least:
             raise UserError(f"{option} {value} is too small; give at least {least}")
+    if sweep_gpu or device == "cuda":
+        gpu_sweep.require_gpu()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if sweep_gpu:
-            from gpu_sweep import sweep
-
-            write_results(json, sweep(folder, make_data(folder, "photos", images)))
+            write_results(json, gpu_results(folder, images, json.with_suffix(".md")))
             return
         chosen: list[Literal["photos", "small"]] = ["photos", "small"] if data == "both" else [data]
-        results: dict[str, Any] = {
-            "command": " ".join(sys.orig_argv[1:]),
-            "commit": commit(),
-            "environment": environment() | {name: version(name) for name in ("torch", "torchvision")},
-            "device": device,
-            "skipped": {},
-        }
+        results = header() | {"device": device, "skipped": {}}
         pythons = peer_environments(folder, [name for name in names if name in PEERS], results["skipped"])
         for kind in chosen:
             made = make_data(folder / kind, kind, images if kind == "photos" else 5 * images)
             commands = {
-                name: [
-                    str(pythons[name]),
-                    str(ROOT / "scripts/pipeline_peers.py"),
-                    name,
-                    str(folder / kind),
-                    kind,
-                    device,
-                ]
-                if name in PEERS
-                else own_command(name, folder / kind, kind, device)
+                name: command(name, folder / kind, kind, device, python=pythons.get(name))
                 for name in names
                 if name in CONTESTANTS or name in pythons
             }
@@ -148,9 +129,8 @@ def bench(
             raced = race(kind, commands, epoch, rounds, steps, seconds, results["skipped"])
             results[kind] = made | raced
             if long_steps:
-                results[kind]["memory"] = watch_memory(
-                    folder / kind, kind, device, long_steps, [n for n in OURS if n in raced["contestants"]]
-                )
+                kinds = [name for name in OURS if name in raced["contestants"]]
+                results[kind]["memory"] = watch_memory(folder / kind, kind, device, long_steps, kinds)
         if index_samples:
             make_index(folder / "index", index_samples)
             results["index"] = measure_index(folder / "index", device, [name for name in OURS if name in names])
@@ -160,25 +140,24 @@ def bench(
             say(f"{bar['bar']}: {bar['measured']}, {OUTCOME[bar['met']]}")
 
 
-def make_data(folder: Path, data: str, images: int) -> dict[str, Any]:
-    """Write `source`, a folder of images per class, and `dataset`, the shards that are built from it."""
-    say(f"making {images} pictures: {data}")
-    shares = profile_counts("exp", [10**6] * CLASSES, IMBALANCE_FACTOR)
-    counts = np.maximum(1, np.rint(images * shares / shares.sum())).astype(int)
-    pictures = photographs(_about_300x200 if data == "photos" else lambda _: (32, 32))
-    sizes = []
-    for j, count in enumerate(counts.tolist()):
-        (folder / "source" / f"class-{j:02d}").mkdir(parents=True)
-        for i, picture in enumerate(islice(pictures, count)):
-            path = folder / "source" / f"class-{j:02d}" / f"{i:06d}.{'jpg' if data == 'photos' else 'png'}"
-            picture.save(path, quality=QUALITY)
-            sizes.append(path.stat().st_size)
-    build("folder", source=folder / "source", out=folder / "dataset", test_fraction=0, val_fraction=0, workers=1)
-    return {"images": int(counts.sum()), "mean_bytes": float(np.mean(sizes)), "batch_per_stream": BATCH[data]}
+def gpu_results(folder: Path, images: int, table: Path) -> dict[str, Any]:
+    """Sweep the settings of DALI's GPU decoding; write the table beside the results that are returned."""
+    made = make_data(folder, "photos", images)
+    rows = gpu_sweep.sweep(gpu_sweep.measured(folder))
+    gpu = torch.cuda.get_device_name()
+    table.parent.mkdir(parents=True, exist_ok=True)
+    table.write_text(gpu_sweep.markdown(rows, gpu))
+    return header() | {"gpu": gpu, **made, "settings": rows}
 
 
-def _about_300x200(generator: np.random.Generator) -> tuple[int, int]:
-    return int(generator.integers(260, 341)), int(generator.integers(170, 231))
+def header() -> dict[str, Any]:
+    """What every result begins with."""
+    packages = ("torch", "torchvision", "nvidia-dali-cuda130")
+    return {
+        "command": " ".join(sys.orig_argv[1:]),
+        "commit": commit(),
+        "environment": environment() | {name: version(name) for name in packages},
+    }
 
 
 def peer_environments(folder: Path, peers: Sequence[str], skipped: dict[str, str]) -> dict[str, Path]:
@@ -192,7 +171,7 @@ def peer_environments(folder: Path, peers: Sequence[str], skipped: dict[str, str
             try:
                 made[packages] = make_environment(folder / f"env-{peer}", list(packages))
             except subprocess.CalledProcessError as error:
-                made[packages] = f"does not install: {error.stderr.strip().splitlines()[-1].strip()}"
+                made[packages] = f"does not install: {reason(error.stderr)}"
         python = made[packages]
         if isinstance(python, Path):
             pythons[peer] = python
@@ -201,15 +180,19 @@ def peer_environments(folder: Path, peers: Sequence[str], skipped: dict[str, str
     return pythons
 
 
-def own_command(name: str, folder: Path, data: str, device: str, batch: int | None = None) -> list[str]:
-    """The command of a contestant of pipeline_ours.py."""
-    command = [sys.executable, str(ROOT / "scripts/pipeline_ours.py"), name, str(folder), data, device]
-    return command if batch is None else [*command, str(batch)]
+def reason(errors: str) -> str:
+    """Return the line that says what went wrong: the last that names an error, else the last."""
+    lines = [line.strip() for line in errors.strip().splitlines()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1])
 
 
-def start(command: list[str]) -> LoaderProcess:
-    """Start a contestant; this checkout is imported, whichever one is installed."""
-    return LoaderProcess(command, {"PYTHONPATH": str(ROOT)} if "pipeline_ours.py" in command[1] else None)
+def command(
+    name: str, folder: Path, data: str, device: str, batch: int | None = None, python: Path | None = None
+) -> list[str]:
+    """The command that runs a contestant: a peer with its own Python, ours and DALI with this one."""
+    script = "pipeline_peers.py" if name in PEERS else "pipeline_ours.py"
+    words = [str(python or sys.executable), str(ROOT / "scripts" / script), name, str(folder), data, device]
+    return words if batch is None else [*words, str(batch)]
 
 
 def race(
@@ -232,9 +215,9 @@ def race(
             skipped[f"{data}, {name}"] = str(error)
             contestants.pop(name, None)
 
-        for name, command in commands.items():
+        for name, words in commands.items():
             try:
-                contestant = running.enter_context(start(command))
+                contestant = running.enter_context(LoaderProcess(words, HERE))
                 contestant.load(warm_steps)
                 rate = contestant.load(UNCOUNTED_STEPS)
             except LoaderError as error:
@@ -302,7 +285,7 @@ def watch_memory(folder: Path, data: str, device: str, steps: int, kinds: Sequen
     """Return each of our loaders' memory after a tenth of the steps and after all of them, in MB."""
     found = {}
     for kind in kinds:
-        with start(own_command(kind, folder, data, device, LONG_BATCH[data])) as loader:
+        with LoaderProcess(command(kind, folder, data, device, LONG_BATCH[data]), HERE) as loader:
             loader.load(steps // 10)
             early = loader.memory_mb()
             loader.load(steps - steps // 10)
@@ -312,39 +295,13 @@ def watch_memory(folder: Path, data: str, device: str, steps: int, kinds: Sequen
     return found
 
 
-def make_index(folder: Path, samples: int) -> None:
-    """Make a dataset of many samples and 8,142 classes: the index is of that size, a few pictures stand for all."""
-    say(f"making an index of {samples:,} samples")
-    pictures = photographs(_about_300x200)
-    for j in range(2):
-        (folder / "source" / f"{j}").mkdir(parents=True)
-        for i, picture in enumerate(islice(pictures, 250)):
-            picture.save(folder / "source" / f"{j}" / f"{i}.jpg", quality=QUALITY)
-    root = folder / "dataset"
-    build("folder", source=folder / "source", out=root, test_fraction=0, val_fraction=0, shard_samples=50, workers=1)
-    manifest = jsons.loads((root / MANIFEST).read_text())
-    stored = np.load(root / "train.samples.npy")
-    rows = stored[np.sort(np.resize(np.arange(len(stored)), samples))]
-    # Like iNaturalist 2018's: from about a thousand images down to two.
-    classes = min(INDEX_CLASSES, samples // 2)
-    shares = np.arange(1, classes + 1) ** -0.4
-    counts = 2 + np.floor((samples - 2 * classes) * shares / shares.sum()).astype(np.int64)
-    counts[0] += samples - counts.sum()
-    rows["label"] = np.random.default_rng(0).permutation(np.repeat(np.arange(classes), counts))
-    np.save(root / "train.samples.npy", rows)
-    np.save(root / "train.by_class.npy", np.argsort(rows["label"], kind="stable"))
-    manifest["splits"]["train"] |= {"samples": samples, "class_counts": counts.tolist()}
-    manifest["classes"] = [f"{j:04d}" for j in range(classes)]
-    (root / MANIFEST).write_text(jsons.dumps(manifest))
-
-
 def measure_index(folder: Path, device: str, kinds: Sequence[str]) -> dict[str, Any]:
     """Return how long the first batch takes in a fresh process, and how long a step's ids take."""
     first = {}
     for kind in kinds:
         begun = time.perf_counter()
         try:
-            with start(own_command(kind, folder, "photos", device)) as loader:
+            with LoaderProcess(command(kind, folder, "photos", device), HERE) as loader:
                 first[kind] = {
                     "seconds": loader.about["first_step_seconds"],
                     "with_imports": time.perf_counter() - begun,

@@ -20,7 +20,6 @@ import torch
 from loader_process import Steps, serve
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
-from torchvision import transforms
 
 BATCH = {"photos": 64, "small": 128}  # images per stream and step
 SIZE = {"photos": 224, "small": 32}
@@ -66,6 +65,8 @@ class DualPictures(Pictures):
 
 def transform(data: str) -> Callable[[Image.Image], torch.Tensor]:
     """The standard recipe: what the network gets is float32, normalised, channels first."""
+    from torchvision import transforms
+
     if data == "photos":
         crop: Any = transforms.RandomResizedCrop(SIZE[data], antialias=True)
     else:
