@@ -16,14 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-Steps = Iterator[list[tuple[Any, Any]]]  # per step, each stream's images and labels
+Steps = Generator[list[tuple[Any, Any]], None, None]  # per step, each stream's images and labels
 SECONDS_TO_ANSWER = 300
+SECONDS_TO_END = 20
 
 
 class LoaderError(RuntimeError):
@@ -97,14 +98,19 @@ class LoaderProcess:
         return kilobytes / 1024
 
     def close(self) -> None:
-        """End it, and what it started."""
+        """End it, and what it started: first as it would end by itself, for it may have shared memory to free."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with suppress(ProcessLookupError):
+            self.go_on()
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(SECONDS_TO_END)
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._errors):
-            assert pipe is not None
-            with suppress(BrokenPipeError):
-                pipe.close()
+        self._process.stdout.close()
+        self._errors.close()
 
     def __enter__(self) -> Self:
         return self
@@ -176,6 +182,7 @@ def serve(open_steps: Callable[[], Steps], device: str, versions: Callable[[], d
 
             torch.cuda.synchronize()
         print(images_seen, file=answers)
+    steps.close()
 
 
 def _describe(images: Any) -> str:

@@ -44,8 +44,9 @@ def ours(kind: str, folder: Path, data: str, device: str, batch: int | None = No
     """One of this project's loaders."""
     if kind not in get_args(LoaderKind):
         raise UserError(f"open_loader knows no kind {kind!r}")
-    for step in open_loader(make_plan(folder, data, batch), kind, device, THREADS):  # type: ignore[arg-type]
-        yield [(batch.images_BHWC, batch.labels_B) for batch in step.values()]
+    with open_loader(make_plan(folder, data, batch), kind, device, THREADS) as loader:  # type: ignore[arg-type]
+        for step in loader:
+            yield [(batch.images_BHWC, batch.labels_B) for batch in step.values()]
 
 
 def prepared_feeds(plan: TrainPlan) -> list[Callable[[], Any]]:
