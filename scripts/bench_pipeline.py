@@ -5,8 +5,11 @@
 
 Per step every contestant delivers a uniform and a reversed batch of the same images: 64 photographs per stream, random
 resized crops to 224, mirrored or not; or 128 small pictures, padded by 4, cropped, mirrored or not. Ours are uint8 (the
-network normalises), the peers' are what their standard recipe gives: normalised floats. Each has two workers, and runs
-in a process of its own; peers in environments that are made for them with uv and thrown away.
+network normalises), the peers' are what their standard recipe gives: normalised floats, FFCV's uint8 too. Each has two
+workers (DALI and ours: two threads per stream), and runs in a process of its own; peers in environments that are made
+for them with uv and thrown away. The bars are meant for two cores: begin the command with `taskset -c 0,1` where there
+are more. FFCV is compiled for it, which takes pkg-config and the headers of OpenCV and libturbojpeg (on Debian
+libopencv-dev and libturbojpeg0-dev); what does not install is skipped, with the reason.
 
 The rule: a contestant first takes an epoch's steps, for warmth. Then all take turns for some rounds. While one has its
 turn the others are stopped by a signal, so that nobody prefetches in another's time; a turn begins with some steps that
@@ -14,6 +17,7 @@ are not counted, so that neither full queues nor an empty pipeline are. Ratios a
 within a round.
 """
 
+import signal
 import statistics
 import subprocess
 import sys
@@ -376,4 +380,6 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    # A plain SIGTERM would leave contestants behind, stopped for ever; leaving by an exception ends them.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     run_commands("scripts/bench_pipeline.py", bench)

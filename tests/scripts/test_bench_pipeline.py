@@ -261,3 +261,11 @@ def test_a_sweep_of_which_nothing_runs_says_so():
     with pytest.raises(UserError, match="none of 24 settings ran on this GPU: no decoder"):
         sweep(measure)
     assert gpu_sweep.Setting().threads == 4
+
+
+@pytest.mark.gpu
+def test_both_ways_to_decode_run_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_sweep, "SECONDS", 0.2)
+    make_data(tmp_path, "photos", 100)
+    for decode in ("window", "whole"):
+        assert gpu_sweep.measured(tmp_path)(Setting(decode, batch=16, threads=2)) > 0
