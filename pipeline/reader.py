@@ -45,6 +45,18 @@ class ShardReader:
             for where in zip(rows["shard"].tolist(), rows["offset"].tolist(), rows["size"].tolist(), strict=True)
         ]
 
+    def padded(self, ids_B: Iterable[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return the samples' files as rows of one array, each with zeros behind it, which no decoder reads.
+
+        Raises:
+            UserError: as `encoded`.
+        """
+        files = self.encoded(ids_B)
+        rows = np.zeros((len(files), max(map(len, files))), dtype=np.uint8)
+        for row, file in zip(rows, files, strict=True):
+            row[: len(file)] = file
+        return rows
+
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         try:
             file = self._opened(shard)
