@@ -107,30 +107,24 @@ def _imagenet(
     A share of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3 (log-uniform); of ten tries the first
     that fits inside the image, else the largest centred window within those ratios: torchvision's rule.
     """
-    tries, count = 10, len(heights_B)
-    areas_B, ratios = heights_B * widths_B, (3 / 4, 4 / 3)
-    target_BT = areas_B[:, None] * generator.uniform(0.08, 1.0, (count, tries))
-    aspect_BT = np.exp(generator.uniform(np.log(ratios[0]), np.log(ratios[1]), (count, tries)))
-    window_w_BT = np.rint(np.sqrt(target_BT * aspect_BT)).astype(np.int64)
-    window_h_BT = np.rint(np.sqrt(target_BT / aspect_BT)).astype(np.int64)
-    fits_BT = (
-        (window_w_BT > 0) & (window_w_BT <= widths_B[:, None]) & (window_h_BT > 0) & (window_h_BT <= heights_B[:, None])
-    )
-    first_B, rows_B = fits_BT.argmax(axis=1), np.arange(count)
-    window_h_B, window_w_B = window_h_BT[rows_B, first_B], window_w_BT[rows_B, first_B]
-    room_B2 = generator.random((count, 2))
-    flips_B = generator.random(count) < 0.5
-
-    none_fits_B = ~fits_BT.any(axis=1)
-    narrow_h_B = np.minimum(heights_B, np.rint(widths_B / ratios[0])).astype(np.int64)
-    narrow_w_B = np.minimum(widths_B, np.rint(heights_B * ratios[1])).astype(np.int64)
-    window_h_B = np.where(none_fits_B, np.maximum(1, narrow_h_B), window_h_B)
-    window_w_B = np.where(none_fits_B, np.maximum(1, narrow_w_B), window_w_B)
-    tops_B = np.floor(room_B2[:, 0] * (heights_B - window_h_B + 1)).astype(np.int64)
-    lefts_B = np.floor(room_B2[:, 1] * (widths_B - window_w_B + 1)).astype(np.int64)
-    tops_B = np.where(none_fits_B, (heights_B - window_h_B) // 2, tops_B)
-    lefts_B = np.where(none_fits_B, (widths_B - window_w_B) // 2, lefts_B)
-    return np.stack([tops_B, lefts_B, window_h_B, window_w_B], axis=1).astype(np.int32), flips_B
+    count, (narrowest, widest) = len(heights_B), (3 / 4, 4 / 3)
+    window_h_B = np.maximum(1, np.minimum(heights_B, np.rint(widths_B / narrowest))).astype(np.int64)
+    window_w_B = np.maximum(1, np.minimum(widths_B, np.rint(heights_B * widest))).astype(np.int64)
+    misfits = np.arange(count)
+    for _ in range(10):
+        areas = (heights_B * widths_B)[misfits] * generator.uniform(0.08, 1.0, len(misfits))
+        aspects = np.exp(generator.uniform(np.log(narrowest), np.log(widest), len(misfits)))
+        tried_h, tried_w = np.rint(np.sqrt(areas / aspects)), np.rint(np.sqrt(areas * aspects))
+        fits = (tried_h > 0) & (tried_h <= heights_B[misfits]) & (tried_w > 0) & (tried_w <= widths_B[misfits])
+        window_h_B[misfits[fits]], window_w_B[misfits[fits]] = tried_h[fits], tried_w[fits]
+        misfits = misfits[~fits]
+        if not misfits.size:
+            break
+    room_2B = np.stack([heights_B - window_h_B, widths_B - window_w_B])
+    starts_2B = np.floor(generator.random((2, count)) * (room_2B + 1)).astype(np.int64)
+    starts_2B[:, misfits] = room_2B[:, misfits] // 2
+    windows_B4 = np.stack([*starts_2B, window_h_B, window_w_B], axis=1).astype(np.int32)
+    return windows_B4, generator.random(count) < 0.5
 
 
 def draw_distortions(generator: np.random.Generator, count: int) -> NDArray[np.void]:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -25,8 +25,9 @@ from nvidia.dali import Pipeline, fn, types
 from pipeline.augment import Recipe
 from pipeline.batch import Batch
 from pipeline.distort import distort
+from pipeline.faults import faults_of
 from pipeline.plan import Draw, Plan
-from pipeline.reader import ShardReader, undecodable
+from pipeline.reader import ShardReader
 from pipeline.resize import Buffers, resize_windows
 
 # Batches that wait in DALI, and resized ones that wait on a CPU; more cost memory and gain nothing.
@@ -35,7 +36,6 @@ RESIZED_AHEAD = 2
 # To resize takes about a quarter of what it takes to decode.
 DECODERS_PER_RESIZER = 4
 
-Part = tuple[NDArray[np.int64], torch.Tensor]  # ids_B, images_BHWC
 Feed = tuple[list[NDArray[np.uint8]], NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
 
 
@@ -103,6 +103,14 @@ def build_pipeline(
     return pipeline
 
 
+class _Part(NamedTuple):
+    """One stream's part of a step: what the plan drew, and what is shown of it."""
+
+    drawn: Draw
+    ids_B: NDArray[np.int64]
+    images_BHWC: torch.Tensor
+
+
 class _Draws:
     """Draws each step once, for whichever stream is first to need it."""
 
@@ -131,7 +139,9 @@ class _Stream:
     ) -> None:
         self._plan, self._index, self._draws, self._reader, self._device = plan, index, draws, reader, device
         self._steps = steps  # still to be taken
-        self._loading: deque[Draw] = deque()  # in the pipeline, for the hand-over
+        self._faults = faults_of(plan.split)
+        self._unexplained = 0
+        self._loading: deque[tuple[Draw, Draw]] = deque()  # what the plan drew and what is in the pipeline
         gpu = None if device.type == "cpu" else (device.index or 0)
         recipe = plan.recipes[index]
         self._pipeline: Any = build_pipeline(self._feed, recipe, plan.rank_batch, plan.image_size, threads, gpu)
@@ -140,44 +150,57 @@ class _Stream:
         self._pool = ThreadPoolExecutor(self._resizers)
 
     def _feed(self) -> Feed:
-        draw = self._draws.next(self._index)
-        self._loading.append(draw)
-        windows_B4 = draw.windows_B4
+        drawn = self._draws.next(self._index)
+        fed = self._faults.mend(self._plan, drawn)
+        if not len(fed.ids_B):  # DALI takes no empty batch; this one fails there once more
+            fed = drawn
+        self._loading.append((drawn, fed))
         return (
-            self._reader.encoded(draw.ids_B),
-            np.ascontiguousarray(windows_B4[:, :2]),
-            np.ascontiguousarray(windows_B4[:, 2:]),
-            draw.flips_B.astype(np.int32),
+            self._reader.encoded(fed.ids_B),
+            np.ascontiguousarray(fed.windows_B4[:, :2]),
+            np.ascontiguousarray(fed.windows_B4[:, 2:]),
+            fed.flips_B.astype(np.int32),
         )
 
-    def run(self) -> Iterator[Part]:
-        """Begin; return an iterator over the ids and the pictures of each step."""
+    def run(self) -> Iterator[_Part]:
+        """Begin; return an iterator over the steps."""
         if self._steps:
             self._pipeline.schedule_run()  # the first one fills DALI's queue
         return self._parts()
 
-    def _parts(self) -> Iterator[Part]:
+    def _parts(self) -> Iterator[_Part]:
         while self._steps:
-            draw = self._loading.popleft()
-            images_BHWC = self._take(draw)
+            drawn, fed = self._loading.popleft()
+            images_BHWC, shown = self._take(fed)
             self._steps -= 1
             if self._steps:
                 self._pipeline.schedule_run()
-            yield draw.ids_B, images_BHWC
+            yield _Part(drawn, shown.ids_B, images_BHWC.to(self._device))
 
-    def _take(self, draw: Draw) -> torch.Tensor:
+    def _take(self, draw: Draw) -> tuple[torch.Tensor, Draw]:
+        """Return the pictures and which draw they show."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         try:
             (outputs,) = self._pipeline.share_outputs(cuda_stream=stream)
-        except RuntimeError as error:
-            raise undecodable(self._plan.split, self._reader, draw.ids_B) from error
+        except RuntimeError as error:  # DALI does not say which image; its dynamic executor loses this batch alone
+            return self._rescue(draw, error)
         if self._device.type == "cuda" or (draw.windows_B4[:, 2:] == self._plan.image_size).all():
             # The dynamic executor counts references: the tensor keeps its buffer after the release.
             images_BHWC = torch.from_dlpack(outputs.as_tensor())
         else:
             images_BHWC = self._resize([torch.from_dlpack(window) for window in outputs])
         self._pipeline.release_outputs()
-        return images_BHWC if draw.distortions_B is None else distort(images_BHWC, draw.distortions_B)
+        return images_BHWC if draw.distortions_B is None else distort(images_BHWC, draw.distortions_B), draw
+
+    def _rescue(self, draw: Draw, error: RuntimeError) -> tuple[torch.Tensor, Draw]:
+        images_BHWC, shown = self._faults.rescue(self._plan, self._reader, draw)
+        if shown is draw:  # nothing was wrong with the images
+            self._unexplained += 1
+            if self._unexplained > self._faults.limit:
+                raise error
+            reason = next((line for line in str(error).splitlines() if "rror" in line), str(error))
+            print(f"warning: DALI failed on a batch that PIL decodes, and PIL's was taken ({reason})", file=sys.stderr)
+        return images_BHWC, shown
 
     def _resize(self, windows: list[torch.Tensor]) -> torch.Tensor:
         images_BHWC = self._buffers.take()[: len(windows)]
@@ -196,13 +219,13 @@ class _Stream:
 class _Ahead:
     """Runs an iterator ahead in a thread of its own; what it raises is raised here."""
 
-    def __init__(self, run: Callable[[], Iterator[Part]]) -> None:
-        self._queue: queue.Queue[Part | BaseException] = queue.Queue(RESIZED_AHEAD)
+    def __init__(self, run: Callable[[], Iterator[_Part]]) -> None:
+        self._queue: queue.Queue[_Part | BaseException] = queue.Queue(RESIZED_AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(run,), daemon=True)
         self._thread.start()
 
-    def _work(self, run: Callable[[], Iterator[Part]]) -> None:
+    def _work(self, run: Callable[[], Iterator[_Part]]) -> None:
         try:
             for part in run():
                 if not self._put(part):
@@ -213,14 +236,14 @@ class _Ahead:
     def __iter__(self) -> Self:
         return self
 
-    def _put(self, part: Part | BaseException) -> bool:
+    def _put(self, part: _Part | BaseException) -> bool:
         while not self._stopped.is_set():
             with suppress(queue.Full):
                 self._queue.put(part, timeout=0.1)
                 return True
         return False
 
-    def __next__(self) -> Part:
+    def __next__(self) -> _Part:
         part = self._queue.get()
         if isinstance(part, BaseException):
             raise part
@@ -237,14 +260,15 @@ class DaliLoader:
 
     def __init__(self, plan: Plan, device: torch.device, threads: int, start_step: int) -> None:
         self._plan, self._device, self._step = plan, device, start_step
+        self.faults = faults_of(plan.split)
         reader, draws = ShardReader(plan.split), _Draws(plan, start_step)
         steps = sys.maxsize if plan.steps is None else plan.steps - start_step
         streams = [_Stream(plan, i, draws, reader, device, threads, steps) for i in range(len(plan.streams))]
-        self._parts: list[Iterator[Part]] = [
+        self._parts: list[Iterator[_Part]] = [
             _Ahead(stream.run) if device.type == "cpu" else stream.run() for stream in streams
         ]
         # Also when the loader is abandoned or the interpreter ends: no thread of ours may be inside DALI then.
-        self._free = weakref.finalize(self, _free, self._parts, streams)
+        self._free = weakref.finalize(self, _free, self._parts, streams, reader)
 
     def __iter__(self) -> Iterator[dict[str, Batch]]:
         return self
@@ -252,17 +276,24 @@ class DaliLoader:
     def __next__(self) -> dict[str, Batch]:
         if self._step == self._plan.steps or not self._parts:
             raise StopIteration
-        batches = {}
         try:
-            for name, parts in zip(self._plan.streams, self._parts, strict=True):
-                ids_B, images_BHWC = next(parts)
-                labels_B = torch.from_numpy(self._plan.split.samples["label"][ids_B].astype(np.int64))
-                batches[name] = Batch(images_BHWC, labels_B.to(self._device), ids_B)
+            step = [next(parts) for parts in self._parts]
+            self._step += 1
+            for part in step:
+                self.faults.count(part.drawn)
+            self.faults.check()
         except BaseException:
             self.close()
             raise
-        self._step += 1
-        return batches
+        if not any(len(part.ids_B) for part in step):  # no image of an evaluation's batch decodes
+            return next(self)
+        labels = self._plan.split.samples["label"]
+        return {
+            name: Batch(
+                part.images_BHWC, torch.from_numpy(labels[part.ids_B].astype(np.int64)).to(self._device), part.ids_B
+            )
+            for name, part in zip(self._plan.streams, step, strict=True)
+        }
 
     def __enter__(self) -> Self:
         return self
@@ -275,10 +306,11 @@ class DaliLoader:
         self._free()
 
 
-def _free(parts: list[Iterator[Part]], streams: list[_Stream]) -> None:
+def _free(parts: list[Iterator[_Part]], streams: list[_Stream], reader: ShardReader) -> None:
     for ahead in parts:
         if isinstance(ahead, _Ahead):
             ahead.stop()
     parts.clear()
     for stream in streams:
         stream.close()
+    reader.close()

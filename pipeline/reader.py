@@ -1,6 +1,5 @@
 """Encoded images straight out of the shards."""
 
-import io
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -9,7 +8,6 @@ from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from shards.errors import UserError
 from shards.index import Split
@@ -98,19 +96,3 @@ class _OpenFile:
         # An instance whose opening failed has no descriptor.
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
-
-
-def undecodable(split: Split, reader: ShardReader, ids_B: NDArray[np.int64]) -> Exception:
-    """Explain why a batch did not decode (until the DALI loader mends its batches)."""
-    for sample in ids_B.tolist():
-        try:
-            with Image.open(io.BytesIO(reader.encoded([sample])[0].data)) as picture:
-                picture.load()
-        except (OSError, SyntaxError) as error:
-            row = split.samples[sample]
-            path = split.shard_paths[row["shard"]]
-            return UserError(
-                f"the image at byte {row['offset']} of {path} (sample {sample}) does not decode ({error});"
-                f" run: python -m shards verify {path.parent}"
-            )
-    return RuntimeError(f"a batch of {split.name} did not decode, though each of its images does by itself")
