@@ -100,7 +100,9 @@ class Decoded:
     @property
     def to_come(self) -> int:
         """Bytes of these that it does not take yet."""
-        return int(self.size * (1 - self.there_N.mean())) if self.device.type == "cpu" else 0
+        images = len(self.there_N)
+        lacking = images - np.count_nonzero(self.there_N) if self.device.type == "cpu" else 0
+        return int(self.size * lacking // max(1, images))
 
     def lacking(self, ids_B: NDArray[np.int64]) -> list[int]:
         """Return those of the ids, once each, whose images are not there."""

@@ -201,6 +201,7 @@ def test_loaders_of_a_split_share_one_record_that_goes_with_the_split(dataset, d
 
 
 LOADERS = {
+    "dali": {"kind": "dali"},
     "resident": {"kind": "resident"},
     "torch": {"kind": "torch", "threads": 0},
     "workers": {"kind": "torch", "threads": 2},

@@ -131,7 +131,8 @@ def test_threads_end_with_the_loader(fresh):
         assert threading.active_count() == before
 
 
-def test_what_does_not_fit_is_refused_with_both_sizes(fresh):
+def test_what_does_not_fit_is_refused_with_both_sizes(fresh, monkeypatch):
+    monkeypatch.setattr(resident_loader, "_alive", weakref.WeakSet())
     # 16 x 16 pixels with a margin of 2
     size = 3 * 16 * 18 * len(fresh["digits"]) + 3 * 20
     plan = EvalPlan(fresh["digits"], 4, 8)
@@ -174,6 +175,7 @@ def test_an_empty_evaluation_needs_nothing(photos):
     empty = replace(split, samples=split.samples[:0], by_class=split.by_class[:0], class_counts=0 * split.class_counts)
     with open_loader(EvalPlan(empty, 4, 32), "resident") as loader:
         assert list(loader) == []
+    assert decoded_of(empty, CPU, None).to_come == 0
 
 
 def test_resizing_for_a_gpu_gives_the_same_pictures(fresh):
