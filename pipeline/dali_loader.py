@@ -212,8 +212,8 @@ class _Stream:
 
     def close(self) -> None:
         """Free DALI's threads and buffers, and ours."""
-        self._pipeline = None  # it holds the callback, which holds this
         self._pool.shutdown()
+        vars(self).clear()  # DALI's graph goes round in circles through the callback, which holds this
 
 
 class _Ahead:

@@ -142,3 +142,11 @@ def test_frequencies_and_strengths_are_those_of_the_papers():
     orders, times = np.unique(drawn["order"], axis=0, return_counts=True)
     assert len(orders) == 24
     assert (np.abs(times / 20_000 - 1 / 24) < 5 * np.sqrt(1 / 24 / 20_000)).all()
+
+
+@pytest.mark.gpu
+def test_a_gpu_distorts_alike():
+    images, distortions = pictures(40, 64, 64), draw_distortions(np.random.default_rng(4), 40)
+    shown = distort(images.cuda(), distortions)
+    assert shown.is_cuda
+    assert (shown.cpu().float() - distort(images, distortions).float()).abs().max() <= 1
