@@ -1,8 +1,9 @@
 """Damage shards under running loaders. Runs as a process of its own, so that a crash or a hang is seen from outside.
 
-python chaos.py KIND DATASET FOLDER SEED…: for each seed opens a loader on a copy of the dataset, damages a shard in the
-middle, goes on, and prints one line with what became of it: "whole", "mended" or "error: …". After each, all threads,
-processes and files must be gone. Leaves a last loader open, with which the interpreter must end.
+python chaos.py KIND,… DATASET FOLDER SEED…: for each kind and seed opens a loader on a copy of the dataset, damages a
+shard in the middle, goes on, and prints one line with what became of it: "whole", "mended" or "error: …". After each,
+all threads, processes and files must be gone. Leaves a last loader of each kind open, with which the interpreter must
+end.
 """
 
 import gc
@@ -101,18 +102,16 @@ def leavings() -> tuple[int, int, int]:
 
 
 def main(name: str, dataset: Path, folder: Path, seeds: list[int]) -> None:
-    torch.set_num_threads(1)
     kind, threads = {"workers": ("torch", 2), "torch": ("torch", 0)}.get(name, (name, 2))
-    for number, seed in enumerate(seeds):
-        root = Path(shutil.copytree(dataset, folder / str(seed)))
-        print(disturb(kind, threads, root, random.Random(seed)), flush=True)
-        shutil.rmtree(root)
-        if number == 0:
-            before = leavings()  # what libraries begin once and keep
+    before = None
+    for seed in seeds:
+        root = Path(shutil.copytree(dataset, folder / f"{name}-{seed}"))
+        print(f"{name}: {disturb(kind, threads, root, random.Random(seed))}", flush=True)
+        before = before or leavings()  # what libraries begin once and keep
         deadline = time.monotonic() + 10
-        while (after := leavings()) != before and time.monotonic() < deadline:
+        while any(now > then for now, then in zip(leavings(), before, strict=True)):
+            assert time.monotonic() < deadline, f"{name}, seed {seed}: {before} before, {leavings()} after"
             time.sleep(0.05)
-        assert after <= before, f"seed {seed}: threads, processes, files {before} before and {after} after"
     split = open_dataset(dataset).splits["train"]
     loader = open_loader(TrainPlan(split, (Stream("uniform"),), 4, 24, seed=1, epochs=1), kind, threads=threads)
     next(loader)
@@ -122,9 +121,11 @@ def main(name: str, dataset: Path, folder: Path, seeds: list[int]) -> None:
         try:
             list(loader)
         except UserError as error:
-            print(f"kill: error: {error}")
+            print(f"{name}: kill: error: {error}", flush=True)
     HOLD.append(loader)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), [int(seed) for seed in sys.argv[4:]])
+    torch.set_num_threads(1)
+    for kind in sys.argv[1].split(","):
+        main(kind, Path(sys.argv[2]), Path(sys.argv[3]), [int(seed) for seed in sys.argv[4:]])
