@@ -185,7 +185,8 @@ def decoded_of(split: Split, device: torch.device, gigabytes: float | None) -> D
                 f" {max(0, budget) / 1e9:.3g} GB aside on {device}; give it more with --input.resident_gb, or use"
                 " --input.loader dali"
             )
-        images = Decoded(layout, device)
+        with torch.inference_mode(False):  # evaluation asks first, and training writes later
+            images = Decoded(layout, device)
         _alive.add(images)
         return images
 
@@ -223,6 +224,7 @@ class ResidentLoader:
     def __iter__(self) -> Iterator[dict[str, Batch]]:
         return self
 
+    @torch.inference_mode(False)  # which threads that resize do not share
     def __next__(self) -> dict[str, Batch]:
         while True:
             for step in itertools.islice(self._steps, 1 + STEPS_AHEAD - len(self._coming)):

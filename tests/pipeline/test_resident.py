@@ -99,6 +99,15 @@ def test_the_first_batch_waits_for_its_own_images_only(fresh, decoded):
         assert len(decoded) <= 16 * (1 + resident_loader.STEPS_AHEAD) < len(fresh["digits"])
 
 
+def test_evaluation_in_inference_mode_and_training_share_images(fresh):
+    split = fresh["photos"]
+    with torch.inference_mode(), open_loader(EvalPlan(split, 5, 32), "resident") as loader:
+        next(loader)
+    with open_loader(two_streams(split, "cifar", 32), "resident") as loader:
+        images_BHWC = next(loader)["uniform"].images_BHWC
+    assert not images_BHWC.is_inference()
+
+
 def test_images_go_with_the_split(fresh):
     split = replace(fresh["photos"])
     images = weakref.ref(decoded_of(split, CPU, None))
