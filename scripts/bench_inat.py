@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_shards import cpu_name, timed
+from bench_common import cpu_name, write_results
+from bench_shards import timed
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -39,7 +40,7 @@ def bench(counts: Path, json: Path = Path("bench_inat.json"), workers: int = 2) 
     """
     with tempfile.TemporaryDirectory() as folder:
         results = _measure(Path(folder), counts, workers)
-    _write(json, results)
+    write_results(json, results)
 
 
 def _measure(folder: Path, counts: Path, workers: int) -> dict[str, Any]:
@@ -106,11 +107,6 @@ def make_source(source: Path, train_counts: list[int]) -> None:
                 number += 1
         content = {"images": images, "annotations": annotations, "categories": categories}
         (source / f"{split}2018.json").write_text(json.dumps(content))
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    say(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ thrown away). `images_per_second` is what counts: the same commands are also run
 of that is subtracted, with starting Python and importing libraries in it. `with_start` is of the whole commands.
 """
 
-import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -18,23 +16,20 @@ import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_common import ROOT, commit, environment, make_environment, photographs, write_results
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from shards.cli import run_commands
 from shards.progress import say
 
-ROOT = Path(__file__).parents[1]
 SIZE = (800, 600)
 CLASSES = 20
 SOURCE, OUT = "SOURCE", "OUT"  # in a command, for paths
-# torch is taken from the environment that this script runs in: mosaicml-streaming imports it.
-WITHOUT_TORCH = "torch; python_version < '0'\ntorchvision; python_version < '0'\n"
 
 
 def bench(json: Path = Path("bench_shards.json"), images: int = 4000, rounds: int = 5) -> None:
@@ -46,7 +41,7 @@ def bench(json: Path = Path("bench_shards.json"), images: int = 4000, rounds: in
         rounds: how often everything is measured, by turns.
     """
     with tempfile.TemporaryDirectory() as folder:
-        _write(json, _measure(Path(folder), images, rounds))
+        write_results(json, _measure(Path(folder), images, rounds))
 
 
 def _measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
@@ -79,16 +74,8 @@ def _measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
     results = {name: rates(of, images) for name, of in runs.items()}
     return {
         "command": " ".join(sys.orig_argv[1:]),
-        "commit": subprocess.run(
-            ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "environment": {
-            "cpu": cpu_name(),
-            "cores": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(),
-            "pillow": Image.__version__,
-            "numpy": version("numpy"),
-        },
+        "commit": commit(),
+        "environment": environment() | {"pillow": Image.__version__},
         "images": images,
         "mean_bytes": mean_bytes,
         "results": results,
@@ -103,41 +90,13 @@ def _measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
 
 def make_photographs(source: Path, images: int) -> float:
     """Write windows of scikit-learn's two photographs, mirrored by turns; return the mean file size in bytes."""
-    generator = np.random.default_rng(0)
-    photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
     sizes = []
-    for i in range(images):
-        photograph = photographs[i % 2]
-        width = int(generator.integers(480, photograph.width + 1))
-        height = width * SIZE[1] // SIZE[0]
-        height, width = min(height, photograph.height), min(height, photograph.height) * SIZE[0] // SIZE[1]
-        left = int(generator.integers(0, photograph.width - width + 1))
-        top = int(generator.integers(0, photograph.height - height + 1))
-        picture = photograph.resize(SIZE, Image.Resampling.BICUBIC, (left, top, left + width, top + height))
-        if i // 2 % 2:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for i, picture in enumerate(islice(photographs(lambda _: SIZE), images)):
         path = source / f"class-{i % CLASSES:02d}" / f"{i:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path, quality=90)
         sizes.append(path.stat().st_size)
     return float(np.mean(sizes))
-
-
-def make_environment(folder: Path, packages: list[str]) -> Path:
-    """Make an environment with these packages first and this one's behind them; return its Python."""
-    uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
-    folder.mkdir()
-    override = folder / "override.txt"
-    override.write_text(WITHOUT_TORCH)
-    python = folder / "env" / "bin" / "python"
-    install = [uv, "pip", "install", "--no-config", "--python", python, "--override", override, *packages]
-    for command in ([uv, "venv", "--no-config", "--python", sys.executable, folder / "env"], install):
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    site = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    own = subprocess.run([python, "-c", site], check=True, capture_output=True, text=True).stdout.strip()
-    # A line of a .pth file comes behind the folder that it lies in.
-    Path(own, "behind.pth").write_text(str(Path(np.__file__).parents[1]) + "\n")
-    return python
 
 
 def rates(runs: list[dict[str, float]], images: int) -> dict[str, Any]:
@@ -201,25 +160,11 @@ def resident_mb(pid: int) -> float:
     return own + sum(resident_mb(int(child)) for child in children)
 
 
-def cpu_name() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def ratio(results: dict[str, dict[str, Any]], one: str, other: str, per: str = "second") -> float | None:
     """How many times the other's images per second; None where one was not measured."""
     if one not in results or other not in results:
         return None
     return float(results[one][f"images_per_{per}"] / results[other][f"images_per_{per}"])
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    say(f"written: {path}")
 
 
 if __name__ == "__main__":
