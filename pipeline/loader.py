@@ -11,10 +11,12 @@ from typing import Literal
 import torch
 
 from pipeline.batch import Loader
+from pipeline.faults import faults_of
 from pipeline.plan import Plan
+from pipeline.resident_loader import ResidentLoader, TooLargeError
 from shards.errors import UserError
 
-LoaderKind = Literal["auto", "dali", "torch"]
+LoaderKind = Literal["auto", "dali", "resident", "torch"]
 
 
 def open_loader(
@@ -23,26 +25,40 @@ def open_loader(
     device: torch.device | str = "cpu",
     threads: int = 2,
     start_step: int = 0,
+    resident_gb: float | None = None,
+    fault_limit: int | None = None,
 ) -> Loader:
     """Open a loader for a plan.
 
     Args:
         plan: a TrainPlan or an EvalPlan.
-        kind: "dali" (two pipelines, decoding on the GPU where the device is one), "torch" (the portable
-            reference), or "auto": DALI where it is installed.
+        kind: "dali" (two pipelines, decoding on the GPU where the device is one), "resident" (every image is decoded
+            once and kept on the device), "torch" (the portable reference), or "auto": resident where the decoded
+            images fit, else DALI where it is installed.
         device: where batches shall lie.
-        threads: decoding threads per stream (DALI) or worker processes (torch; 0 loads in this process).
+        threads: decoding threads per stream (DALI, resident) or worker processes (torch; 0 loads in this process).
         start_step: the first step to deliver, counted from 0 over all epochs.
+        resident_gb: 10^9 bytes that decoded images of all splits may take on the device in this process; None for a
+            quarter of what is free, on a CPU divided by the processes of this machine.
+        fault_limit: how many images of the split may fail to decode before the run is stopped; None for 10, or a
+            thousandth of the split if that is more.
 
     Raises:
-        UserError: DALI is asked for and not installed, or threads is out of range.
+        UserError: DALI is asked for and not installed, threads is out of range, or the resident loader is asked for
+            and the images do not fit.
     """
-    device = torch.device(device)
-    if kind == "auto":
-        kind = "dali" if find_spec("nvidia") and find_spec("nvidia.dali") else "torch"
-    if threads < (1 if kind == "dali" else 0):
+    device = torch.empty(0, device=device).device  # with its number
+    if fault_limit is not None:
+        faults_of(plan.split).limit = fault_limit
+    if threads < (0 if kind == "torch" else 1):
         raise UserError(f"input.threads={threads} is too small for the {kind} loader; use at least 1")
-    if kind == "dali":
+    if kind in ("auto", "resident"):
+        try:
+            return ResidentLoader(plan, device, threads, start_step, resident_gb)
+        except TooLargeError:
+            if kind == "resident":
+                raise
+    if kind == "dali" or (kind == "auto" and find_spec("nvidia") and find_spec("nvidia.dali")):
         try:
             from pipeline.dali_loader import DaliLoader
         except ModuleNotFoundError as error:

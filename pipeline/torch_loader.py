@@ -83,9 +83,7 @@ class TorchLoader:
         return self
 
     def __next__(self) -> dict[str, Batch]:
-        for step in self._steps:
-            if isinstance(step, UserError):
-                raise step
+        while (step := self._next_step()) is not None:
             self.faults.merge(*step.faults)
             self.faults.check()
             if any(len(ids) for _, _, ids in step.streams):  # else no image of an evaluation's batch decodes
@@ -96,6 +94,23 @@ class TorchLoader:
                     for name, (images, labels, ids) in zip(self._plan.streams, step.streams, strict=True)
                 }
         raise StopIteration
+
+    def _next_step(self) -> _Step | None:
+        try:
+            step = next(self._steps, None)
+        except (RuntimeError, EOFError, OSError) as error:
+            # Named by the DataLoader, or met here in the middle of a worker's batch; else it is what a worker raised.
+            lost = "exited unexpectedly" in str(error) or isinstance(
+                error, EOFError | ConnectionError | FileNotFoundError
+            )
+            if lost and "Caught" not in str(error):
+                raise UserError(
+                    "a worker process of the torch loader was killed, perhaps for lack of memory; lower --input.threads"
+                ) from error
+            raise
+        if isinstance(step, UserError):
+            raise step
+        return step
 
     def __enter__(self) -> Self:
         return self

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from pipeline.loader import LoaderKind
+from pipeline.batch import Loader
+from pipeline.loader import LoaderKind, open_loader
+from pipeline.plan import Plan
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
 
@@ -29,10 +32,14 @@ class Input:
     Attributes:
         image_size: height and width in pixels.
         batch_size: images per stream in the global batch.
-        loader: dali, torch, or auto (DALI where it is installed).
+        loader: resident (images are decoded once and kept in memory), dali, torch, or auto: resident where the images
+            fit, else DALI where it is installed.
         augment: the recipe of the training streams: none, shift, cifar, imagenet or eval.
         eval_augment: the recipe of evaluation: none (whole image) or eval (centre crop of 7/8).
         threads: decoding threads per stream.
+        resident_gb: how many gigabytes decoded images may take in each process; by default a quarter of what is free.
+        fault_limit: how many images of a split may fail to decode before the run ends; by default 10, or a thousandth
+            of the split if that is more.
     """
 
     image_size: PositiveInt = 32
@@ -41,6 +48,12 @@ class Input:
     augment: str = "cifar"
     eval_augment: str = "none"
     threads: PositiveInt = 2
+    resident_gb: NonNegativeFloat | None = None
+    fault_limit: NonNegativeInt | None = None
+
+    def open_loader(self, plan: Plan, device: torch.device, start_step: int = 0) -> Loader:
+        """Open a loader for a plan as configured."""
+        return open_loader(plan, self.loader, device, self.threads, start_step, self.resident_gb, self.fault_limit)
 
 
 @dataclass

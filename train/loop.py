@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from tqdm import tqdm
 
 from analysis.metrics import Tally, summarize, tally
 from pipeline.batch import Loader
-from pipeline.loader import open_loader
+from pipeline.faults import faults_of
 from pipeline.plan import EvalPlan, TrainPlan
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset, Split
@@ -97,7 +98,7 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None) -> No
             f"{resumed} did {counters.step} steps in {counters.epochs} epochs, and an epoch has {plan.steps_per_epoch}"
             " now: resume with the dataset and input.batch_size that it began with"
         )
-    loader = open_loader(plan, config.input.loader, accelerator.device, config.input.threads, counters.step)
+    loader = config.input.open_loader(plan, accelerator.device, counters.step)
     folder: list[Path | None] = [None]
     if accelerator.is_main_process:
         if resumed or asked.run:
@@ -248,6 +249,7 @@ def finish(
         "evaluated_on": test.name,
         "images_per_second": counters.images / counters.training_seconds if counters.training_seconds else None,
         "seconds": counters.seconds,
+        "faults": collect_faults(dataset, accelerator),
         "environment": runs.environment(device_name(accelerator.device), accelerator.num_processes),
         "command": runs.command(),
     }
@@ -307,7 +309,7 @@ def evaluate(method: Method, split: Split, input: Input, accelerator: Accelerato
         accelerator.num_processes,
     )
     total = Tally.zeros(len(split.class_counts))
-    with open_loader(plan, input.loader, accelerator.device, input.threads) as loader:
+    with input.open_loader(plan, accelerator.device) as loader:
         for batch in loader:
             with accelerator.autocast():
                 logits_BC = method.predict(batch["eval"].images_BHWC)
@@ -334,6 +336,22 @@ def lr_factor(optim: Optim, epoch: float) -> float:
     if optim.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * (whole - optim.warmup_epochs) / (optim.epochs - optim.warmup_epochs)))
     return 1.0
+
+
+def collect_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Return a row per image that did not decode, in whichever process, and say how many there are."""
+    mine = [{"split": name} | row for name, split in dataset.splits.items() for row in faults_of(split).rows()]
+    found, times = {}, Counter[tuple[str, int]]()
+    for row in gather_object(mine):
+        image = row["split"], row["sample"]
+        found[image] = row
+        times[image] += row["times"]
+    if found:
+        accelerator.print(
+            f"{len(found)} images did not decode and were replaced or left out, {times.total()} times in all:"
+            f" see summary.json, and run: python -m shards verify {dataset.place}"
+        )
+    return [row | {"times": times[image]} for image, row in sorted(found.items())]
 
 
 def collect_states(optimizer: Any, accelerator: Accelerator) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What only a GPU can tell. Run: python -m pytest tests/gpu"""
 
 import json
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -10,6 +11,8 @@ from accelerate.state import AcceleratorState
 
 from pipeline.loader import open_loader
 from pipeline.plan import EvalPlan, Stream, TrainPlan
+from pipeline.resident_loader import decoded_of
+from shards.errors import UserError
 from train.afg import run as run_stage_two
 from train.bbn import BBN
 from train.loop import run
@@ -44,8 +47,30 @@ def test_gpu_evaluation_sees_every_sample_once(photos):
     np.testing.assert_array_equal(ids, np.arange(len(split)))
 
 
+@pytest.mark.parametrize(("name", "augment", "image_size"), [("photos", "imagenet", 64), ("digits", "cifar", 16)])
+def test_the_resident_loader_keeps_and_cuts_images_on_the_gpu(photos, digits, name, augment, image_size):
+    split = replace((photos if name == "photos" else digits).splits["train"])
+    streams = (Stream("uniform", 1.0, augment), Stream("reversed", -1.0, augment))
+    plan = TrainPlan(split, streams, 8, image_size, seed=5, epochs=3)
+    with open_loader(plan, "resident", "cuda") as on_gpu, open_loader(plan, "torch", threads=0) as reference:
+        for ours, theirs in islice(zip(on_gpu, reference, strict=False), 6):
+            for stream, batch in ours.items():
+                assert batch.images_BHWC.is_cuda
+                assert batch.labels_B.is_cuda
+                np.testing.assert_array_equal(batch.ids_B, theirs[stream].ids_B)
+                difference = batch.images_BHWC.cpu().float() - theirs[stream].images_BHWC.float()
+                assert difference.abs().mean() < (0.3 if name == "photos" else 1e-6)
+    assert decoded_of(split, batch.images_BHWC.device, None).device.type == "cuda"
+
+
+def test_images_that_do_not_fit_the_gpu_are_refused(digits):
+    split = replace(digits.splits["train"])
+    with pytest.raises(UserError, match="may set 1e-05 GB aside on cuda:0"):
+        open_loader(EvalPlan(split, 4, 16), "resident", "cuda:0", resident_gb=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-@pytest.mark.parametrize("loader", ["dali", "torch"])
+@pytest.mark.parametrize("loader", ["dali", "resident", "torch"])
 def test_both_stages_run_on_a_gpu(digits, tmp_path, monkeypatch, precision, loader):
     monkeypatch.chdir(tmp_path)
     short = ["--data", str(digits.root), "--run", "bbn", "--loop.precision", precision, "--input.loader", loader]

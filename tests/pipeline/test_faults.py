@@ -200,7 +200,12 @@ def test_loaders_of_a_split_share_one_record_that_goes_with_the_split(dataset, d
     assert record() is None
 
 
-LOADERS = {"torch": {"kind": "torch", "threads": 0}, "workers": {"kind": "torch", "threads": 2}}
+LOADERS = {
+    "dali": {"kind": "dali"},
+    "resident": {"kind": "resident"},
+    "torch": {"kind": "torch", "threads": 0},
+    "workers": {"kind": "torch", "threads": 2},
+}
 
 
 @pytest.fixture(params=LOADERS)

@@ -1,0 +1,55 @@
+"""A dataset that lost images since it was built: the run goes on, and says so."""
+
+import json
+import shutil
+
+import pytest
+
+from shards.index import open_dataset
+from train.erm import ERM
+from train.loop import run
+
+SHORT = ["--data", "digits", "--run", "run", "--optim.epochs", "2", "--input.batch_size", "64", "--optim.lr", "0.02"]
+
+
+@pytest.fixture
+def damaged(tmp_path, monkeypatch, digits) -> list[tuple[str, int]]:
+    """A folder with the digits, of which one image for training and one for testing are zeroed."""
+    shutil.copytree(digits.root, tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    bad = [("test", 5), ("train", 3)]
+    for name, sample in bad:
+        split = open_dataset("digits").splits[name]
+        row = split.samples[sample]
+        with split.shard_paths[row["shard"]].open("r+b") as shard:
+            shard.seek(row["offset"])
+            shard.write(bytes(int(row["size"])))
+    return bad
+
+
+@pytest.mark.parametrize("loader", ["torch", "resident"])
+def test_a_run_over_bad_images_counts_them(damaged, loader, tmp_path, capsys):
+    run(ERM, [*SHORT, "--input.loader", loader])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [(row["split"], row["sample"]) for row in summary["faults"]] == damaged
+    assert all(row["times"] >= 1 and row["shard"].endswith(".tar") and row["reason"] for row in summary["faults"])
+    told = capsys.readouterr()
+    assert "2 images did not decode and were replaced or left out" in told.out
+    assert told.err.count("does not decode") == 2  # the test images are evaluated more than once
+    per_class = json.loads((tmp_path / "run" / "per_class.json").read_text())
+    assert sum(per_class["total"]) == len(open_dataset("digits").splits["test"]) - 1
+
+
+def test_the_limit_ends_the_run(damaged, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(ERM, [*SHORT, "--input.fault_limit", "0"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("train/erm.py: error: 1 images do not decode and input.fault_limit is 0: the image at byte")
+
+
+def test_a_resident_loader_without_room_is_a_users_mistake(damaged, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(ERM, [*SHORT, "--input.loader", "resident", "--input.resident_gb", "0"])
+    assert stopped.value.code == 2
+    assert "may set 0 GB aside on cpu" in capsys.readouterr().err
