@@ -87,9 +87,12 @@ def build_pipeline(
             dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
             ndim=[1, 1, 1, 0],
         )
+        # What is no picture must fail here: in the decoder it ends the process (in DALI 2.4 an exception leaves it
+        # while its threads still work on what it owned). So the decoder is made to wait for this.
+        sizes = fn.peek_image_shape(files, dtype=types.INT32)[:2]
         if recipe.pads or decode == "whole":
             images = fn.slice(
-                fn.decoders.image(files, **options),
+                fn.decoders.image_slice(files, start=[0, 0], shape=sizes, axis_names="HW", **options),
                 starts,
                 shapes,
                 axis_names="HW",
@@ -97,6 +100,7 @@ def build_pipeline(
                 fill_values=0,
             )
         else:
+            starts = starts + 0 * sizes
             images = fn.decoders.image_slice(files, start=starts, shape=shapes, axis_names="HW", **options)
         if gpu is not None:
             images = fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_LINEAR, antialias=True)

@@ -27,7 +27,7 @@ def damaged(tmp_path, monkeypatch, digits) -> list[tuple[str, int]]:
     return bad
 
 
-@pytest.mark.parametrize("loader", ["torch", "resident"])
+@pytest.mark.parametrize("loader", ["dali", "torch", "resident"])
 def test_a_run_over_bad_images_counts_them(damaged, loader, tmp_path, capsys):
     run(ERM, [*SHORT, "--input.loader", loader])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
