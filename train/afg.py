@@ -40,7 +40,8 @@ from shards.index import Dataset
 from train import runs
 from train.config import Input, find_dataset, make_parser, parse, peek, plain_sections, preset
 from train.features import feature_bank
-from train.gaussians import ClassGaussians, Support, find_support, fit, generate
+from train.gaussians import ClassGaussians, Support, find_support, fit, head_classes
+from train.generation import generate_chunks
 from train.loop import device_name, epoch_line, make_accelerator, test_split, write_results
 from train.networks import load_model, save_model
 
@@ -72,6 +73,7 @@ class Settings:
         k: K, the larger classes that a feature borrows from.
         gamma: γ, added to the covariance.
         gamma_kind: isotropic (γ·I) or ones (γ in every entry).
+        chunk: features generated at a time; each takes 4 bytes per dimension.
         head_above: classes with more training images are head: sampled from their own Gaussian, and distilled.
             Where no class is that large, the largest ones are head.
         classifier: scaled (learnable scales and weights, from stage one's) or lws (scales only).
@@ -85,6 +87,7 @@ class Settings:
     k: PositiveInt = 2
     gamma: NonNegativeFloat = 0.0
     gamma_kind: Literal["isotropic", "ones"] = "isotropic"
+    chunk: PositiveInt = 65536
     head_above: NonNegativeInt = MANY_ABOVE
     classifier: Literal["scaled", "lws"] = "scaled"
     distill: NonNegativeFloat = 1.0
@@ -168,23 +171,26 @@ class Banks:
     targets_C: Tensor
 
 
-def head_classes(counts_C: Tensor, head_above: int) -> Tensor:
-    """Return which classes are head, bool (C,): more than `head_above` images, or the largest where none has."""
-    head_C = counts_C > head_above
-    return head_C if head_C.any() else counts_C == counts_C.max()
-
-
 def distill_weight(scale: float, base: float, epoch: int, epochs: int) -> float:
     """Return α(t) = s·(c^t − 1) with t from 0 in the first epoch to 1 in the last (GLAG Eq. 3)."""
     return scale * (base ** ((epoch - 1) / max(1, epochs - 1)) - 1)
 
 
 def mixed_epoch(
-    banks: Banks, settings: Settings, beta: float, batch_size: int, generator: torch.Generator
+    banks: Banks,
+    settings: Settings,
+    beta: float | Tensor,
+    batch_size: int,
+    generator: torch.Generator,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield one epoch's batches: every real feature once, and new generated ones, shuffled together."""
-    parts = [banks.train]
-    parts += generate(
+    """Yield one epoch's batches: every real feature once, and new generated ones, shuffled together.
+
+    Generated features live for one chunk: each chunk meets an equal part of the real ones, and both are dealt out
+    into batches of at most `batch_size` and nearly equal sizes. Every rank has equally many, of the same sizes.
+    """
+    generated = generate_chunks(
         banks.gaussians,
         banks.support,
         banks.targets_C,
@@ -192,12 +198,24 @@ def mixed_epoch(
         generator,
         gamma=settings.gamma,
         gamma_kind=settings.gamma_kind,
+        chunk=settings.chunk,
+        rank=rank,
+        world_size=world_size,
     )
-    features_MD = torch.cat([features for features, _ in parts])
-    labels_M = torch.cat([labels for _, labels in parts])
-    order_M = torch.randperm(len(labels_M), generator=generator).to(labels_M.device)
-    for rows_B in order_M.split(batch_size):
-        yield features_MD[rows_B], labels_M[rows_B]
+    real_ND, real_labels_N = banks.train
+    order_N = torch.randperm(len(real_labels_N), generator=generator)[rank::world_size]
+    order_N = order_N[: len(real_labels_N) // world_size].to(real_ND.device)
+    chunks = max(1, -(-(int(banks.targets_C.sum()) // world_size) // settings.chunk))
+    nothing = (real_ND.new_empty(0, real_ND.shape[1], dtype=torch.float32), real_labels_N[:0])
+    for mine_R in order_N.tensor_split(chunks):
+        features_MD, labels_M = next(generated, nothing)
+        number = len(labels_M) + len(mine_R)
+        order = torch.randperm(number, generator=generator).to(real_ND.device)
+        for rows_B in order.tensor_split(-(-number // batch_size)):
+            new_B, old_B = rows_B[rows_B < len(labels_M)], mine_R[rows_B[rows_B >= len(labels_M)] - len(labels_M)]
+            features_BD = torch.cat([features_MD[new_B], real_ND[old_B].float()])
+            yield features_BD, torch.cat([labels_M[new_B], real_labels_N[old_B]])
+        del features_MD  # before the next chunk is made
 
 
 def train_classifier(

@@ -17,13 +17,12 @@ from train.afg import (
     ScaledLinear,
     Settings,
     distill_weight,
-    head_classes,
     mixed_epoch,
     run,
     train_classifier,
 )
 from train.erm import ERM
-from train.gaussians import find_support, fit
+from train.gaussians import find_support, fit, head_classes
 from train.loop import run as run_stage_one
 from train.networks import load_model
 
