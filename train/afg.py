@@ -54,8 +54,10 @@ class Extraction:
         batch_size: images at a time.
         loader: dali, torch, or auto.
         threads: decoding threads.
+        views: how often each training image is taken with stage one's training recipe; 0: once, as in evaluation.
     """
 
+    views: NonNegativeInt = 0
     batch_size: PositiveInt = 256
     loader: LoaderKind = "auto"
     threads: PositiveInt = 2
@@ -229,7 +231,8 @@ def train_classifier(
     Raises:
         UserError: the loss is not finite.
     """
-    unit = banks.train[0].square().sum(1).mean().sqrt().clamp(min=1e-6).item()
+    squares = sum(block_BD.float().square().sum().item() for block_BD in banks.train[0].split(65536))
+    unit = max(1e-6, math.sqrt(squares / len(banks.train[1])))
     classifier = ScaledLinear(stage_one, freeze=settings.classifier == "lws", unit=unit)
     learnable = [p for p in classifier.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learnable, optim.lr, optim.momentum, weight_decay=optim.weight_decay)
@@ -268,7 +271,10 @@ def measure(classifier: nn.Linear, bank: tuple[Tensor, Tensor]) -> Tally:
     features_ND, labels_N = bank
     total = Tally.zeros(classifier.out_features)
     for features_BD, labels_B in zip(features_ND.split(65536), labels_N.split(65536), strict=True):
-        total = total + tally(classifier(features_BD).float().cpu().numpy(), labels_B.cpu().numpy())
+        try:
+            total = total + tally(classifier(features_BD.float()).cpu().numpy(), labels_B.cpu().numpy())
+        except ValueError as error:
+            raise UserError(f"on features, {error}") from None
     return total
 
 
@@ -315,13 +321,12 @@ def _run(argv: list[str] | None) -> None:
     if accelerator.is_main_process:
         told = {"method": "afg", "dataset": dataset.name, "data": dataset.place, "from": str(stage_one)}
         runs.write_config(run_folder, {"about": told, **plain_sections(parser, settings)})
-    input = Input(
-        image_size=saved["input"]["image_size"],
-        eval_augment=saved["input"]["eval_augment"],
-        **vars(chosen.input),
-    )
+    taken = vars(chosen.input)
+    views = taken.pop("views")
+    shown = {key: saved["input"][key] for key in ("image_size", "augment", "eval_augment")}
+    input = Input(**shown, **taken)
     accelerator.print(f"AFG on {stage_one} ({dataset.name}, {len(dataset.classes):,} classes) -> {run_folder}")
-    train(chosen, stage_one, network, dataset, input, run_folder, accelerator)
+    train(chosen, stage_one, network, dataset, input, views, run_folder, accelerator)
 
 
 def train(
@@ -330,6 +335,7 @@ def train(
     network: Any,
     dataset: Dataset,
     input: Input,
+    views: int,
     run_folder: Path,
     accelerator: Accelerator,
 ) -> None:
@@ -338,10 +344,11 @@ def train(
     settings, optim, seed = config.method, config.optim, config.loop.seed
     network.to(accelerator.device)
     test = test_split(dataset)
-    watched_name = "val" if "val" in dataset.splits and test.name != "val" else None
+    held_out = dataset.splits.get("val")
+    watched_name = "val" if held_out and test.name != "val" else None
 
     def bank(split: str) -> tuple[Tensor, Tensor]:
-        return feature_bank(stage_one, network, dataset, split, input, accelerator)
+        return feature_bank(stage_one, network, dataset, split, input, accelerator, views if split == "train" else 0)
 
     train_bank = bank("train")
     gaussians = fit(*train_bank, num_classes=len(dataset.classes), lam=settings.lam)
@@ -369,7 +376,7 @@ def train(
             tried[f"{beta:g}"] = result["balanced_accuracy"] or 0.0
             # Small val splits tie often: then the lower loss decides.
             with torch.no_grad():
-                score = (tried[f"{beta:g}"], -F.cross_entropy(classifier(watched[0]), watched[1]).item())
+                score = (tried[f"{beta:g}"], -F.cross_entropy(classifier(watched[0].float()), watched[1]).item())
         accelerator.print(f"β={beta:g}  " + epoch_line(rows[-1], optim.epochs))
         if best is None or score > best[0]:
             best = (score, beta, classifier, rows)

@@ -10,7 +10,6 @@ from torch import nn
 
 from shards.build import build
 from shards.index import open_dataset
-from train import features as features_module
 from train.afg import (
     Banks,
     ClassifierOptim,
@@ -84,28 +83,6 @@ def test_the_saved_model_predicts_what_was_measured_on_features(here):
         right = network.predict(batch.images_BHWC).argmax(1) == batch.labels_B
     told = json.loads((here / "runs/afg/per_class.json").read_text())
     assert abs(int(right.sum()) - sum(told["correct"])) <= 1  # the bank is half precision
-
-
-def test_a_bank_is_reused_while_it_fits_and_made_anew_when_not(here, monkeypatch):
-    extractions = []
-    extract = features_module._extract
-    monkeypatch.setattr(features_module, "_extract", lambda *a: extractions.append(a[2]) or extract(*a))
-    fixed = [*SHORT, "--method.beta", "0"]
-    run(fixed)
-    assert extractions == ["train", "val", "test"]
-    run(fixed)
-    assert len(extractions) == 3
-    summaries = [json.loads((here / f"runs/digits-afg-{i}/summary.json").read_text()) for i in (1, 2)]
-    assert summaries[0]["last"] == summaries[1]["last"]
-    bank = here / "runs/ce/features/val.safetensors"
-    bank.write_bytes(bank.read_bytes()[:100])
-    run(fixed)
-    assert extractions[3:] == ["val"]
-    manifest = here / "data/copy/dataset.json"
-    shutil.copytree(here / "data/digits", here / "data/copy")
-    manifest.write_text(manifest.read_text().replace('"name": "digits"', '"name": "others"'))
-    run([*fixed, "--from", "runs/ce", "--data", "data/copy"])
-    assert extractions[4:] == ["train", "val", "test"]
 
 
 def test_a_run_without_a_val_split_says_which_beta_it_takes(here, photo_folder, capsys):
