@@ -13,6 +13,7 @@ centred features, so that no class needs more than D numbers of noise per sample
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -88,6 +89,7 @@ class ClassGaussians:
         means_CD: μ_c, float32 (GLAG Eq. 5).
         lam: Tukey's λ.
         factors: by class, for those with more than D samples: R of shape (D, D), float32, with RᵀR = Σ_c.
+        by_class: X_c of every class, views of shape (n_c, D).
     """
 
     features_ND: Tensor
@@ -97,6 +99,10 @@ class ClassGaussians:
     means_CD: Tensor
     lam: float
     factors: dict[int, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def by_class(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return self.features_ND.split(self.counts_C.tolist())
 
 
 def fit(features_ND: Tensor, labels_N: Tensor, num_classes: int, lam: float = 0.5) -> ClassGaussians:

@@ -181,7 +181,8 @@ def _sample(
 
 def noise_length(gaussians: ClassGaussians, c: int) -> int:
     """Return how much white noise a sample of class c needs: n_c, or D where that is less."""
-    return gaussians.features_ND.shape[1] if c in gaussians.factors else int(gaussians.counts_C[c])
+    count, dimensions = gaussians.by_class[c].shape
+    return dimensions if c in gaussians.factors else count
 
 
 def combine(
@@ -204,8 +205,8 @@ def combine(
         parent_B: factors of a feature of the class, float32.
         places_B: which feature of the class that is, int64 in [0, n_c).
     """
-    count, start = int(gaussians.counts_C[c]), int(gaussians.starts_C[c])
-    features_nD = gaussians.features_ND[start : start + count]
+    features_nD = gaussians.by_class[c]
+    count = len(features_nD)
     if c in gaussians.factors:
         offsets_BD = mean_B[:, None] * gaussians.means_CD[c]
         if parent_B.any():
