@@ -94,7 +94,7 @@ def generate_chunks(
     _check_memory(min(chunk, int(targets_C.sum())), gaussians.features_ND)
 
     def chunks() -> Iterator[tuple[Tensor, Tensor]]:
-        parents_T = _parents(gaussians, targets_C, generator)
+        parents_T = _shuffled(take_turns(gaussians, targets_C, generator), generator)
         share = len(parents_T) // world_size
         seeds = torch.randint(2**62, (world_size,), generator=generator, device=generator.device)
         noise = torch.Generator(generator.device).manual_seed(int(seeds[rank]))
@@ -132,15 +132,18 @@ def _free_memory(device: torch.device) -> int:
     return int(meminfo["MemAvailable"].split()[0]) * 1024
 
 
-def _parents(gaussians: ClassGaussians, targets_C: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the parent (a row of the features) of every sample to generate, shuffled, shape (ΣT,)."""
+def take_turns(gaussians: ClassGaussians, numbers_C: Tensor, generator: torch.Generator) -> Tensor:
+    """Return so many rows of the features per class, in turn from a random first one on, shape (Σ numbers,)."""
     counts_C, device = gaussians.counts_C, gaussians.counts_C.device
-    targets_C = targets_C.to(device)
+    numbers_C = numbers_C.to(device)
     first_C = torch.rand(len(counts_C), generator=generator, device=generator.device).to(device) * counts_C
-    classes_T = torch.repeat_interleave(targets_C)
-    turn_T = torch.arange(len(classes_T), device=device) - (targets_C.cumsum(0) - targets_C)[classes_T]
-    parents_T = gaussians.starts_C[classes_T] + (turn_T + first_C.long()[classes_T]) % counts_C[classes_T]
-    return parents_T[torch.randperm(len(parents_T), generator=generator, device=generator.device).to(device)]
+    classes_T = torch.repeat_interleave(numbers_C)
+    turn_T = torch.arange(len(classes_T), device=device) - (numbers_C.cumsum(0) - numbers_C)[classes_T]
+    return gaussians.starts_C[classes_T] + (turn_T + first_C.long()[classes_T]) % counts_C[classes_T]
+
+
+def _shuffled(rows_T: Tensor, generator: torch.Generator) -> Tensor:
+    return rows_T[torch.randperm(len(rows_T), generator=generator, device=generator.device).to(rows_T.device)]
 
 
 def _sample(

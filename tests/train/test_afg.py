@@ -1,8 +1,8 @@
 """Stage two from its command line, and the parts of its classifier training."""
 
-import itertools
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,19 +10,14 @@ from torch import nn
 
 from shards.build import build
 from shards.index import open_dataset
-from train.afg import (
-    Banks,
-    ClassifierOptim,
-    ScaledLinear,
-    Settings,
-    distill_weight,
-    mixed_epoch,
-    run,
-    train_classifier,
-)
+from train.afg import BETA_MOST, BETA_START, Settings, run, train_afg
+from train.baselines import Judge
+from train.classifiers import ClassifierOptim
+from train.config import PRESETS
 from train.erm import ERM
-from train.gaussians import find_support, fit, head_classes
+from train.gaussians import find_support, fit, head_classes, tukey
 from train.loop import run as run_stage_one
+from train.mixing import Mixture
 from train.networks import load_model
 
 
@@ -111,75 +106,90 @@ def test_mistakes_are_told_in_one_line(here, capsys, photos):
     assert sorted(p.name for p in (here / "runs").iterdir()) == ["ce"]
 
 
-def make_banks(counts=(200, 30, 5), dimensions=8) -> tuple[Banks, nn.Linear]:
+def make_mixture(counts=(200, 30, 5), dimensions=8, **options) -> tuple[Mixture, nn.Linear]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.repeat_interleave(torch.tensor(counts))
     features = torch.rand(len(labels), dimensions, generator=generator) + torch.eye(len(counts), dimensions)[labels]
-    gaussians = fit(features, labels, len(counts))
+    gaussians = fit(features.half(), labels, len(counts))
     support = find_support(gaussians, 2, head_classes(gaussians.counts_C, 100))
-    bank = (features, labels)
+    targets_C = gaussians.counts_C.max() - gaussians.counts_C
     torch.manual_seed(0)
-    banks = Banks(bank, bank, bank, gaussians, support, gaussians.counts_C.max() - gaussians.counts_C)
-    return banks, nn.Linear(dimensions, len(counts))
+    mixture = Mixture(features.half(), labels, gaussians, support, targets_C, **options)
+    return mixture, nn.Linear(dimensions, len(counts))
 
 
-def test_an_epoch_holds_every_real_feature_once_and_balances_the_classes():
-    banks, _ = make_banks()
-    batches = list(mixed_epoch(banks, Settings(), 0.4, 64, torch.Generator().manual_seed(1)))
-    features, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    assert torch.bincount(labels).tolist() == [200, 200, 200]
-    real = {tuple(row) for row in banks.train[0].tolist()}
-    assert sum(tuple(row) in real for row in features.tolist()) == 235
-    assert (features >= 0).all()
+def judge_of(mixture: Mixture) -> Judge:
+    bank = (mixture.features_ND, mixture.labels_N)
+    return Judge(bank, bank, mixture.gaussians.counts_C.numpy())
 
 
-@pytest.mark.parametrize("kind", ["scaled", "lws"])
+@pytest.mark.parametrize("kind", ["scaled", "lws", "linear"])
 def test_training_learns_and_lws_moves_the_scales_alone(kind):
-    banks, linear = make_banks()
+    mixture, linear = make_mixture()
     before = linear.weight.detach().clone()
-    optim = ClassifierOptim(epochs=20, batch_size=64, lr=0.5)
-    trained, rows = train_classifier(linear, banks, Settings(classifier=kind), optim, 0.4, seed=0)
+    settings, optim = Settings(classifier=kind), ClassifierOptim(epochs=20, batch_size=64, lr=0.5)
+    trained = train_afg(linear, mixture, judge_of(mixture), settings, optim, 0.4, seed=0)
     assert torch.equal(linear.weight, before)  # stage one's stays the teacher
-    assert rows[-1]["loss"] < rows[0]["loss"] + 0.5
-    ratio = trained.weight / before
+    assert trained.rows[-1]["loss"] < trained.rows[0]["loss"] + 0.5
+    assert {row["beta"] for row in trained.rows} == {0.4}
+    ratio = trained.linear.weight / before
     alike = torch.allclose(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-4)
     assert alike == (kind == "lws")
-    again, _ = train_classifier(linear, banks, Settings(classifier=kind), optim, 0.4, seed=0)
-    assert torch.equal(trained.weight, again.weight)
+    again = train_afg(linear, mixture, judge_of(mixture), settings, optim, 0.4, seed=0)
+    assert torch.equal(trained.linear.weight, again.linear.weight)
 
 
 def test_distillation_pulls_head_classes_towards_stage_one():
-    banks, linear = make_banks()
+    mixture, linear = make_mixture()
     optim = ClassifierOptim(epochs=20, batch_size=64, lr=0.5)
-    head = banks.train[0][banks.train[1] == 0]
+    head = mixture.features_ND[mixture.labels_N == 0].float()
     teacher = linear(head).log_softmax(1)
 
     def divergence(distill: float) -> float:
-        trained, _ = train_classifier(linear, banks, Settings(distill=distill), optim, 0.4, seed=0)
+        trained = train_afg(linear, mixture, judge_of(mixture), Settings(distill=distill), optim, 0.4, seed=0)
         return nn.functional.kl_div(
-            trained(head).log_softmax(1), teacher, reduction="batchmean", log_target=True
+            trained.linear(head).log_softmax(1), teacher, reduction="batchmean", log_target=True
         ).item()
 
     assert divergence(20.0) < divergence(1.0) < divergence(0.0)
 
 
-def test_folding_keeps_the_logits():
-    linear = nn.Linear(6, 4)
-    scaled = ScaledLinear(linear, freeze=False, unit=7.0)
-    features = torch.randn(5, 6)
-    torch.testing.assert_close(scaled(features), linear(features))
-    nn.init.normal_(scaled.scales_C)
-    torch.testing.assert_close(scaled.folded()(features), scaled(features))
+def test_in_tukey_space_the_classifier_sees_powers_and_the_teacher_features():
+    mixture, linear = make_mixture(space="tukey")
+    judge = replace(judge_of(mixture), see=tukey)
+    settings = Settings(space="tukey", classifier="linear", distill=20.0)
+    optim = ClassifierOptim(epochs=20, batch_size=64, lr=0.5)
+    trained = train_afg(linear, mixture, judge, settings, optim, 0.4, seed=0)
+    head = mixture.features_ND[mixture.labels_N == 0].float()
+    student, teacher = trained.linear(tukey(head)).log_softmax(1), linear(head).log_softmax(1)
+    assert nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True).item() < 0.05
 
 
-def test_head_classes_are_the_many_or_else_the_largest():
-    assert head_classes(torch.tensor([101, 100, 5]), 100).tolist() == [True, False, False]
-    assert head_classes(torch.tensor([40, 40, 5]), 100).tolist() == [True, True, False]
+def test_adaptive_beta_follows_the_control_within_its_bounds():
+    """β rises where the held-out split recognises a class better than the control, and falls where it is worse."""
+    mixture, linear = make_mixture((200, 30, 5, 3))
+    judge, optim = judge_of(mixture), ClassifierOptim(epochs=12, batch_size=64, lr=0.01)
+    control = train_afg(linear, mixture, judge, Settings(), optim, 0.0, seed=0, record=True)
+    assert len(control.recalls_EC) == 12
+    assert control.beta_C.tolist() == [0] * 4
+    worse = [torch.tensor([0.0, -1.0, 2.0, 0.0]).double() for _ in range(12)]
+    adaptive = train_afg(linear, mixture, judge, Settings(), optim, 0.6, 0, replace(control, recalls_EC=worse))
+    assert adaptive.beta_C[0] == 0  # head
+    assert adaptive.beta_C[1].item() == pytest.approx(0.9)  # always better: 0.6 + 12·0.05, bounded
+    assert adaptive.beta_C[2].item() == pytest.approx(0, abs=1e-6)  # always worse: 0.6 − 12·0.05
+    betas = [row["beta"] for row in adaptive.rows]
+    assert betas[0] == pytest.approx(0.6)
+    assert len(set(betas)) > 1
 
 
-def test_distillation_rises_from_zero_to_s():
-    weights = [distill_weight(0.5, 2.0, epoch, 40) for epoch in range(1, 41)]
-    assert weights[0] == 0
-    assert weights[-1] == pytest.approx(0.5)
-    assert all(a < b for a, b in itertools.pairwise(weights))
-    assert distill_weight(1.0, 2.0, 1, 1) == 0
+def test_the_settings_are_the_papers_or_the_documented_ones():
+    settings, optim = Settings(), ClassifierOptim()
+    assert (settings.lam, settings.k, settings.gamma, settings.gamma_kind) == (0.5, 2, 0.0, "isotropic")
+    assert (settings.beta, settings.beta_grid[0], settings.space) == ("select", 0.0, "feature")
+    assert (settings.distill, settings.distill_base, settings.classifier) == (1.0, 2.0, "scaled")
+    assert settings.head_above == 100
+    assert (BETA_START, BETA_MOST) == (0.6, 0.9)
+    assert (optim.epochs, optim.momentum, optim.weight_decay) == (40, 0.9, 5e-4)
+    for name, distill in {"inat2018": 0.5, "inat2017": 0.5, "cifar100": 1.0, "imagenet-lt": 1.0}.items():
+        text = (PRESETS / f"{name}.yaml").read_text()
+        assert f"method: {{distill: {distill}}}" in text

@@ -245,10 +245,10 @@ def test_no_targets_generate_nothing():
 
 def test_parents_take_turns_from_a_random_first_one():
     gaussians, _ = make([5, 4], dim=2)
-    used = torch.bincount(generation._parents(gaussians, torch.tensor([0, 10]), seeded()), minlength=9)
+    used = torch.bincount(generation.take_turns(gaussians, torch.tensor([0, 10]), seeded()), minlength=9)
     assert used[:5].sum() == 0
     assert sorted(used[5:].tolist()) == [2, 2, 3, 3]
-    firsts = {generation._parents(gaussians, torch.tensor([1, 0]), seeded(i)).item() for i in range(40)}
+    firsts = {generation.take_turns(gaussians, torch.tensor([1, 0]), seeded(i)).item() for i in range(40)}
     assert firsts == {0, 1, 2, 3, 4}
 
 
