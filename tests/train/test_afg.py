@@ -1,24 +1,34 @@
 """Stage two from its command line, and the parts of its classifier training."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from shards.build import build
+from shards.errors import UserError
 from shards.index import open_dataset
 from train.afg import BETA_MOST, BETA_START, Settings, run, train_afg
 from train.baselines import Judge
 from train.classifiers import ClassifierOptim
 from train.config import PRESETS
 from train.erm import ERM
+from train.feature_files import write_features
 from train.gaussians import find_support, fit, head_classes, tukey
 from train.loop import run as run_stage_one
 from train.mixing import Mixture
 from train.networks import load_model
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +77,99 @@ def test_stage_two_needs_no_arguments_and_leaves_a_whole_folder(here):
     assert rows[-1]["eval"]["split"] == "val"
 
 
+def test_the_baselines_are_in_the_summary_and_on_the_screen(here, capsys):
+    run([*SHORT, "--run", "runs/afg"])
+    summary = json.loads((here / "runs/afg/summary.json").read_text())
+    told, rows = summary["baselines"], {row["name"]: row for row in summary["baselines"]["rows"]}
+    assert told["selected_on"] == "val"
+    trained = ["no generation", "own Gaussian", "oversampling", "cRT", "LWS"]
+    assert list(rows) == ["stage one", *trained, "tau-normalized", "logit adjustment"]
+    for row in rows.values():
+        assert row.keys() == {"name", "setting", *summary["last"]}
+    first = json.loads((here / "runs/ce/summary.json").read_text())
+    assert rows["stage one"]["top1"] == pytest.approx(first["last"]["top1"], abs=0.005)  # half precision
+    assert rows["own Gaussian"]["setting"] == {"beta": 0.0}
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in (*list(rows)[1:], "AFG"))
+
+
+def test_baselines_can_be_left_out(here, capsys):
+    run([*SHORT, "--run", "runs/afg", "--method.beta", "0.4", "--method.baselines", "false"])
+    assert json.loads((here / "runs/afg/summary.json").read_text())["baselines"]["rows"] == []
+    assert "cRT" not in capsys.readouterr().out
+
+
+def test_adaptive_beta_runs_beside_its_control(here, capsys):
+    run([*SHORT, "--run", "runs/afg", "--method.beta", "adaptive", "--method.baselines", "false"])
+    rows = [json.loads(line) for line in (here / "runs/afg/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["beta"] == pytest.approx(0.6)
+    summary = json.loads((here / "runs/afg/summary.json").read_text())
+    assert summary["beta"]["used"] == rows[-1]["beta"]
+    assert summary["beta"]["selected_on"] == "val"
+    printed = capsys.readouterr().out
+    assert printed.index("β=0 ") < printed.index("β=adaptive ")
+
+
+def test_tukey_space_leaves_its_classifier_beside_the_network(here, capsys):
+    options = ["--method.space", "tukey", "--method.classifier", "linear", "--method.beta", "0.4"]
+    run([*SHORT, *options, "--run", "runs/afg"])
+    assert not (here / "runs/afg/model.safetensors").exists()
+    state = load_file(here / "runs/afg/classifier.safetensors")
+    features = torch.from_numpy(np.load(here / "runs/ce/features/test/features.npy")).float().sqrt()
+    labels = torch.from_numpy(np.load(here / "runs/ce/features/test/labels.npy"))
+    right = (features @ state["weight"].T + state["bias"]).argmax(1) == labels
+    assert int(right.sum()) == sum(json.loads((here / "runs/afg/per_class.json").read_text())["correct"])
+    assert "no model.safetensors: it is no layer of the network" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["made.safetensors", "made.npy"])
+def test_generated_features_can_be_exported(here, capsys, name):
+    run([*SHORT, "--run", "runs/afg", "--method.beta", "0.4", "--method.baselines", "false", "--export", name])
+    if name.endswith("npy"):
+        features, labels = (torch.from_numpy(np.load(here / part)) for part in (name, "made.labels.npy"))
+    else:
+        features, labels = load_file(here / name).values()
+    counts = open_dataset("data/digits").train_counts
+    assert torch.bincount(labels, minlength=10).tolist() == (counts.max() - counts).tolist()
+    assert (features.dtype, features.shape) == (torch.float16, (len(labels), 64))
+    assert (features >= 0).all()
+    assert f"wrote {len(labels):,} generated features to {name}" in capsys.readouterr().out
+    assert not [path for path in here.iterdir() if "partial" in path.name]
+
+
+def test_two_ranks_take_train_and_report_together(here):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    options = ["--method.beta", "0.4", "--method.baselines", "false", "--input.views", "2", "--optim.epochs", "2"]
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "train/afg.py"), *options, "--run", "runs/two"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    together = {path.name: np.load(path) for path in (here / "runs/ce/features/train").glob("*.npy")}
+    assert together["seen.npy"].all()
+    assert done.stdout.count("wrote runs/two") == 1
+    summary = json.loads((here / "runs/two/summary.json").read_text())
+    assert summary["environment"]["processes"] == 2
+    shutil.rmtree(here / "runs/ce/features")
+    run([*options, "--run", "runs/one"])
+    alone = np.load(here / "runs/ce/features/train/features.npy")
+    np.testing.assert_allclose(together["features.npy"].astype(float), alone, rtol=2e-3, atol=1e-3)
+    alone = json.loads((here / "runs/one/summary.json").read_text())
+    assert summary["last"]["top1"] == pytest.approx(alone["last"]["top1"], abs=0.1)
+
+
+def test_an_export_that_does_not_fit_the_disk_leaves_nothing(tmp_path):
+    def chunks():
+        yield torch.ones(2, 3), torch.zeros(2).long()
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"made.npy cannot be written \(No space left on device\); it takes 0\.00 GB"):
+        write_features(tmp_path / "made.npy", chunks(), 4, 3)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_saved_model_predicts_what_was_measured_on_features(here):
     run([*SHORT, "--method.beta", "0.4", "--run", "runs/afg"])
     network, test = load_model("runs/afg"), open_dataset("data/digits").splits["test"]
@@ -96,6 +199,12 @@ def test_mistakes_are_told_in_one_line(here, capsys, photos):
     assert "method.beta" in fails_with(capsys, "--method.beta", "1.5")
     assert "method.k" in fails_with(capsys, "--method.k", "0")
     assert "--method.lambda" in fails_with(capsys, "--method.lambda", "0.5")
+    assert "method.lam" in fails_with(capsys, "--method.lam", "-1")
+    assert "method.gamma" in fails_with(capsys, "--method.gamma", "-0.1")
+    assert "--export made.txt must end in .safetensors or .npy" in fails_with(capsys, "--export", "made.txt")
+    assert "no is no folder that can be written to" in fails_with(capsys, "--export", "no/made.npy")
+    message = fails_with(capsys, "--method.space", "tukey")
+    assert "method.space=tukey cannot start from stage one's weights, as method.classifier=scaled does" in message
     message = fails_with(capsys, "--from", "runs/ce", "--data", str(photos.root))
     assert "was trained for 10 classes" in message
     assert "has 3" in message

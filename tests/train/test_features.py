@@ -19,7 +19,7 @@ from shards.index import open_dataset
 from train import features as module
 from train.config import Input
 from train.features import ViewPlan, feature_bank
-from train.networks import build_network, load_model, save_model
+from train.networks import build_network, save_model
 
 
 @pytest.fixture
@@ -218,40 +218,3 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(stage_one, digits, 
         bank(stage_one, digits)
     assert not (stage_one[0] / "features/val/bank.json").exists()
     assert not (stage_one[0] / "features/val/features.npy").exists()
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-TWO_RANKS = """
-import sys
-from pathlib import Path
-from accelerate import Accelerator
-from shards.index import open_dataset
-from train.config import Input
-from train.features import feature_bank
-from train.networks import load_model
-
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2
-input = Input(image_size=16, batch_size=16, augment="shift", loader="torch", threads=0)
-run = Path(sys.argv[1])
-features, _ = feature_bank(run, load_model(run), open_dataset(sys.argv[2]), "val", input, accelerator, views=2)
-accelerator.end_training()
-"""
-
-
-def test_two_ranks_fill_one_bank(stage_one, digits, tmp_path):
-    run, _ = stage_one
-    script = tmp_path / "two.py"
-    script.write_text(TWO_RANKS)
-    done = subprocess.run(
-        [*TORCHRUN, str(script), str(run), str(digits.root)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    together = np.load(run / "features/val/features.npy")
-    assert np.load(run / "features/val/seen.npy").all()
-    shutil.rmtree(run / "features")
-    alone, _ = bank((run, load_model(run)), digits, views=2, input=INPUT)
-    torch.testing.assert_close(torch.from_numpy(together), alone, rtol=2e-3, atol=1e-3)
