@@ -243,6 +243,8 @@ def _run(argv: list[str] | None) -> None:
             f"method.space=tukey cannot start from stage one's weights, as method.classifier={chosen.method.classifier}"
             " does; add --method.classifier linear"
         )
+    if not chosen.method.beta_grid:
+        raise UserError("method.beta_grid is empty; give at least one β, such as [0.0, 0.4]")
     if chosen.export:
         check_feature_file(chosen.export)
 

@@ -59,7 +59,7 @@ def generate_chunks(
         support: from `find_support` on the same gaussians.
         targets_C: int64 >= 0, how many features to generate per class, over all ranks.
         beta: β in [0, 1], the trust in borrowed knowledge; one for all, or shape (C,).
-        generator: on any device; the same state and world size give the same features.
+        generator: on any device; the same state and world size give the same features on the same kind of device.
         gamma: γ >= 0, added to the covariance.
         gamma_kind: "isotropic" adds γ·I, "ones" adds γ to every entry (one shift for all dimensions).
         space: "feature" undoes Tukey's transformation, "tukey" leaves the samples in it.
@@ -97,12 +97,12 @@ def generate_chunks(
         parents_T = _shuffled(take_turns(gaussians, targets_C, generator), generator)
         share = len(parents_T) // world_size
         seeds = torch.randint(2**62, (world_size,), generator=generator, device=generator.device)
-        noise = torch.Generator(generator.device).manual_seed(int(seeds[rank]))
+        noise = torch.Generator(parents_T.device).manual_seed(int(seeds[rank]))
         for parents_M in parents_T[rank::world_size][:share].split(chunk) if share else ():
             samples_MD = _sample(gaussians, support, parents_M, beta_C, noise)
             if gamma:
                 columns = 1 if gamma_kind == "ones" else samples_MD.shape[1]
-                samples_MD += gamma**0.5 * _noise(len(parents_M), columns, noise, samples_MD.device)
+                samples_MD += gamma**0.5 * _noise(len(parents_M), columns, noise)
             if space == "feature":
                 inverse_tukey_(samples_MD, gaussians.lam)
             labels_M = gaussians.labels_N[parents_M]
@@ -176,7 +176,7 @@ def _sample(
         length = noise_length(gaussians, c)
         block = max(1, BLOCK_VALUES // max(length, samples_MD.shape[1]))
         for rows_B, *of_block in zip(*(part.split(block) for part in parts), strict=True):
-            noise_Bn = _noise(len(rows_B), length, generator, rows_B.device)
+            noise_Bn = _noise(len(rows_B), length, generator)
             # A row occurs once per class, so that this addition has one order on every device.
             samples_MD.index_add_(0, rows_B, combine(gaussians, c, noise_Bn, *of_block))
     return samples_MD
@@ -222,8 +222,8 @@ def combine(
     return noise_Bn @ features_nD
 
 
-def _noise(rows: int, columns: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    return torch.randn(rows, columns, generator=generator, device=generator.device).to(device)
+def _noise(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(rows, columns, generator=generator, device=generator.device)
 
 
 def generate(

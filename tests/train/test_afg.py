@@ -201,6 +201,7 @@ def test_mistakes_are_told_in_one_line(here, capsys, photos):
     assert "--method.lambda" in fails_with(capsys, "--method.lambda", "0.5")
     assert "method.lam" in fails_with(capsys, "--method.lam", "-1")
     assert "method.gamma" in fails_with(capsys, "--method.gamma", "-0.1")
+    assert "method.beta_grid is empty; give at least one" in fails_with(capsys, "--method.beta_grid", "[]")
     assert "--export made.txt must end in .safetensors or .npy" in fails_with(capsys, "--export", "made.txt")
     assert "no is no folder that can be written to" in fails_with(capsys, "--export", "no/made.npy")
     message = fails_with(capsys, "--method.space", "tukey")

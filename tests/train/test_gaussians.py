@@ -155,6 +155,17 @@ def test_support_on_top_of_a_mean_stays_finite():
     assert torch.isfinite(find_support(collapsed, k=2).weights_NK).all()
 
 
+def test_nearness_counts_up_to_a_thousandth_of_the_means_length():
+    # Means at 2 (n=4) and 4 (n=3); the parent stands on the second, whose distance counts as 1e-3·(2+4+4)/3.
+    gaussians = fit(
+        torch.tensor([2.0] * 4 + [4.0] * 3 + [4.0])[:, None], torch.tensor([0] * 4 + [1] * 3 + [2]), 3, lam=1
+    )
+    support = find_support(gaussians, k=2)
+    omega = torch.tensor([3 / (1e-3 * 10 / 3), 4 / 2.0])
+    assert support.classes_NK[-1].tolist() == [1, 0]
+    torch.testing.assert_close(support.weights_NK[-1], omega / omega.sum())
+
+
 def test_support_skips_head_classes():
     gaussians, _ = make([5, 3, 2], dim=3)
     support = find_support(gaussians, k=1, head_C=torch.tensor([True, True, False]))
