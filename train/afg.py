@@ -293,7 +293,9 @@ def train(
 
     features_ND, labels_N = bank("train")
     gaussians = fit(features_ND, labels_N, num_classes=len(dataset.classes), lam=settings.lam)
-    support = find_support(gaussians, settings.k, head_classes(gaussians.counts_C, settings.head_above))
+    # By images: several views of one make no class larger.
+    images_C = torch.from_numpy(dataset.train_counts).to(labels_N.device)
+    support = find_support(gaussians, settings.k, head_classes(images_C, settings.head_above))
     mixture = Mixture(
         features_ND,
         labels_N,
@@ -322,8 +324,8 @@ def train(
             f"{dataset.root} has no val split to {'select' if settings.beta == 'select' else 'adapt'} β on: taking the"
             f" paper's {BETA_START} (or --method.beta)"
         )
-    tried: dict[str, tuple[float, float]] = {}
-    runs_at: dict[float, Trained] = {}
+    trained_at: dict[float, Trained] = {}
+    scores: dict[float, tuple[float, float]] = {}
 
     def said(trained: Trained, beta: str) -> Trained:
         if judge.watched is not None:
@@ -333,14 +335,13 @@ def train(
         return trained
 
     for beta in grid:
-        runs_at[beta] = said(afg(beta=beta), f"{beta:g}")
-        if watched_name:
-            tried[f"{beta:g}"] = judge.score(runs_at[beta].linear)
-    own = runs_at.get(0.0)
+        trained_at[beta] = said(afg(beta=beta), f"{beta:g}")
+        scores[beta] = judge.score(trained_at[beta].linear)
+    own = trained_at.get(0.0)
     if own is None and (settings.baselines or not grid):
         own = said(afg(beta=0.0, record=not grid), "0")
     if grid:
-        best = max(runs_at.values(), key=lambda trained: judge.score(trained.linear))
+        best = trained_at[max(scores, key=lambda beta: scores[beta])]
     else:
         best = said(afg(beta=BETA_START, control=own), "adaptive")
     used = best.rows[-1]["beta"]
@@ -373,7 +374,7 @@ def train(
         "evaluated_on": test.name,
         "beta": {
             "used": used,
-            "tried": {beta: score[0] for beta, score in tried.items()},
+            "tried": {f"{beta:g}": score[0] for beta, score in scores.items()} if watched_name else {},
             "selected_on": watched_name if len(grid) != 1 else None,
         },
         "baselines": {"selected_on": watched_name, "rows": shown},

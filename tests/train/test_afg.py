@@ -17,6 +17,7 @@ from torch import nn
 from shards.build import build
 from shards.errors import UserError
 from shards.index import open_dataset
+from train import afg
 from train.afg import BETA_MOST, BETA_START, Settings, run, train_afg
 from train.baselines import Judge
 from train.classifiers import ClassifierOptim
@@ -91,6 +92,14 @@ def test_the_baselines_are_in_the_summary_and_on_the_screen(here, capsys):
     assert rows["own Gaussian"]["setting"] == {"beta": 0.0}
     printed = capsys.readouterr().out
     assert all(f"\n{name} " in printed for name in (*list(rows)[1:], "AFG"))
+
+
+def test_several_views_of_an_image_make_no_class_larger(here, monkeypatch):
+    heads = []
+    monkeypatch.setattr(afg, "find_support", lambda *a: heads.append(a[2].tolist()) or find_support(*a))
+    for views in ("0", "3"):
+        run(["--optim.epochs", "1", "--method.beta", "0", "--method.baselines", "false", "--input.views", views])
+    assert heads[0] == heads[1] == (open_dataset("data/digits").train_counts > 100).tolist()
 
 
 def test_baselines_can_be_left_out(here, capsys):
