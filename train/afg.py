@@ -206,6 +206,62 @@ def unit_of(mixture: Mixture) -> float:
     return max(1e-6, (squares / len(rows)) ** 0.5)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What became of β.
+
+    Attributes:
+        best: the classifier at the β that is used.
+        own: the one at β = 0, where it was trained.
+        tried: balanced accuracy on the held-out split by β.
+        on_held_out: whether that split decided.
+    """
+
+    best: Trained
+    own: Trained | None
+    tried: dict[str, float]
+    on_held_out: bool
+
+
+def choose_beta(afg: Callable[..., Trained], settings: Settings, judge: Judge, say: Callable[[str], None]) -> Choice:
+    """Train at the given β, at each of the grid, or at an adaptive one beside its control; and at 0 for comparison.
+
+    Args:
+        afg: `train_afg` with all but `beta`, `record` and `control` given.
+        settings: of the generator.
+        judge: its held-out split selects and adapts; without one β is the paper's.
+        say: takes the lines that people see.
+    """
+
+    def trained(name: str, **options: Any) -> Trained:
+        result = afg(**options)
+        row = result.rows[-1]
+        if judge.watched is not None:
+            total, _ = measure(result.linear, judge.watched, judge.see)
+            row["eval"] = {"split": "val", **summarize(total, judge.train_counts_C)}
+        say(f"β={name}  " + epoch_line(row, len(result.rows)))
+        return result
+
+    wanted = settings.beta
+    if isinstance(wanted, str) and judge.watched is None:
+        doing = {"select": "select", "adaptive": "adapt"}[wanted]
+        say(f"there is no val split to {doing} β on: taking the paper's {BETA_START} (or --method.beta)")
+        wanted = BETA_START
+    if wanted == "adaptive":
+        control = trained("0", beta=0.0, record=True)
+        return Choice(trained("adaptive", beta=BETA_START, control=control), control, {}, on_held_out=True)
+    grid = settings.beta_grid if wanted == "select" else [wanted]
+    at_beta = {beta: trained(f"{beta:g}", beta=beta) for beta in grid}
+    scores = {beta: judge.score(result.linear) for beta, result in at_beta.items()}
+    own = at_beta.get(0.0) or (trained("0", beta=0.0) if settings.baselines else None)
+    return Choice(
+        at_beta[max(scores, key=lambda beta: scores[beta])],
+        own,
+        {} if judge.watched is None else {f"{beta:g}": accuracy for beta, (accuracy, _) in scores.items()},
+        on_held_out=len(grid) > 1,
+    )
+
+
 def run(argv: list[str] | None = None) -> None:
     """Run the stage from its command line; exits with 2 for a user's mistake, told in one line."""
     with user_errors_exit_2("train/afg.py"):
@@ -315,48 +371,19 @@ def train(
     average = partial(accelerator.reduce, reduction="mean") if accelerator.num_processes > 1 else Tensor.clone
     afg = partial(train_afg, network.classifier, mixture, judge, settings, optim, seed=seed, average=average)
 
-    grid = [settings.beta] if isinstance(settings.beta, float) else settings.beta_grid
-    if settings.beta == "adaptive":
-        grid = []
-    if watched_name is None and not isinstance(settings.beta, float):
-        grid = [BETA_START]
-        accelerator.print(
-            f"{dataset.root} has no val split to {'select' if settings.beta == 'select' else 'adapt'} β on: taking the"
-            f" paper's {BETA_START} (or --method.beta)"
-        )
-    trained_at: dict[float, Trained] = {}
-    scores: dict[float, tuple[float, float]] = {}
-
-    def said(trained: Trained, beta: str) -> Trained:
-        if judge.watched is not None:
-            total, _ = measure(trained.linear, judge.watched, judge.see)
-            trained.rows[-1]["eval"] = {"split": watched_name, **summarize(total, dataset.train_counts)}
-        accelerator.print(f"β={beta}  " + epoch_line(trained.rows[-1], optim.epochs))
-        return trained
-
-    for beta in grid:
-        trained_at[beta] = said(afg(beta=beta), f"{beta:g}")
-        scores[beta] = judge.score(trained_at[beta].linear)
-    own = trained_at.get(0.0)
-    if own is None and (settings.baselines or not grid):
-        own = said(afg(beta=0.0, record=not grid), "0")
-    if grid:
-        best = trained_at[max(scores, key=lambda beta: scores[beta])]
-    else:
-        best = said(afg(beta=BETA_START, control=own), "adaptive")
-    used = best.rows[-1]["beta"]
+    choice = choose_beta(afg, settings, judge, accelerator.print)
+    best, used = choice.best, choice.best.rows[-1]["beta"]
 
     final, _ = measure(best.linear, judge.test, judge.see)
+    last = summarize(final, dataset.train_counts)
     shown: list[dict[str, Any]] = []
-    if settings.baselines:
-        unit = unit_of(replace(mixture, space="feature"))
-        given = (network.classifier, replace(mixture, space="feature"), plain, optim, settings.classifier, unit, seed)
-        for name, candidate in baselines(*given, average):
-            shown.append({"name": name, "setting": candidate.setting, **plain.report(candidate.linear)})
-        assert own is not None
-        shown.insert(2, {"name": "own Gaussian", "setting": {"beta": 0.0}, **judge.report(own.linear)})
-        last = {"name": "AFG", "setting": {"beta": used}, **summarize(final, dataset.train_counts)}
-        accelerator.print(table([*shown, last]))
+    if choice.own is not None and settings.baselines:
+        ordinary = replace(mixture, space="feature")
+        unit = unit_of(ordinary)
+        others = baselines(network.classifier, ordinary, plain, optim, settings.classifier, unit, seed, average)
+        shown = [{"name": n, "setting": c.setting, **plain.report(c.linear)} for n, c in others]
+        shown.insert(2, {"name": "own Gaussian", "setting": {"beta": 0.0}, **judge.report(choice.own.linear)})
+        accelerator.print(table([*shown, {"name": "AFG", "setting": {"beta": used}, **last}]))
 
     first = runs.read_summary(stage_one)
     seconds = time.perf_counter() - started
@@ -368,14 +395,14 @@ def train(
         "dataset": dataset.name,
         "seed": seed,
         "epochs": optim.epochs,
-        "last": summarize(final, dataset.train_counts),
+        "last": last,
         "selected": None,
         "selected_on": None,
         "evaluated_on": test.name,
         "beta": {
             "used": used,
-            "tried": {f"{beta:g}": score[0] for beta, score in scores.items()} if watched_name else {},
-            "selected_on": watched_name if len(grid) != 1 else None,
+            "tried": choice.tried,
+            "selected_on": watched_name if choice.on_held_out else None,
         },
         "baselines": {"selected_on": watched_name, "rows": shown},
         "images_per_second": sum(row["images_per_second"] for row in best.rows) / len(best.rows),

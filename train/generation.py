@@ -127,7 +127,8 @@ def _check_memory(rows: int, features_ND: Tensor) -> None:
 def _free_memory(device: torch.device) -> int:
     """Return the bytes that can be had on a device."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(meminfo["MemAvailable"].split()[0]) * 1024
 

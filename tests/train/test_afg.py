@@ -18,7 +18,7 @@ from shards.build import build
 from shards.errors import UserError
 from shards.index import open_dataset
 from train import afg
-from train.afg import BETA_MOST, BETA_START, Settings, run, train_afg
+from train.afg import BETA_MOST, BETA_START, Settings, choose_beta, run, train_afg
 from train.baselines import Judge
 from train.classifiers import ClassifierOptim
 from train.config import PRESETS
@@ -299,6 +299,40 @@ def test_adaptive_beta_follows_the_control_within_its_bounds():
     betas = [row["beta"] for row in adaptive.rows]
     assert betas[0] == pytest.approx(0.6)
     assert len(set(betas)) > 1
+
+
+@pytest.mark.parametrize(
+    ("beta", "watched", "betas", "on_held_out"),
+    [
+        ("select", True, [0.2, 0.4, 0.0], True),  # 0 only for comparison
+        ("adaptive", True, [0.0, 0.6], True),
+        (0.3, True, [0.3, 0.0], False),
+        ("select", False, [0.6, 0.0], False),
+        ("adaptive", False, [0.6, 0.0], False),
+    ],
+)
+def test_which_betas_are_trained(beta, watched, betas, on_held_out):
+    mixture, linear = make_mixture()
+    judge = judge_of(mixture) if watched else replace(judge_of(mixture), watched=None)
+    asked, said = [], []
+
+    def train(**options):
+        asked.append(options["beta"])
+        return train_afg(linear, mixture, judge, settings, ClassifierOptim(epochs=1, batch_size=64), seed=0, **options)
+
+    settings = Settings(beta=beta, beta_grid=[0.2, 0.4])
+    choice = choose_beta(train, settings, judge, said.append)
+    assert asked == betas
+    assert choice.on_held_out == on_held_out
+    assert choice.own is not None
+    assert choice.own.rows[-1]["beta"] == 0
+    assert len(said) == len(asked) + (not watched)
+    if not watched:
+        doing = {"select": "select", "adaptive": "adapt"}[beta]
+        assert said[0].startswith(f"there is no val split to {doing} β on: taking the paper's 0.6")
+    asked.clear()
+    choose_beta(train, replace(settings, baselines=False), judge, said.append)
+    assert asked == (betas if beta == "adaptive" and watched else betas[:-1])
 
 
 def test_the_settings_are_the_papers_or_the_documented_ones():
