@@ -12,6 +12,8 @@ Adaptive Feature Generation", section 4.2) on the frozen network of a finished r
                         scales ⊙ (W·f + b), from stage one's W and b
                         loss = CE + α(t)·KL(stage one ‖ now) on head classes
 
+Beside it, on the same features, it trains and prints what is simpler (train/baselines.py).
+
 Measured on BBN's digits, three seeds: 95.2 ± 0.5 overall, 90.5 ± 1.0 on few-shot classes, which is less than BBN alone
 (95.5, 93.3): 136 validation images, all recognised, cannot choose β. On CIFAR-10-LT after 14 epochs of BBN: 50.4
 against 46.7, one seed. Seconds to two minutes on one core of an AMD EPYC.
@@ -90,7 +92,8 @@ class Settings:
         classifier: scaled (learnable scales and weights, from stage one's), lws (scales only), or linear (fresh).
         distill: s of α(t) = s·(c^(t/T) − 1), the weight of distillation; 0 switches it off.
         distill_base: c.
-        baselines: whether to train and show what AFG is held against (see `train.baselines`).
+        baselines: whether to train and show what AFG is held against (see `train.baselines`), which takes about as
+            long as AFG itself.
     """
 
     beta: ClosedUnitInterval | Literal["select", "adaptive"] = "select"
