@@ -66,8 +66,10 @@ class ViewPlan:
         object.__setattr__(self, "shown", shown)
 
     @property
-    def recipes(self) -> tuple[Recipe, ...]:  # noqa: D102
-        return (find_recipe(self.augment),)
+    def recipes(self) -> tuple[Recipe, ...]:
+        """The recipe as far as it draws windows and mirrors: what else it may do to pictures is left out."""
+        recipe = find_recipe(self.augment)
+        return (Recipe(recipe.name, recipe.draw, recipe.pads),)
 
     @property
     def rank_batch(self) -> int:  # noqa: D102
