@@ -12,16 +12,17 @@ Adaptive Feature Generation", section 4.2) on the frozen network of a finished r
                         scales ⊙ (W·f + b), from stage one's W and b
                         loss = CE + α(t)·KL(stage one ‖ now) on head classes
 
+Beside it, on the same features, it trains and prints what is simpler (train/baselines.py).
+
 Measured on BBN's digits, three seeds: 95.2 ± 0.5 overall, 90.5 ± 1.0 on few-shot classes, which is less than BBN alone
 (95.5, 93.3): 136 validation images, all recognised, cannot choose β. On CIFAR-10-LT after 14 epochs of BBN: 50.4
 against 46.7, one seed. Seconds to two minutes on one core of an AMD EPYC.
 """
 
-import copy
-import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,20 +30,27 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from analysis.metrics import Tally, summarize, tally
+from analysis.metrics import summarize
 from pipeline.loader import LoaderKind
 from shards.errors import UserError, user_errors_exit_2
 from shards.groups import MANY_ABOVE
 from shards.index import Dataset
 from train import runs
+from train.baselines import Bank, Judge, baselines, table
+from train.classifiers import ClassifierOptim, Distillation, ScaledLinear, measure, train_classifier
 from train.config import Input, find_dataset, make_parser, parse, peek, plain_sections, preset
+from train.feature_files import check_feature_file, write_features
 from train.features import feature_bank
-from train.gaussians import ClassGaussians, Support, find_support, fit, generate
-from train.loop import device_name, epoch_line, make_accelerator, test_split, write_results
+from train.gaussians import find_support, fit, head_classes, inverse_tukey, tukey
+from train.loop import collect_faults, device_name, epoch_line, make_accelerator, test_split, write_results
+from train.mixing import Batches, Mixture, mixed_epoch
 from train.networks import load_model, save_model
+
+# Adaptive β: where it starts, how far a step goes, and the bound.
+BETA_START, BETA_STEP, BETA_MOST = 0.6, 0.05, 0.9
 
 
 @dataclass
@@ -53,8 +61,10 @@ class Extraction:
         batch_size: images at a time.
         loader: dali, torch, or auto.
         threads: decoding threads.
+        views: how often each training image is taken with stage one's training recipe; 0: once, as in evaluation.
     """
 
+    views: NonNegativeInt = 0
     batch_size: PositiveInt = 256
     loader: LoaderKind = "auto"
     threads: PositiveInt = 2
@@ -65,49 +75,40 @@ class Settings:
     """The generator and the classifier. The paper leaves some of these open: the defaults say what is done.
 
     Attributes:
-        beta: β, the trust in what larger classes lend, or select: the value of `beta_grid` that does best on the
-            val split (balanced accuracy, then loss). The paper starts from 0.6.
+        beta: β, the trust in what larger classes lend; or select: the value of `beta_grid` that does best on the
+            val split (balanced accuracy, then loss); or adaptive: one per class, which starts from the paper's 0.6 and
+            after each epoch rises by 0.05, up to 0.9, where the class is recognised better on the val split than with
+            β = 0 at that time, and falls where it is worse.
         beta_grid: what select tries; 0 keeps to the class's own Gaussian.
         lam: Tukey's λ; 0 is the logarithm.
         k: K, the larger classes that a feature borrows from.
         gamma: γ, added to the covariance.
         gamma_kind: isotropic (γ·I) or ones (γ in every entry).
+        chunk: features generated at a time; each takes 4 bytes per dimension.
         head_above: classes with more training images are head: sampled from their own Gaussian, and distilled.
             Where no class is that large, the largest ones are head.
-        classifier: scaled (learnable scales and weights, from stage one's) or lws (scales only).
+        space: where the classifier works: feature, or tukey, which wants classifier linear (and whose result is no
+            layer of the network: it is stored beside it).
+        classifier: scaled (learnable scales and weights, from stage one's), lws (scales only), or linear (fresh).
         distill: s of α(t) = s·(c^(t/T) − 1), the weight of distillation; 0 switches it off.
         distill_base: c.
+        baselines: whether to train and show what AFG is held against (see `train.baselines`), which takes about as
+            long as AFG itself.
     """
 
-    beta: ClosedUnitInterval | Literal["select"] = "select"
+    beta: ClosedUnitInterval | Literal["select", "adaptive"] = "select"
     beta_grid: list[ClosedUnitInterval] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8])
     lam: NonNegativeFloat = 0.5
     k: PositiveInt = 2
     gamma: NonNegativeFloat = 0.0
     gamma_kind: Literal["isotropic", "ones"] = "isotropic"
+    chunk: PositiveInt = 65536
     head_above: NonNegativeInt = MANY_ABOVE
-    classifier: Literal["scaled", "lws"] = "scaled"
+    space: Literal["feature", "tukey"] = "feature"
+    classifier: Literal["scaled", "lws", "linear"] = "scaled"
     distill: NonNegativeFloat = 1.0
     distill_base: PositiveFloat = 2.0
-
-
-@dataclass
-class ClassifierOptim:
-    """SGD with a cosine from `lr` to 0.
-
-    Attributes:
-        epochs: generation epochs; each draws new features.
-        batch_size: features per step.
-        lr: the learning rate at the start.
-        momentum: of SGD.
-        weight_decay: L2.
-    """
-
-    epochs: PositiveInt = 40
-    batch_size: PositiveInt = 512
-    lr: PositiveFloat = 0.1
-    momentum: ClosedUnitInterval = 0.9
-    weight_decay: NonNegativeFloat = 5e-4
+    baselines: bool = True
 
 
 @dataclass
@@ -123,135 +124,145 @@ class Loop:
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
 
 
-class ScaledLinear(nn.Module):
-    """A linear classifier whose every logit has a learnable scale: s ⊙ (W·f + b), s from 1.
+@dataclass(frozen=True)
+class Trained:
+    """A classifier trained on generated features.
 
-    With frozen W and b it is learnable weight scaling (Kang et al., ICLR 2020, section 4.2). It sees features in
-    the given unit of length and W by its inverse: the same logits, and a learning rate that suits any network.
+    Attributes:
+        linear: the plain layer.
+        beta_C: β at the end; 0 for head classes.
+        rows: a row of numbers per epoch; β in it is the mean over the classes that borrow.
+        recalls_EC: per epoch, each class's accuracy on the held-out split; empty where it was not asked for.
     """
 
-    def __init__(self, linear: nn.Linear, freeze: bool, unit: float = 1.0) -> None:
-        super().__init__()
-        self.unit = unit
-        self.linear = copy.deepcopy(linear).requires_grad_(not freeze)
-        self.linear.weight.data *= unit
-        self.scales_C = nn.Parameter(torch.ones(linear.out_features, device=linear.weight.device))
+    linear: nn.Linear
+    beta_C: Tensor
+    rows: list[dict[str, Any]]
+    recalls_EC: list[Tensor]
 
-    def forward(self, features_BD: Tensor) -> Tensor:
-        """Return logits (B, C)."""
-        return self.scales_C * self.linear(features_BD / self.unit)
 
-    def folded(self) -> nn.Linear:
-        """Return the plain linear layer that gives the same logits."""
-        plain = copy.deepcopy(self.linear).requires_grad_(True)
-        plain.weight.data *= self.scales_C.detach()[:, None] / self.unit
-        plain.bias.data *= self.scales_C.detach()
-        return plain
+def train_afg(
+    stage_one: nn.Linear,
+    mixture: Mixture,
+    judge: Judge,
+    settings: Settings,
+    optim: ClassifierOptim,
+    beta: float,
+    seed: int,
+    control: Trained | None = None,
+    record: bool = False,
+    average: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> Trained:
+    """Train a classifier on real and generated features.
+
+    Args:
+        stage_one: its classifier, where the new one starts, and the teacher.
+        mixture: the features.
+        judge: its held-out split is looked at only for adaptive β and where `record` asks for it.
+        settings: of the generator and the classifier.
+        optim: of the classifier.
+        beta: β; with a control only where it starts.
+        seed: of everything random.
+        control: the same with β = 0, recorded: makes β adaptive.
+        record: whether to keep each epoch's recalls.
+        average: see `train_classifier`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # of a fresh classifier
+    head_C = mixture.support.head_C
+    beta_C = torch.full(head_C.shape, float(beta), device=head_C.device).masked_fill(head_C, 0)
+    recalls_EC: list[Tensor] = []
+    betas_E: list[float] = []
+
+    def epoch() -> Batches:
+        betas_E.append(round(beta_C[~head_C].mean().item(), 6) if not head_C.all() else 0.0)
+        return mixed_epoch(mixture, beta_C, max(1, optim.batch_size // mixture.world_size), generator)
+
+    def after_epoch(linear: nn.Linear) -> None:
+        if judge.watched is None or not (control or record):
+            return
+        total, _ = measure(linear, judge.watched, judge.see)
+        recalls_EC.append(torch.from_numpy(total.correct_C / total.total_C.clip(min=1)))
+        if control:
+            better_C = (recalls_EC[-1] - control.recalls_EC[len(recalls_EC) - 1]).sign().to(beta_C)
+            beta_C.add_(BETA_STEP * better_C).clamp_(0, BETA_MOST).masked_fill_(head_C, 0)
+
+    def teacher(features_BD: Tensor) -> Tensor:
+        return stage_one(inverse_tukey(features_BD, settings.lam) if settings.space == "tukey" else features_BD)
+
+    linear, rows = train_classifier(
+        ScaledLinear(stage_one, settings.classifier, unit_of(mixture)),
+        epoch,
+        optim,
+        Distillation(teacher, head_C, settings.distill, settings.distill_base),
+        after_epoch,
+        average,
+    )
+    rows = [{**row, "beta": beta} for row, beta in zip(rows, betas_E, strict=True)]
+    return Trained(linear, beta_C, rows, recalls_EC)
+
+
+def unit_of(mixture: Mixture) -> float:
+    """Return the root mean square length of the real features: the classifier's unit."""
+    rows = torch.arange(len(mixture.labels_N), device=mixture.labels_N.device)
+    squares = sum(mixture.real(rows_B)[0].square().sum().item() for rows_B in rows.split(16384))
+    return max(1e-6, (squares / len(rows)) ** 0.5)
 
 
 @dataclass(frozen=True)
-class Banks:
-    """Everything that classifier training needs.
+class Choice:
+    """What became of β.
 
     Attributes:
-        train, watched, test: features (N, D) and labels (N,) of the splits; watched is val, or None.
-        gaussians: the classes' Gaussians in Tukey space.
-        support: what each feature borrows from.
-        targets_C: features to generate per class and epoch, n_max − n_c.
+        best: the classifier at the β that is used.
+        own: the one at β = 0, where it was trained.
+        tried: balanced accuracy on the held-out split by β.
+        on_held_out: whether that split decided.
     """
 
-    train: tuple[Tensor, Tensor]
-    watched: tuple[Tensor, Tensor] | None
-    test: tuple[Tensor, Tensor]
-    gaussians: ClassGaussians
-    support: Support
-    targets_C: Tensor
+    best: Trained
+    own: Trained | None
+    tried: dict[str, float]
+    on_held_out: bool
 
 
-def head_classes(counts_C: Tensor, head_above: int) -> Tensor:
-    """Return which classes are head, bool (C,): more than `head_above` images, or the largest where none has."""
-    head_C = counts_C > head_above
-    return head_C if head_C.any() else counts_C == counts_C.max()
+def choose_beta(afg: Callable[..., Trained], settings: Settings, judge: Judge, say: Callable[[str], None]) -> Choice:
+    """Train at the given β, at each of the grid, or at an adaptive one beside its control; and at 0 for comparison.
 
+    Args:
+        afg: `train_afg` with all but `beta`, `record` and `control` given.
+        settings: of the generator.
+        judge: its held-out split selects and adapts; without one β is the paper's.
+        say: takes the lines that people see.
+    """
 
-def distill_weight(scale: float, base: float, epoch: int, epochs: int) -> float:
-    """Return α(t) = s·(c^t − 1) with t from 0 in the first epoch to 1 in the last (GLAG Eq. 3)."""
-    return scale * (base ** ((epoch - 1) / max(1, epochs - 1)) - 1)
+    def trained(name: str, **options: Any) -> Trained:
+        result = afg(**options)
+        row = result.rows[-1]
+        if judge.watched is not None:
+            total, _ = measure(result.linear, judge.watched, judge.see)
+            row["eval"] = {"split": "val", **summarize(total, judge.train_counts_C)}
+        say(f"β={name}  " + epoch_line(row, len(result.rows)))
+        return result
 
-
-def mixed_epoch(
-    banks: Banks, settings: Settings, beta: float, batch_size: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield one epoch's batches: every real feature once, and new generated ones, shuffled together."""
-    parts = [banks.train]
-    parts += generate(
-        banks.gaussians,
-        banks.support,
-        banks.targets_C,
-        beta,
-        generator,
-        gamma=settings.gamma,
-        gamma_kind=settings.gamma_kind,
+    wanted = settings.beta
+    if isinstance(wanted, str) and judge.watched is None:
+        doing = {"select": "select", "adaptive": "adapt"}[wanted]
+        say(f"there is no val split to {doing} β on: taking the paper's {BETA_START} (or --method.beta)")
+        wanted = BETA_START
+    if wanted == "adaptive":
+        control = trained("0", beta=0.0, record=True)
+        return Choice(trained("adaptive", beta=BETA_START, control=control), control, {}, on_held_out=True)
+    grid = settings.beta_grid if wanted == "select" else [wanted]
+    at_beta = {beta: trained(f"{beta:g}", beta=beta) for beta in grid}
+    scores = {beta: judge.score(result.linear) for beta, result in at_beta.items()}
+    own = at_beta.get(0.0) or (trained("0", beta=0.0) if settings.baselines else None)
+    return Choice(
+        at_beta[max(scores, key=lambda beta: scores[beta])],
+        own,
+        {} if judge.watched is None else {f"{beta:g}": accuracy for beta, (accuracy, _) in scores.items()},
+        on_held_out=len(grid) > 1,
     )
-    features_MD = torch.cat([features for features, _ in parts])
-    labels_M = torch.cat([labels for _, labels in parts])
-    order_M = torch.randperm(len(labels_M), generator=generator).to(labels_M.device)
-    for rows_B in order_M.split(batch_size):
-        yield features_MD[rows_B], labels_M[rows_B]
-
-
-def train_classifier(
-    stage_one: nn.Linear, banks: Banks, settings: Settings, optim: ClassifierOptim, beta: float, seed: int
-) -> tuple[nn.Linear, list[dict[str, Any]]]:
-    """Train a classifier at one β.
-
-    Returns:
-        The folded linear layer, and a row of numbers per epoch.
-
-    Raises:
-        UserError: the loss is not finite.
-    """
-    unit = banks.train[0].square().sum(1).mean().sqrt().clamp(min=1e-6).item()
-    classifier = ScaledLinear(stage_one, freeze=settings.classifier == "lws", unit=unit)
-    learnable = [p for p in classifier.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(learnable, optim.lr, optim.momentum, weight_decay=optim.weight_decay)
-    generator = torch.Generator().manual_seed(seed)
-    rows, step = [], 0
-    for epoch in range(1, optim.epochs + 1):
-        lr = optim.lr * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / optim.epochs))
-        optimizer.param_groups[0]["lr"] = lr
-        alpha = distill_weight(settings.distill, settings.distill_base, epoch, optim.epochs)
-        started, loss_sum, seen = time.perf_counter(), 0.0, 0
-        for features_BD, labels_B in mixed_epoch(banks, settings, beta, optim.batch_size, generator):
-            logits_BC = classifier(features_BD)
-            loss = F.cross_entropy(logits_BC, labels_B)
-            if alpha > 0:
-                head_B = banks.support.head_C[labels_B]
-                with torch.no_grad():
-                    teacher_BC = stage_one(features_BD[head_B]).log_softmax(1)
-                student_BC = logits_BC[head_B].log_softmax(1)
-                divergence = F.kl_div(student_BC, teacher_BC, reduction="sum", log_target=True)
-                loss = loss + alpha * divergence / len(labels_B)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            loss_sum, seen, step = loss_sum + loss.item() * len(labels_B), seen + len(labels_B), step + 1
-        row = {"epoch": epoch, "step": step, "loss": loss_sum / seen, "lr": lr, "distillation": alpha, "beta": beta}
-        row["images_per_second"] = seen / (time.perf_counter() - started)
-        if not math.isfinite(row["loss"]):
-            raise UserError(f"the loss is {row['loss']} in epoch {epoch} (optim.lr={lr:g}); lower optim.lr")
-        rows.append(row)
-    return classifier.folded(), rows
-
-
-@torch.inference_mode()
-def measure(classifier: nn.Linear, bank: tuple[Tensor, Tensor]) -> Tally:
-    """Evaluate a classifier on a bank."""
-    features_ND, labels_N = bank
-    total = Tally.zeros(classifier.out_features)
-    for features_BD, labels_B in zip(features_ND.split(65536), labels_N.split(65536), strict=True):
-        total = total + tally(classifier(features_BD).float().cpu().numpy(), labels_B.cpu().numpy())
-    return total
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -270,6 +281,11 @@ def _run(argv: list[str] | None) -> None:
         loop=Loop,
     )
     parser.add_argument("--from", type=str | None, help="the stage-one run (default: the newest finished one)")
+    parser.add_argument(
+        "--export",
+        type=Path | None,
+        help="write an epoch's generated features and labels, too: FILE.safetensors, or FILE.npy and FILE.labels.npy",
+    )
     asked = peek(parser, argv)
     named = asked["from"]
     wanted = find_dataset(asked.data).name if asked.data else None
@@ -281,6 +297,15 @@ def _run(argv: list[str] | None) -> None:
     dataset = find_dataset(asked.data or about["data"])
     settings = parse(parser, argv, preset(dataset, "afg"))
     chosen = parser.instantiate(settings)
+    if chosen.method.space == "tukey" and chosen.method.classifier != "linear":
+        raise UserError(
+            f"method.space=tukey cannot start from stage one's weights, as method.classifier={chosen.method.classifier}"
+            " does; add --method.classifier linear"
+        )
+    if not chosen.method.beta_grid:
+        raise UserError("method.beta_grid is empty; give at least one β, such as [0.0, 0.4]")
+    if chosen.export:
+        check_feature_file(chosen.export)
 
     accelerator = make_accelerator(chosen.loop.precision)
     set_seed(chosen.loop.seed)
@@ -297,13 +322,12 @@ def _run(argv: list[str] | None) -> None:
     if accelerator.is_main_process:
         told = {"method": "afg", "dataset": dataset.name, "data": dataset.place, "from": str(stage_one)}
         runs.write_config(run_folder, {"about": told, **plain_sections(parser, settings)})
-    input = Input(
-        image_size=saved["input"]["image_size"],
-        eval_augment=saved["input"]["eval_augment"],
-        **vars(chosen.input),
-    )
+    taken = vars(chosen.input)
+    views = taken.pop("views")
+    shown = {key: saved["input"][key] for key in ("image_size", "augment", "eval_augment")}
+    input = Input(**shown, **taken)
     accelerator.print(f"AFG on {stage_one} ({dataset.name}, {len(dataset.classes):,} classes) -> {run_folder}")
-    train(chosen, stage_one, network, dataset, input, run_folder, accelerator)
+    train(chosen, stage_one, network, dataset, input, views, run_folder, accelerator)
 
 
 def train(
@@ -312,54 +336,58 @@ def train(
     network: Any,
     dataset: Dataset,
     input: Input,
+    views: int,
     run_folder: Path,
     accelerator: Accelerator,
 ) -> None:
-    """Take features, train the classifier, evaluate, and leave a finished run folder."""
+    """Take features, train the classifiers, evaluate, and leave a finished run folder."""
     started = time.perf_counter()
     settings, optim, seed = config.method, config.optim, config.loop.seed
     network.to(accelerator.device)
-    test = test_split(dataset)
-    watched_name = "val" if "val" in dataset.splits and test.name != "val" else None
+    test, held_out = test_split(dataset), dataset.splits.get("val")
+    watched_name = "val" if held_out and test.name != "val" else None
 
-    def bank(split: str) -> tuple[Tensor, Tensor]:
-        return feature_bank(stage_one, network, dataset, split, input, accelerator)
+    def bank(split: str) -> Bank:
+        return feature_bank(stage_one, network, dataset, split, input, accelerator, views if split == "train" else 0)
 
-    train_bank = bank("train")
-    gaussians = fit(*train_bank, num_classes=len(dataset.classes), lam=settings.lam)
-    support = find_support(gaussians, settings.k, head_classes(gaussians.counts_C, settings.head_above))
-    targets_C = gaussians.counts_C.max() - gaussians.counts_C
-    watched = bank(watched_name) if watched_name else None
-    banks = Banks(train_bank, watched, bank(test.name), gaussians, support, targets_C)
-    accelerator.print(
-        f"{len(train_bank[1]):,} features of {train_bank[0].shape[1]} dimensions,"
-        f" {int(targets_C.sum()):,} to generate each epoch"
+    features_ND, labels_N = bank("train")
+    gaussians = fit(features_ND, labels_N, num_classes=len(dataset.classes), lam=settings.lam)
+    # By images: several views of one make no class larger.
+    images_C = torch.from_numpy(dataset.train_counts).to(labels_N.device)
+    support = find_support(gaussians, settings.k, head_classes(images_C, settings.head_above))
+    mixture = Mixture(
+        features_ND,
+        labels_N,
+        gaussians,
+        support,
+        gaussians.counts_C.max() - gaussians.counts_C,
+        **{key: getattr(settings, key) for key in ("gamma", "gamma_kind", "space", "chunk")},
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
     )
+    accelerator.print(
+        f"{len(labels_N):,} features of {features_ND.shape[1]} dimensions,"
+        f" {int(mixture.targets_C.sum()):,} to generate each epoch"
+    )
+    plain = Judge(bank(watched_name) if watched_name else None, bank(test.name), dataset.train_counts)
+    judge = plain if settings.space == "feature" else replace(plain, see=partial(tukey, lam=settings.lam))
+    average = partial(accelerator.reduce, reduction="mean") if accelerator.num_processes > 1 else Tensor.clone
+    afg = partial(train_afg, network.classifier, mixture, judge, settings, optim, seed=seed, average=average)
 
-    grid = [settings.beta] if settings.beta != "select" else settings.beta_grid
-    if settings.beta == "select" and watched is None:
-        grid = [0.6]
-        accelerator.print(f"{dataset.root} has no val split to select β on: taking the paper's 0.6 (or --method.beta)")
-    tried: dict[str, float] = {}
-    best: tuple[tuple[float, float], float, nn.Linear, list[dict[str, Any]]] | None = None
-    for beta in grid:
-        classifier, rows = train_classifier(network.classifier, banks, settings, optim, beta, seed)
-        score = (0.0, 0.0)
-        if watched is not None:
-            result = summarize(measure(classifier, watched), dataset.train_counts)
-            rows[-1]["eval"] = {"split": watched_name, **result}
-            tried[f"{beta:g}"] = result["balanced_accuracy"] or 0.0
-            # Small val splits tie often: then the lower loss decides.
-            with torch.no_grad():
-                score = (tried[f"{beta:g}"], -F.cross_entropy(classifier(watched[0]), watched[1]).item())
-        accelerator.print(f"β={beta:g}  " + epoch_line(rows[-1], optim.epochs))
-        if best is None or score > best[0]:
-            best = (score, beta, classifier, rows)
-    assert best is not None
-    _, beta, classifier, rows = best
+    choice = choose_beta(afg, settings, judge, accelerator.print)
+    best, used = choice.best, choice.best.rows[-1]["beta"]
 
-    final = measure(classifier, banks.test)
-    network.classifier = classifier
+    final, _ = measure(best.linear, judge.test, judge.see)
+    last = summarize(final, dataset.train_counts)
+    shown: list[dict[str, Any]] = []
+    if choice.own is not None and settings.baselines:
+        ordinary = replace(mixture, space="feature")
+        unit = unit_of(ordinary)
+        others = baselines(network.classifier, ordinary, plain, optim, settings.classifier, unit, seed, average)
+        shown = [{"name": n, "setting": c.setting, **plain.report(c.linear)} for n, c in others]
+        shown.insert(2, {"name": "own Gaussian", "setting": {"beta": 0.0}, **judge.report(choice.own.linear)})
+        accelerator.print(table([*shown, {"name": "AFG", "setting": {"beta": used}, **last}]))
+
     first = runs.read_summary(stage_one)
     seconds = time.perf_counter() - started
     summary = {
@@ -370,21 +398,41 @@ def train(
         "dataset": dataset.name,
         "seed": seed,
         "epochs": optim.epochs,
-        "last": summarize(final, dataset.train_counts),
+        "last": last,
         "selected": None,
         "selected_on": None,
         "evaluated_on": test.name,
-        "beta": {"used": beta, "tried": tried, "selected_on": watched_name if len(grid) > 1 else None},
-        "images_per_second": sum(row["images_per_second"] for row in rows) / len(rows),
+        "beta": {
+            "used": used,
+            "tried": choice.tried,
+            "selected_on": watched_name if choice.on_held_out else None,
+        },
+        "baselines": {"selected_on": watched_name, "rows": shown},
+        "images_per_second": sum(row["images_per_second"] for row in best.rows) / len(best.rows),
         "seconds": seconds,
+        "faults": collect_faults(dataset, accelerator),
         "environment": runs.environment(device_name(accelerator.device), accelerator.num_processes),
         "command": runs.command(),
     }
     if accelerator.is_main_process:
-        save_model(network, run_folder)
-        for row in rows:
+        if settings.space == "feature":
+            network.classifier = best.linear
+            save_model(network, run_folder)
+        else:
+            save_file(best.linear.state_dict(), run_folder / "classifier.safetensors")
+            print(
+                f"wrote {run_folder}/classifier.safetensors, for features to the power of λ, and no model.safetensors:"
+                " it is no layer of the network"
+            )
+        for row in best.rows:
             runs.append_row(run_folder, {**row, "seconds": seconds})
         write_results(run_folder, summary, final, dataset)
+    if config.export and accelerator.is_main_process:
+        alone = replace(mixture, rank=0, world_size=1)
+        rows = int(mixture.targets_C.sum())
+        chunks = alone.generated(best.beta_C, torch.Generator().manual_seed(seed))
+        write_features(config.export, chunks, rows, features_ND.shape[1])
+        print(f"wrote {rows:,} generated features to {config.export}")
 
 
 if __name__ == "__main__":

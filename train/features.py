@@ -1,35 +1,88 @@
 """The feature bank: what a frozen network makes of every image of a split, kept with the run that trained it.
 
-    runs/digits-bbn-1/features/train.safetensors     features (N, D) float16 and labels (N,) int64, by sample id
+    runs/digits-bbn-1/features/train/
+        bank.json       what made it: weights, dataset, recipe, …; `complete` once every image was taken
+        features.npy    (R, D) float16, the rows of class 0, then those of class 1, and so on; read by memory mapping
+        labels.npy      (R,) int64
+        seen.npy        (R,) bool: the rows that are filled; after a kill the others are still to do
 
-A bank is reused while its fingerprint fits: the weights, the dataset and the way the images were shown.
+A bank is reused while everything in bank.json but `complete` is what would make it now, else it is made anew. All ranks
+fill it together, on a filesystem that they share: where a row belongs is known from the dataset's index alone.
 """
 
 import hashlib
+import json
 import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.loader import open_loader
-from pipeline.plan import EvalPlan
-from shards.index import MANIFEST, Dataset
+from pipeline.augment import Flips, Recipe, Windows, find_recipe
+from pipeline.plan import Draw, rank_slice
+from pipeline.sampling import random_generator
+from shards.errors import UserError
+from shards.index import MANIFEST, Dataset, Split
 from train.config import Input
 from train.networks import WEIGHTS_FILE, BilateralNetwork, PlainNetwork
+from train.runs import write_json
 
 FOLDER = "features"
+ARRAYS = ("features", "labels", "seen")
+# Batches between two moments at which what was taken is safe on the disk.
+BATCHES_PER_SYNC = 64
 
 
-def fingerprint(run: Path, dataset: Dataset, input: Input) -> str:
-    """Return a hash of everything that features depend on: weights, dataset, image size and evaluation recipe."""
-    digest = hashlib.sha256(f"{input.image_size} {input.eval_augment}".encode())
-    for path in (run / WEIGHTS_FILE, dataset.root / MANIFEST):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class ViewPlan:
+    """One pass over some samples of a split: every one once, as view number `view` shows it, the last batch short.
+
+    What a sample looks like depends on its id, the recipe and the view, not on which others are shown with it: the bank
+    is the same for any number of ranks, also when a run is cut off.
+    """
+
+    split: Split
+    ids_R: NDArray[np.int64]
+    batch_size: int
+    image_size: int
+    augment: str
+    view: int = 0
+    streams: tuple[str, ...] = field(default=("eval",), init=False)
+    shown: tuple[Windows, Flips] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        heights_N, widths_N = (self.split.samples[axis].astype(np.int64) for axis in ("height", "width"))
+        generator = random_generator(0, "features", self.view)
+        shown = find_recipe(self.augment).draw(generator, heights_N, widths_N, self.image_size)
+        object.__setattr__(self, "shown", shown)
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """The recipe as far as it draws windows and mirrors: what else it may do to pictures is left out."""
+        recipe = find_recipe(self.augment)
+        return (Recipe(recipe.name, recipe.draw, recipe.pads),)
+
+    @property
+    def rank_batch(self) -> int:  # noqa: D102
+        return self.batch_size
+
+    @property
+    def steps(self) -> int:  # noqa: D102
+        return -(-len(self.ids_R) // self.batch_size)
+
+    def draws(self, step: int) -> list[Draw]:
+        """Return the one Draw of a step counted from 0."""
+        ids_B = self.ids_R[step * self.batch_size : (step + 1) * self.batch_size]
+        windows_N4, flips_N = self.shown
+        return [Draw(ids_B, windows_N4[ids_B], flips_N[ids_B])]
 
 
 def feature_bank(
@@ -39,56 +92,175 @@ def feature_bank(
     split: str,
     input: Input,
     accelerator: Accelerator,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    views: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Return a split's features and labels, from the run's bank where it fits, else by extraction.
 
     Args:
         run: the stage-one run, which keeps the bank.
         network: the run's network, on the accelerator's device; it is used in evaluation mode.
         dataset: what to look at.
-        split: the split's name.
-        input: how the run showed images; its evaluation recipe is used.
-        accelerator: gives device and precision. Every rank returns the whole bank.
+        split: the split's name; it has at least one image.
+        input: how the run showed images: its evaluation recipe is used, or with `views` its training recipe (windows
+            and mirroring; colours stay).
+        accelerator: gives device, precision and ranks. Every rank returns the whole bank.
+        views: how often each image is taken with the training recipe; 0: once, as in evaluation.
 
     Returns:
-        features_ND, float32 (rounded to float16, which is what the bank holds), >= 0, and labels_N, int64; both on
-        the accelerator's device, in the order of the sample ids.
+        features_RD, float16, >= 0, and labels_R, int64, ascending: R = images × max(1, views), less those that do not
+        decode. On a CPU the features are memory-mapped; else both are on the accelerator's device.
+
+    Raises:
+        UserError: the disk is full, or what the loader raises.
     """
-    path = run / FOLDER / f"{split}.safetensors"
-    wanted = fingerprint(run, dataset, input)
-    bank = _read(path, wanted)
-    if bank is None:
-        bank = _extract(network, dataset, split, input, accelerator)
+    folder = run / FOLDER / split
+    wanted = {
+        "split": split,
+        "network": run.resolve().name,
+        "weights": _digest(run / WEIGHTS_FILE),
+        "dataset": _digest(dataset.root / MANIFEST),
+        "recipe": input.augment if views else input.eval_augment,
+        "image_size": input.image_size,
+        "views": views,
+        "precision": accelerator.mixed_precision,
+        "class_counts": (dataset.splits[split].class_counts * max(1, views)).tolist(),
+        "dimensions": network.classifier.in_features,
+    }
+    told = _read(folder)
+    if told != wanted | {"complete": True}:
+        accelerator.wait_for_everyone()  # all have looked
         if accelerator.is_main_process:
-            path.parent.mkdir(exist_ok=True)
-            temporary = path.with_name(f".{path.name}.partial")
-            save_file({"features": bank[0], "labels": bank[1]}, temporary, {"fingerprint": wanted})
-            os.replace(temporary, path)
-    features_ND, labels_N = bank
-    return features_ND.to(accelerator.device, torch.float32), labels_N.to(accelerator.device)
+            if told != wanted | {"complete": False}:
+                if told:
+                    differing = ", ".join(key for key in wanted if told.get(key) != wanted[key])
+                    print(f"the features of {split} in {folder} have another {differing}; taking them anew")
+                _begin(folder, wanted)
+            else:
+                print(f"going on with the features of {split} in {folder}")
+        accelerator.wait_for_everyone()
+        _fill(folder, network, dataset.splits[split], input, accelerator, wanted)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_json(folder / "bank.json", wanted | {"complete": True})
+    # Copy on write: nothing is written, but torch warns about memory that cannot be.
+    features_RD, labels_R, seen_R = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ARRAYS)
+    if not seen_R.all():
+        features_RD, labels_R = features_RD[seen_R], labels_R[seen_R]
+    return torch.from_numpy(features_RD).to(accelerator.device), torch.from_numpy(labels_R).to(accelerator.device)
 
 
-def _read(path: Path, wanted: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """Return what bank.json says, or None where there is no whole one or an array is not what it says."""
     try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("fingerprint") != wanted:
+        told = dict(json.loads((folder / "bank.json").read_text(encoding="utf-8")))
+        rows = sum(told["class_counts"])
+        expected = [((rows, told["dimensions"]), np.float16), ((rows,), np.int64), ((rows,), np.bool_)]
+        for name, (shape, dtype) in zip(ARRAYS, expected, strict=True):
+            array = np.load(folder / f"{name}.npy", mmap_mode="r")
+            if array.shape != shape or array.dtype != dtype:
                 return None
-            return file.get_tensor("features"), file.get_tensor("labels")
-    except (OSError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    return told
+
+
+def _begin(folder: Path, wanted: dict[str, Any]) -> None:
+    """Make the files of an empty bank, with room on the disk for all of it."""
+    counts = wanted["class_counts"]
+    arrays = {"labels": np.repeat(np.arange(len(counts)), counts), "seen": np.zeros(sum(counts), np.bool_)}
+    size = sum(counts) * wanted["dimensions"] * 2
+    try:
+        # New files, not new contents: somebody may have the old ones mapped.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array)
+        with (folder / "features.npy").open("wb") as file:
+            header = {"descr": "<f2", "fortran_order": False, "shape": (sum(counts), wanted["dimensions"])}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.flush()
+            os.posix_fallocate(file.fileno(), file.tell(), size)
+    except OSError as error:
+        (folder / "features.npy").unlink(missing_ok=True)
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): the features of {wanted['split']} take"
+            f" {size / 1e9:.2f} GB; make room"
+        ) from None
+    write_json(folder / "bank.json", wanted | {"complete": False})
+
+
+def _fill(
+    folder: Path,
+    network: PlainNetwork | BilateralNetwork,
+    split: Split,
+    input: Input,
+    accelerator: Accelerator,
+    wanted: dict[str, Any],
+) -> None:
+    """Take this rank's share of the features that are missing."""
+    views = max(1, wanted["views"])
+    missing_RV = ~np.load(folder / "seen.npy").reshape(-1, views)
+    accelerator.wait_for_everyone()  # before anyone fills rows
+    place_N = np.empty(len(split), np.int64)
+    place_N[split.by_class] = np.arange(len(split))
+    with _Rows(folder, wanted["dimensions"]) as bank:
+        for view in range(views):
+            ids = np.sort(split.by_class[missing_RV[:, view]])  # in the order of the shards
+            mine = ids[rank_slice(len(ids), accelerator.process_index, accelerator.num_processes)]
+            plan = ViewPlan(split, mine, input.batch_size, input.image_size, wanted["recipe"], view)
+            for ids_B, features_BD in _features(network, plan, input, accelerator):
+                bank.write(place_N[ids_B] * views + view, features_BD)
 
 
 @torch.no_grad()
-def _extract(
-    network: PlainNetwork | BilateralNetwork, dataset: Dataset, split: str, input: Input, accelerator: Accelerator
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _features(
+    network: PlainNetwork | BilateralNetwork, plan: ViewPlan, input: Input, accelerator: Accelerator
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float16]]]:
+    if not plan.steps:
+        return
     network.eval()
-    plan = EvalPlan(dataset.splits[split], input.batch_size, input.image_size, input.eval_augment)
-    features, labels = [], []
-    with open_loader(plan, input.loader, accelerator.device, input.threads) as loader:
-        for batch in tqdm(loader, f"features of {split}", plan.steps, unit="batch", leave=False, disable=None):
+    with input.open_loader(plan, accelerator.device) as loader:
+        title = f"features of {plan.split.name}"
+        for batch in tqdm(loader, title, plan.steps, unit="batch", leave=False, disable=None):
             with accelerator.autocast():
                 features_BD = network.features(batch["eval"].images_BHWC)
-            features.append(features_BD.half().cpu())
-            labels.append(batch["eval"].labels_B.cpu())
-    return torch.cat(features), torch.cat(labels)
+            yield batch["eval"].ids_B, features_BD.half().cpu().numpy()
+
+
+class _Rows:
+    """Writes rows of a bank, and says that they are there only when they are safe.
+
+    Not by memory mapping: machines that share the filesystem would overwrite each other's pages.
+    """
+
+    def __init__(self, folder: Path, dimensions: int) -> None:
+        self._row_bytes = 2 * dimensions
+        self._files = [(folder / f"{name}.npy").open("r+b") for name in ("features", "seen")]
+        self._starts = [np.load(file.name, mmap_mode="r").offset for file in self._files]
+        self._unsaid: list[NDArray[np.int64]] = []
+
+    def __enter__(self) -> "_Rows":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._say()
+        for file in self._files:
+            file.close()
+
+    def write(self, rows_B: NDArray[np.int64], features_BD: NDArray[np.float16]) -> None:
+        for row, feature_D in zip(rows_B.tolist(), features_BD, strict=True):
+            os.pwrite(self._files[0].fileno(), feature_D.data, self._starts[0] + row * self._row_bytes)
+        self._unsaid.append(rows_B)
+        if len(self._unsaid) == BATCHES_PER_SYNC:
+            self._say()
+
+    def _say(self) -> None:
+        os.fsync(self._files[0].fileno())
+        for row in (row for rows_B in self._unsaid for row in rows_B.tolist()):
+            os.pwrite(self._files[1].fileno(), b"\1", self._starts[1] + row)
+        self._unsaid.clear()

@@ -1,31 +1,35 @@
 """Stage two from its command line, and the parts of its classifier training."""
 
-import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from shards.build import build
+from shards.errors import UserError
 from shards.index import open_dataset
-from train import features as features_module
-from train.afg import (
-    Banks,
-    ClassifierOptim,
-    ScaledLinear,
-    Settings,
-    distill_weight,
-    head_classes,
-    mixed_epoch,
-    run,
-    train_classifier,
-)
+from train import afg
+from train.afg import BETA_MOST, BETA_START, Settings, choose_beta, run, train_afg
+from train.baselines import Judge
+from train.classifiers import ClassifierOptim
+from train.config import PRESETS
 from train.erm import ERM
-from train.gaussians import find_support, fit
+from train.feature_files import write_features
+from train.gaussians import find_support, fit, head_classes, tukey
 from train.loop import run as run_stage_one
+from train.mixing import Mixture
 from train.networks import load_model
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +78,107 @@ def test_stage_two_needs_no_arguments_and_leaves_a_whole_folder(here):
     assert rows[-1]["eval"]["split"] == "val"
 
 
+def test_the_baselines_are_in_the_summary_and_on_the_screen(here, capsys):
+    run([*SHORT, "--run", "runs/afg"])
+    summary = json.loads((here / "runs/afg/summary.json").read_text())
+    told, rows = summary["baselines"], {row["name"]: row for row in summary["baselines"]["rows"]}
+    assert told["selected_on"] == "val"
+    trained = ["no generation", "own Gaussian", "oversampling", "cRT", "LWS"]
+    assert list(rows) == ["stage one", *trained, "tau-normalized", "logit adjustment"]
+    for row in rows.values():
+        assert row.keys() == {"name", "setting", *summary["last"]}
+    first = json.loads((here / "runs/ce/summary.json").read_text())
+    assert rows["stage one"]["top1"] == pytest.approx(first["last"]["top1"], abs=0.005)  # half precision
+    assert rows["own Gaussian"]["setting"] == {"beta": 0.0}
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in (*list(rows)[1:], "AFG"))
+
+
+def test_several_views_of_an_image_make_no_class_larger(here, monkeypatch):
+    heads = []
+    monkeypatch.setattr(afg, "find_support", lambda *a: heads.append(a[2].tolist()) or find_support(*a))
+    for views in ("0", "3"):
+        run(["--optim.epochs", "1", "--method.beta", "0", "--method.baselines", "false", "--input.views", views])
+    assert heads[0] == heads[1] == (open_dataset("data/digits").train_counts > 100).tolist()
+
+
+def test_baselines_can_be_left_out(here, capsys):
+    run([*SHORT, "--run", "runs/afg", "--method.beta", "0.4", "--method.baselines", "false"])
+    assert json.loads((here / "runs/afg/summary.json").read_text())["baselines"]["rows"] == []
+    assert "cRT" not in capsys.readouterr().out
+
+
+def test_adaptive_beta_runs_beside_its_control(here, capsys):
+    run([*SHORT, "--run", "runs/afg", "--method.beta", "adaptive", "--method.baselines", "false"])
+    rows = [json.loads(line) for line in (here / "runs/afg/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["beta"] == pytest.approx(0.6)
+    summary = json.loads((here / "runs/afg/summary.json").read_text())
+    assert summary["beta"]["used"] == rows[-1]["beta"]
+    assert summary["beta"]["selected_on"] == "val"
+    printed = capsys.readouterr().out
+    assert printed.index("β=0 ") < printed.index("β=adaptive ")
+
+
+def test_tukey_space_leaves_its_classifier_beside_the_network(here, capsys):
+    options = ["--method.space", "tukey", "--method.classifier", "linear", "--method.beta", "0.4"]
+    run([*SHORT, *options, "--run", "runs/afg"])
+    assert not (here / "runs/afg/model.safetensors").exists()
+    state = load_file(here / "runs/afg/classifier.safetensors")
+    features = torch.from_numpy(np.load(here / "runs/ce/features/test/features.npy")).float().sqrt()
+    labels = torch.from_numpy(np.load(here / "runs/ce/features/test/labels.npy"))
+    right = (features @ state["weight"].T + state["bias"]).argmax(1) == labels
+    assert int(right.sum()) == sum(json.loads((here / "runs/afg/per_class.json").read_text())["correct"])
+    assert "no model.safetensors: it is no layer of the network" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["made.safetensors", "made.npy"])
+def test_generated_features_can_be_exported(here, capsys, name):
+    run([*SHORT, "--run", "runs/afg", "--method.beta", "0.4", "--method.baselines", "false", "--export", name])
+    if name.endswith("npy"):
+        features, labels = (torch.from_numpy(np.load(here / part)) for part in (name, "made.labels.npy"))
+    else:
+        features, labels = load_file(here / name).values()
+    counts = open_dataset("data/digits").train_counts
+    assert torch.bincount(labels, minlength=10).tolist() == (counts.max() - counts).tolist()
+    assert (features.dtype, features.shape) == (torch.float16, (len(labels), 64))
+    assert (features >= 0).all()
+    assert f"wrote {len(labels):,} generated features to {name}" in capsys.readouterr().out
+    assert not [path for path in here.iterdir() if "partial" in path.name]
+
+
+def test_two_ranks_take_train_and_report_together(here):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    options = ["--method.beta", "0.4", "--method.baselines", "false", "--input.views", "2", "--optim.epochs", "2"]
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "train/afg.py"), *options, "--run", "runs/two"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    together = {path.name: np.load(path) for path in (here / "runs/ce/features/train").glob("*.npy")}
+    assert together["seen.npy"].all()
+    assert done.stdout.count("wrote runs/two") == 1
+    summary = json.loads((here / "runs/two/summary.json").read_text())
+    assert summary["environment"]["processes"] == 2
+    shutil.rmtree(here / "runs/ce/features")
+    run([*options, "--run", "runs/one"])
+    alone = np.load(here / "runs/ce/features/train/features.npy")
+    np.testing.assert_allclose(together["features.npy"].astype(float), alone, rtol=2e-3, atol=1e-3)
+    alone = json.loads((here / "runs/one/summary.json").read_text())
+    assert summary["last"]["top1"] == pytest.approx(alone["last"]["top1"], abs=0.1)
+
+
+def test_an_export_that_does_not_fit_the_disk_leaves_nothing(tmp_path):
+    def chunks():
+        yield torch.ones(2, 3), torch.zeros(2).long()
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"made.npy cannot be written \(No space left on device\); it takes 0\.00 GB"):
+        write_features(tmp_path / "made.npy", chunks(), 4, 3)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_saved_model_predicts_what_was_measured_on_features(here):
     run([*SHORT, "--method.beta", "0.4", "--run", "runs/afg"])
     network, test = load_model("runs/afg"), open_dataset("data/digits").splits["test"]
@@ -85,28 +190,6 @@ def test_the_saved_model_predicts_what_was_measured_on_features(here):
         right = network.predict(batch.images_BHWC).argmax(1) == batch.labels_B
     told = json.loads((here / "runs/afg/per_class.json").read_text())
     assert abs(int(right.sum()) - sum(told["correct"])) <= 1  # the bank is half precision
-
-
-def test_a_bank_is_reused_while_it_fits_and_made_anew_when_not(here, monkeypatch):
-    extractions = []
-    extract = features_module._extract
-    monkeypatch.setattr(features_module, "_extract", lambda *a: extractions.append(a[2]) or extract(*a))
-    fixed = [*SHORT, "--method.beta", "0"]
-    run(fixed)
-    assert extractions == ["train", "val", "test"]
-    run(fixed)
-    assert len(extractions) == 3
-    summaries = [json.loads((here / f"runs/digits-afg-{i}/summary.json").read_text()) for i in (1, 2)]
-    assert summaries[0]["last"] == summaries[1]["last"]
-    bank = here / "runs/ce/features/val.safetensors"
-    bank.write_bytes(bank.read_bytes()[:100])
-    run(fixed)
-    assert extractions[3:] == ["val"]
-    manifest = here / "data/copy/dataset.json"
-    shutil.copytree(here / "data/digits", here / "data/copy")
-    manifest.write_text(manifest.read_text().replace('"name": "digits"', '"name": "others"'))
-    run([*fixed, "--from", "runs/ce", "--data", "data/copy"])
-    assert extractions[4:] == ["train", "val", "test"]
 
 
 def test_a_run_without_a_val_split_says_which_beta_it_takes(here, photo_folder, capsys):
@@ -125,6 +208,13 @@ def test_mistakes_are_told_in_one_line(here, capsys, photos):
     assert "method.beta" in fails_with(capsys, "--method.beta", "1.5")
     assert "method.k" in fails_with(capsys, "--method.k", "0")
     assert "--method.lambda" in fails_with(capsys, "--method.lambda", "0.5")
+    assert "method.lam" in fails_with(capsys, "--method.lam", "-1")
+    assert "method.gamma" in fails_with(capsys, "--method.gamma", "-0.1")
+    assert "method.beta_grid is empty; give at least one" in fails_with(capsys, "--method.beta_grid", "[]")
+    assert "--export made.txt must end in .safetensors or .npy" in fails_with(capsys, "--export", "made.txt")
+    assert "no is no folder that can be written to" in fails_with(capsys, "--export", "no/made.npy")
+    message = fails_with(capsys, "--method.space", "tukey")
+    assert "method.space=tukey cannot start from stage one's weights, as method.classifier=scaled does" in message
     message = fails_with(capsys, "--from", "runs/ce", "--data", str(photos.root))
     assert "was trained for 10 classes" in message
     assert "has 3" in message
@@ -135,75 +225,124 @@ def test_mistakes_are_told_in_one_line(here, capsys, photos):
     assert sorted(p.name for p in (here / "runs").iterdir()) == ["ce"]
 
 
-def make_banks(counts=(200, 30, 5), dimensions=8) -> tuple[Banks, nn.Linear]:
+def make_mixture(counts=(200, 30, 5), dimensions=8, **options) -> tuple[Mixture, nn.Linear]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.repeat_interleave(torch.tensor(counts))
     features = torch.rand(len(labels), dimensions, generator=generator) + torch.eye(len(counts), dimensions)[labels]
-    gaussians = fit(features, labels, len(counts))
+    gaussians = fit(features.half(), labels, len(counts))
     support = find_support(gaussians, 2, head_classes(gaussians.counts_C, 100))
-    bank = (features, labels)
+    targets_C = gaussians.counts_C.max() - gaussians.counts_C
     torch.manual_seed(0)
-    banks = Banks(bank, bank, bank, gaussians, support, gaussians.counts_C.max() - gaussians.counts_C)
-    return banks, nn.Linear(dimensions, len(counts))
+    mixture = Mixture(features.half(), labels, gaussians, support, targets_C, **options)
+    return mixture, nn.Linear(dimensions, len(counts))
 
 
-def test_an_epoch_holds_every_real_feature_once_and_balances_the_classes():
-    banks, _ = make_banks()
-    batches = list(mixed_epoch(banks, Settings(), 0.4, 64, torch.Generator().manual_seed(1)))
-    features, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    assert torch.bincount(labels).tolist() == [200, 200, 200]
-    real = {tuple(row) for row in banks.train[0].tolist()}
-    assert sum(tuple(row) in real for row in features.tolist()) == 235
-    assert (features >= 0).all()
+def judge_of(mixture: Mixture) -> Judge:
+    bank = (mixture.features_ND, mixture.labels_N)
+    return Judge(bank, bank, mixture.gaussians.counts_C.numpy())
 
 
-@pytest.mark.parametrize("kind", ["scaled", "lws"])
+@pytest.mark.parametrize("kind", ["scaled", "lws", "linear"])
 def test_training_learns_and_lws_moves_the_scales_alone(kind):
-    banks, linear = make_banks()
+    mixture, linear = make_mixture()
     before = linear.weight.detach().clone()
-    optim = ClassifierOptim(epochs=20, batch_size=64, lr=0.5)
-    trained, rows = train_classifier(linear, banks, Settings(classifier=kind), optim, 0.4, seed=0)
+    settings, optim = Settings(classifier=kind), ClassifierOptim(epochs=20, batch_size=64, lr=0.5)
+    trained = train_afg(linear, mixture, judge_of(mixture), settings, optim, 0.4, seed=0)
     assert torch.equal(linear.weight, before)  # stage one's stays the teacher
-    assert rows[-1]["loss"] < rows[0]["loss"] + 0.5
-    ratio = trained.weight / before
+    assert trained.rows[-1]["loss"] < trained.rows[0]["loss"] + 0.5
+    assert {row["beta"] for row in trained.rows} == {0.4}
+    ratio = trained.linear.weight / before
     alike = torch.allclose(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-4)
     assert alike == (kind == "lws")
-    again, _ = train_classifier(linear, banks, Settings(classifier=kind), optim, 0.4, seed=0)
-    assert torch.equal(trained.weight, again.weight)
+    again = train_afg(linear, mixture, judge_of(mixture), settings, optim, 0.4, seed=0)
+    assert torch.equal(trained.linear.weight, again.linear.weight)
 
 
 def test_distillation_pulls_head_classes_towards_stage_one():
-    banks, linear = make_banks()
+    mixture, linear = make_mixture()
     optim = ClassifierOptim(epochs=20, batch_size=64, lr=0.5)
-    head = banks.train[0][banks.train[1] == 0]
+    head = mixture.features_ND[mixture.labels_N == 0].float()
     teacher = linear(head).log_softmax(1)
 
     def divergence(distill: float) -> float:
-        trained, _ = train_classifier(linear, banks, Settings(distill=distill), optim, 0.4, seed=0)
+        trained = train_afg(linear, mixture, judge_of(mixture), Settings(distill=distill), optim, 0.4, seed=0)
         return nn.functional.kl_div(
-            trained(head).log_softmax(1), teacher, reduction="batchmean", log_target=True
+            trained.linear(head).log_softmax(1), teacher, reduction="batchmean", log_target=True
         ).item()
 
     assert divergence(20.0) < divergence(1.0) < divergence(0.0)
 
 
-def test_folding_keeps_the_logits():
-    linear = nn.Linear(6, 4)
-    scaled = ScaledLinear(linear, freeze=False, unit=7.0)
-    features = torch.randn(5, 6)
-    torch.testing.assert_close(scaled(features), linear(features))
-    nn.init.normal_(scaled.scales_C)
-    torch.testing.assert_close(scaled.folded()(features), scaled(features))
+def test_in_tukey_space_the_classifier_sees_powers_and_the_teacher_features():
+    mixture, linear = make_mixture(space="tukey")
+    judge = replace(judge_of(mixture), see=tukey)
+    settings = Settings(space="tukey", classifier="linear", distill=20.0)
+    optim = ClassifierOptim(epochs=20, batch_size=64, lr=0.5)
+    trained = train_afg(linear, mixture, judge, settings, optim, 0.4, seed=0)
+    head = mixture.features_ND[mixture.labels_N == 0].float()
+    student, teacher = trained.linear(tukey(head)).log_softmax(1), linear(head).log_softmax(1)
+    assert nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True).item() < 0.05
 
 
-def test_head_classes_are_the_many_or_else_the_largest():
-    assert head_classes(torch.tensor([101, 100, 5]), 100).tolist() == [True, False, False]
-    assert head_classes(torch.tensor([40, 40, 5]), 100).tolist() == [True, True, False]
+def test_adaptive_beta_follows_the_control_within_its_bounds():
+    """β rises where the held-out split recognises a class better than the control, and falls where it is worse."""
+    mixture, linear = make_mixture((200, 30, 5, 3))
+    judge, optim = judge_of(mixture), ClassifierOptim(epochs=12, batch_size=64, lr=0.01)
+    control = train_afg(linear, mixture, judge, Settings(), optim, 0.0, seed=0, record=True)
+    assert len(control.recalls_EC) == 12
+    assert control.beta_C.tolist() == [0] * 4
+    worse = [torch.tensor([0.0, -1.0, 2.0, 0.0]).double() for _ in range(12)]
+    adaptive = train_afg(linear, mixture, judge, Settings(), optim, 0.6, 0, replace(control, recalls_EC=worse))
+    assert adaptive.beta_C[0] == 0  # head
+    assert adaptive.beta_C[1].item() == pytest.approx(0.9)  # always better: 0.6 + 12·0.05, bounded
+    assert adaptive.beta_C[2].item() == pytest.approx(0, abs=1e-6)  # always worse: 0.6 − 12·0.05
+    betas = [row["beta"] for row in adaptive.rows]
+    assert betas[0] == pytest.approx(0.6)
+    assert len(set(betas)) > 1
 
 
-def test_distillation_rises_from_zero_to_s():
-    weights = [distill_weight(0.5, 2.0, epoch, 40) for epoch in range(1, 41)]
-    assert weights[0] == 0
-    assert weights[-1] == pytest.approx(0.5)
-    assert all(a < b for a, b in itertools.pairwise(weights))
-    assert distill_weight(1.0, 2.0, 1, 1) == 0
+@pytest.mark.parametrize(
+    ("beta", "watched", "betas", "on_held_out"),
+    [
+        ("select", True, [0.2, 0.4, 0.0], True),  # 0 only for comparison
+        ("adaptive", True, [0.0, 0.6], True),
+        (0.3, True, [0.3, 0.0], False),
+        ("select", False, [0.6, 0.0], False),
+        ("adaptive", False, [0.6, 0.0], False),
+    ],
+)
+def test_which_betas_are_trained(beta, watched, betas, on_held_out):
+    mixture, linear = make_mixture()
+    judge = judge_of(mixture) if watched else replace(judge_of(mixture), watched=None)
+    asked, said = [], []
+
+    def train(**options):
+        asked.append(options["beta"])
+        return train_afg(linear, mixture, judge, settings, ClassifierOptim(epochs=1, batch_size=64), seed=0, **options)
+
+    settings = Settings(beta=beta, beta_grid=[0.2, 0.4])
+    choice = choose_beta(train, settings, judge, said.append)
+    assert asked == betas
+    assert choice.on_held_out == on_held_out
+    assert choice.own is not None
+    assert choice.own.rows[-1]["beta"] == 0
+    assert len(said) == len(asked) + (not watched)
+    if not watched:
+        doing = {"select": "select", "adaptive": "adapt"}[beta]
+        assert said[0].startswith(f"there is no val split to {doing} β on: taking the paper's 0.6")
+    asked.clear()
+    choose_beta(train, replace(settings, baselines=False), judge, said.append)
+    assert asked == (betas if beta == "adaptive" and watched else betas[:-1])
+
+
+def test_the_settings_are_the_papers_or_the_documented_ones():
+    settings, optim = Settings(), ClassifierOptim()
+    assert (settings.lam, settings.k, settings.gamma, settings.gamma_kind) == (0.5, 2, 0.0, "isotropic")
+    assert (settings.beta, settings.beta_grid[0], settings.space) == ("select", 0.0, "feature")
+    assert (settings.distill, settings.distill_base, settings.classifier) == (1.0, 2.0, "scaled")
+    assert settings.head_above == 100
+    assert (BETA_START, BETA_MOST) == (0.6, 0.9)
+    assert (optim.epochs, optim.momentum, optim.weight_decay) == (40, 0.9, 5e-4)
+    for name, distill in {"inat2018": 0.5, "inat2017": 0.5, "cifar100": 1.0, "imagenet-lt": 1.0}.items():
+        text = (PRESETS / f"{name}.yaml").read_text()
+        assert f"method: {{distill: {distill}}}" in text

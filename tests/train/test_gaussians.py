@@ -7,7 +7,9 @@ from torch import Tensor
 
 from shards.errors import UserError
 from train import gaussians as module
-from train.gaussians import ClassGaussians, Support, find_support, fit, generate, inverse_tukey, tukey
+from train import generation
+from train.gaussians import ClassGaussians, Support, find_support, fit, inverse_tukey, tukey
+from train.generation import generate_chunks
 
 
 def make(counts: list[int], dim: int, lam: float = 0.5, seed: int = 0) -> tuple[ClassGaussians, list[Tensor]]:
@@ -21,7 +23,7 @@ def make(counts: list[int], dim: int, lam: float = 0.5, seed: int = 0) -> tuple[
 
 
 def collect(*args, **kwargs) -> tuple[Tensor, Tensor]:
-    chunks = list(generate(*args, **kwargs))
+    chunks = list(generate_chunks(*args, **kwargs))
     return torch.cat([features for features, _ in chunks]), torch.cat([labels for _, labels in chunks])
 
 
@@ -87,20 +89,26 @@ def test_fit_sorts_by_class():
     torch.testing.assert_close(gaussians.means_CD, torch.stack([features.mean(0) for features in by_class]))
 
 
+def test_fit_in_blocks_of_half_precision_is_the_same(monkeypatch):
+    monkeypatch.setattr(module, "FEATURES_PER_BLOCK", 4)
+    features_ND = torch.rand(9, 2, generator=seeded()).half()
+    labels_N = torch.tensor([2, 0, 2, 1, 0, 2, 2, 0, 2])
+    gaussians = fit(features_ND, labels_N, 3)
+    assert gaussians.features_ND.dtype == torch.float32
+    assert torch.equal(gaussians.features_ND, features_ND[labels_N.sort(stable=True).indices].float().sqrt())
+
+
+def test_only_classes_with_more_samples_than_dimensions_have_a_factor():
+    gaussians, by_class = make([4, 3, 2], dim=3)
+    assert list(gaussians.factors) == [0]
+    torch.testing.assert_close(gaussians.factors[0].T @ gaussians.factors[0], by_class[0].T.cov())
+
+
 def test_fit_names_the_class_without_features():
     with pytest.raises(UserError, match=r"class 1 has no features \(2 such classes\)"):
         fit(torch.ones(2, 3), torch.tensor([0, 2]), 4)
     with pytest.raises(UserError, match="class 0 has no features"):
         fit(torch.ones(0, 3), torch.zeros(0, dtype=torch.int64), 1)
-
-
-@pytest.mark.parametrize("count", [2, 3, 5, 6, 40])
-def test_implied_covariance_is_exact(count):
-    # D=4 or so: n_c = 2, D-1, D+1 and well above. The identity as noise shows the factor A of AᵀA = Σ.
-    features_nD = torch.rand(count, 4, generator=seeded(count)) + 3
-    factor_nD = module._offsets(torch.eye(count), features_nD)
-    expected_DD = torch.from_numpy(np.cov(features_nD.double().numpy(), rowvar=False))
-    torch.testing.assert_close((factor_nD.T @ factor_nD).double(), expected_DD, rtol=1e-4, atol=1e-6)
 
 
 def test_support_matches_the_paper_by_hand():
@@ -145,6 +153,17 @@ def test_support_on_top_of_a_mean_stays_finite():
     assert find_support(gaussians, k=1).weights_NK[-1].item() == 1
     collapsed = fit(torch.zeros(4, 2), torch.tensor([0, 0, 0, 1]), 2)
     assert torch.isfinite(find_support(collapsed, k=2).weights_NK).all()
+
+
+def test_nearness_counts_up_to_a_thousandth_of_the_means_length():
+    # Means at 2 (n=4) and 4 (n=3); the parent stands on the second, whose distance counts as 1e-3·(2+4+4)/3.
+    gaussians = fit(
+        torch.tensor([2.0] * 4 + [4.0] * 3 + [4.0])[:, None], torch.tensor([0] * 4 + [1] * 3 + [2]), 3, lam=1
+    )
+    support = find_support(gaussians, k=2)
+    omega = torch.tensor([3 / (1e-3 * 10 / 3), 4 / 2.0])
+    assert support.classes_NK[-1].tolist() == [1, 0]
+    torch.testing.assert_close(support.weights_NK[-1], omega / omega.sum())
 
 
 def test_support_skips_head_classes():
@@ -219,7 +238,9 @@ def test_beta_per_class():
 
 def test_targets_chunks_and_order():
     gaussians, _ = make([6, 3, 2], dim=2)
-    chunks = list(generate(gaussians, find_support(gaussians), torch.tensor([0, 40, 60]), 0.4, seeded(), chunk=32))
+    chunks = list(
+        generate_chunks(gaussians, find_support(gaussians), torch.tensor([0, 40, 60]), 0.4, seeded(), chunk=32)
+    )
     assert [len(labels) for _, labels in chunks] == [32, 32, 32, 4]
     assert [len(features) for features, _ in chunks] == [32, 32, 32, 4]
     labels = torch.cat([labels for _, labels in chunks])
@@ -230,15 +251,15 @@ def test_targets_chunks_and_order():
 
 def test_no_targets_generate_nothing():
     gaussians, _ = make([3, 2], dim=2)
-    assert list(generate(gaussians, find_support(gaussians), torch.tensor([0, 0]), 0.4, seeded())) == []
+    assert list(generate_chunks(gaussians, find_support(gaussians), torch.tensor([0, 0]), 0.4, seeded())) == []
 
 
 def test_parents_take_turns_from_a_random_first_one():
     gaussians, _ = make([5, 4], dim=2)
-    used = torch.bincount(module._parents(gaussians, torch.tensor([0, 10]), seeded()), minlength=9)
+    used = torch.bincount(generation.take_turns(gaussians, torch.tensor([0, 10]), seeded()), minlength=9)
     assert used[:5].sum() == 0
     assert sorted(used[5:].tolist()) == [2, 2, 3, 3]
-    firsts = {module._parents(gaussians, torch.tensor([1, 0]), seeded(i)).item() for i in range(40)}
+    firsts = {generation.take_turns(gaussians, torch.tensor([1, 0]), seeded(i)).item() for i in range(40)}
     assert firsts == {0, 1, 2, 3, 4}
 
 
@@ -252,7 +273,7 @@ def test_seed_decides_everything():
 
 
 def test_noise_in_blocks_is_the_same_distribution(monkeypatch):
-    monkeypatch.setattr(module, "NOISE_VALUES", 1000)
+    monkeypatch.setattr(generation, "BLOCK_VALUES", 1000)
     gaussians, by_class = make([30], dim=3)
     support = find_support(gaussians, head_C=torch.tensor([True]))
     samples_MD, _ = collect(gaussians, support, torch.tensor([20_000]), 0.0, seeded(), space="tukey")
@@ -275,13 +296,14 @@ def test_space_feature_inverts_tukey():
         ({"gamma": -0.1}, r"γ must be finite and >= 0, got -0\.1"),
         ({"gamma_kind": "ring"}, "gamma_kind 'ring' is unknown; choose isotropic or ones"),
         ({"space": "log"}, "space 'log' is unknown; choose feature or tukey"),
+        ({"chunk": 0}, "a chunk must have at least 1 row, got 0"),
     ],
 )
 def test_settings_out_of_range_are_told_at_once(setting, message):
     gaussians, _ = make([3, 2], dim=2)
     settings = {"beta": 0.5} | setting
     with pytest.raises(UserError, match=message):
-        generate(gaussians, find_support(gaussians), torch.tensor([0, 1]), generator=seeded(), **settings)
+        generate_chunks(gaussians, find_support(gaussians), torch.tensor([0, 1]), generator=seeded(), **settings)
 
 
 def test_support_is_a_plain_value():
