@@ -30,6 +30,7 @@ class Entry:
         runs: at least one.
         last: the figures after each run's last epoch.
         selected: those after the epochs that the runs selected; None where no run selected any.
+        baselines: by name, what the runs measured themselves against, last figures only; often none.
     """
 
     dataset: str
@@ -37,6 +38,7 @@ class Entry:
     runs: list[Run]
     last: Spread
     selected: Spread | None
+    baselines: dict[str, Spread]
 
     @property
     def seeds(self) -> list[int]:
@@ -60,7 +62,16 @@ def _entry(runs: list[Run]) -> Entry:
         runs=runs,
         last=_spread([run.last for run in runs]),
         selected=_spread(selected) if selected else None,
+        baselines=_baselines(runs),
     )
+
+
+def _baselines(runs: list[Run]) -> dict[str, Spread]:
+    found: dict[str, list[dict[str, float | None]]] = {}
+    for run in runs:
+        for row in run.baselines:
+            found.setdefault(row["name"], []).append(row)
+    return {name: _spread(rows) for name, rows in found.items()}
 
 
 def _spread(evaluations: Sequence[dict[str, float | None]]) -> Spread:

@@ -135,6 +135,7 @@ def _view(entry: Entry, colour: str) -> dict[str, Any]:
         "origins": sorted({summary["from"] for summary in summaries if summary["from"]}),
         "seeds": _seeds(entry),
         "last": entry.last,
+        "baselines": entry.baselines,
         "epochs": _range([summary["epochs"] for summary in summaries], "–"),
         "selected": entry.selected,
         "selected_on": _and(sorted({str(summary["selected_on"]) for summary in selected})),

@@ -88,6 +88,11 @@ class Run:
         return str(self.summary["dataset"])
 
     @property
+    def baselines(self) -> list[dict[str, Any]]:
+        """What the run measured itself against, if anything: rows with a `name` and figures like those of `last`."""
+        return list(self.summary.get("baselines", {}).get("rows", []))
+
+    @property
     def last(self) -> dict[str, float | None]:
         """The figures after the last epoch: fractions in [0, 1], None where there was nothing to measure."""
         return {key: self.summary["last"][key] for key in METRICS}
@@ -116,6 +121,8 @@ def read_run(path: Path) -> Run:
             raise _damaged(path / "summary.json", f"{key!r} must hold fractions in [0, 1] or null")
     if summary["selected"] is not None and not isinstance(summary["selected"].get("epoch"), int):
         raise _damaged(path / "summary.json", "'selected' names no epoch")
+    if not _has_baselines(summary):
+        raise _damaged(path / "summary.json", "'baselines' must hold named rows of figures")
     per_class = _read_table(path / "per_class.json", _PER_CLASS)
     try:
         counts, correct, total = (
@@ -168,6 +175,15 @@ def _is_evaluation(figures: dict[str, Any]) -> bool:
         return value is None or (isinstance(value, _NUMBER) and 0 <= value <= 1)
 
     return all(key in figures and is_fraction(figures[key]) for key in METRICS)
+
+
+def _has_baselines(summary: dict[str, Any]) -> bool:
+    """Whether the baselines of a summary can be read; there need not be any."""
+    baselines = summary.get("baselines", {})
+    rows = baselines.get("rows", []) if isinstance(baselines, dict) else None
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and isinstance(row.get("name"), str) and _is_evaluation(row) for row in rows
+    )
 
 
 def _read_epochs(path: Path) -> list[dict[str, Any]]:

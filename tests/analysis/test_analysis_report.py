@@ -387,3 +387,22 @@ def test_labels_of_bars_never_touch(entries, value):
 
 def test_palette_colours_are_told_apart_by_value():
     assert len({light for light, _ in figures.PALETTE.values()}) == len(figures.PALETTE)
+
+
+def test_what_a_run_measured_itself_against_is_a_table(make_run):
+    last = {"top1": 0.5, "many": 0.75, "medium": 0.5, "few": None, "balanced_accuracy": 0.5, "ece": 0.125}
+    rows = [{"name": "cRT <1>", "setting": {"rate": 1.0}, **last}, {"name": "LWS", "setting": {}, **last, "top1": 0.25}]
+    runs = [make_run(f"afg{i}", title="AFG", seed=i, baselines={"selected_on": "val", "rows": rows}) for i in range(2)]
+    page = render(read_runs([make_run("bbn"), *runs]))
+    assert page.count("against other classifiers") == 1
+    assert "cRT &lt;1&gt;" in page
+    table = page[page.index("against other classifiers") : page.index("Head, middle and tail")]
+    assert table.count("<tr>") == 4
+    assert "25.0" in table
+    assert "±0.0" in table
+
+
+@pytest.mark.parametrize("baselines", [[], {"rows": {}}, {"rows": [{"name": "cRT"}]}, {"rows": [3]}])
+def test_damaged_baselines_are_named(make_run, baselines):
+    with pytest.raises(UserError, match="'baselines' must hold named rows of figures"):
+        read_runs([make_run("afg", baselines=baselines)])
