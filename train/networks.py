@@ -5,7 +5,7 @@ Every network takes images_BHWC, uint8, RGB, as the loaders hand them over; norm
               plain                                     bilateral (BBN, Figure 3)
 
     images ─ trunk ─ branch ─ pool ─ W·f+b    images_c ─ trunk ─ conventional ─ pool ─ 2α·f_c ────┐
-                                                           ‖ (one trunk, two passes)              ├─ W·[;]+b
+                                                           ‖ (one trunk, one pass)                ├─ W·[;]+b
                                               images_r ─ trunk ─ rebalancing ── pool ─ 2(1−α)·f_r ┘
 
 The trunk is a ResNet up to its last residual block, and a branch is that last block
@@ -31,12 +31,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shards.errors import UserError
+from train.batch_norm import split_statistics, use_stream_batch_norm
 
 WEIGHTS_FILE = "model.safetensors"
 SPEC_FILE = "model.json"
 
 CIFAR_MEAN_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# On a CPU the maps of larger batches leave its caches, and two passes are as fast as one or faster.
+CPU_CACHE_NUMEL = 2**16
 
 
 class Normalize(nn.Module):
@@ -251,27 +255,34 @@ class BilateralNetwork(Network):
 
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__(backbone, num_classes, 2 * backbone.feature_dim)
+        use_stream_batch_norm(self.trunk)
         self.conventional = backbone.make_branch()
         self.rebalancing = backbone.make_branch()
 
     def forward(self, images_c_BHWC: Tensor, images_r_BHWC: Tensor, alpha: float) -> Tensor:
         """Mix the two streams: z = W·[2α·f_c ; 2(1−α)·f_r] + b (BBN Eq. 1).
 
-        The factor 2 keeps the scale of a single branch, and the bias is the authors' code's. The streams pass
-        the trunk one after the other, the reversed one last: in training each has its own batch statistics,
-        and both update the running ones. All in one forward, as distributed training demands.
+        The factor 2 keeps the scale of a single branch, and the bias is the authors' code's. In training each
+        stream has its own batch statistics, and both update the running ones, the reversed one last. All in one
+        forward, as distributed training demands.
 
         Args:
             images_c_BHWC: the conventional (instance-balanced) stream, uint8.
-            images_r_BHWC: the re-balancing (reversed) stream, uint8; the same B.
+            images_r_BHWC: the re-balancing (reversed) stream, uint8; the same shape.
             alpha: α in [0, 1], the conventional branch's share (BBN Eq. 5).
 
         Returns:
             logits_BC.
         """
         assert 0 <= alpha <= 1, alpha
-        features_c_BD = _pool(self.conventional(self._trunk_maps(images_c_BHWC)))
-        features_r_BD = _pool(self.rebalancing(self._trunk_maps(images_r_BHWC)))
+        assert images_c_BHWC.shape == images_r_BHWC.shape, (images_c_BHWC.shape, images_r_BHWC.shape)
+        if images_c_BHWC.is_cpu and images_c_BHWC.numel() > CPU_CACHE_NUMEL:
+            maps_c_BDHW, maps_r_BDHW = self._trunk_maps(images_c_BHWC), self._trunk_maps(images_r_BHWC)
+        else:
+            with split_statistics(self.trunk, 2):
+                maps_c_BDHW, maps_r_BDHW = self._trunk_maps(torch.cat([images_c_BHWC, images_r_BHWC])).chunk(2)
+        features_c_BD = _pool(self.conventional(maps_c_BDHW))
+        features_r_BD = _pool(self.rebalancing(maps_r_BDHW))
         return self.classifier(torch.cat([2 * alpha * features_c_BD, 2 * (1 - alpha) * features_r_BD], dim=1))
 
     def features(self, images_BHWC: Tensor) -> Tensor:
