@@ -17,6 +17,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 from pipeline.loader import LoaderKind
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
+from train.tracking import Tracker
 
 PRESETS = Path(__file__).parent / "presets"
 DATA = Path("data")
@@ -71,6 +72,11 @@ class Optim:
             rate of 0.1: its doubled features make the first steps too large.
         milestones: after which shares of the epochs the rate drops (so that drops scale with `epochs`).
         decay: the factor of each drop.
+        accumulate: in how many parts a process works through its share of a batch, to need less memory. Batch norm
+            sees the parts one by one.
+        clip_norm: the largest norm that a step's gradient may have.
+        ema: the decay of an exponential moving average of the weights, such as 0.999, which is then what is evaluated
+            and kept.
     """
 
     epochs: PositiveInt = 200
@@ -82,6 +88,9 @@ class Optim:
     warmup_epochs: NonNegativeInt = 5
     milestones: list[ClosedUnitInterval] = field(default_factory=lambda: [0.6, 0.8])
     decay: PositiveFloat = 0.01
+    accumulate: PositiveInt = 1
+    clip_norm: PositiveFloat | None = None
+    ema: ClosedUnitInterval | None = None
 
 
 @dataclass
@@ -90,17 +99,35 @@ class Loop:
 
     Attributes:
         seed: of everything random.
+        device: cpu, cuda, or auto (GPUs where there are any).
         precision: no (float32), bf16, fp16, or auto (what accelerate was told).
+        channels_last: whether pixels are laid out channels last, which most GPUs and CPUs compute faster.
+        compile: whether torch.compile makes the network's kernels; the first steps take a minute longer then.
+        sync_batch_norm: whether batch norm's statistics are those of all processes' images.
         eval_every: evaluate after every so many epochs, and after the last.
-        checkpoint_every: write a checkpoint after every so many epochs, and after the last.
         select: keep the weights of the epoch that did best on the val split, where the dataset has one.
+        checkpoint_every: write a checkpoint after every so many epochs, and after the last.
+        checkpoint_steps: also after every so many steps.
+        checkpoint_minutes: also after so many minutes without one.
+        keep_checkpoints: how many to keep; from two on, a damaged one is skipped for the one before.
+        stall_minutes: how long to wait for a batch before the run ends with a message.
+        track: tensorboard, or none.
     """
 
     seed: NonNegativeInt = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    sync_batch_norm: bool = False
     eval_every: PositiveInt = 1
-    checkpoint_every: PositiveInt = 1
     select: bool = True
+    checkpoint_every: PositiveInt = 1
+    checkpoint_steps: PositiveInt | None = None
+    checkpoint_minutes: PositiveFloat = 15.0
+    keep_checkpoints: PositiveInt = 2
+    stall_minutes: PositiveFloat = 10.0
+    track: Tracker = "none"
 
 
 class _ConfigFile(ActionConfigFile):
