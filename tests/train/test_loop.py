@@ -18,7 +18,8 @@ from train.erm import ERM
 from train.loop import lr_factor, run
 from train.networks import load_model
 
-SHORT = ["--optim.epochs", "2", "--input.batch_size", "64", "--loop.eval_every", "1", "--optim.lr", "0.02"]
+SHORT = ["--optim.epochs", "2", "--input.batch_size", "64", "--loop.eval_every", "1", "--optim.lr", "0.02",
+         "--input.image_size", "8"]  # fmt: skip
 
 
 def rows(run_folder) -> list[dict]:
