@@ -49,7 +49,8 @@ class Model:
     """The network.
 
     Attributes:
-        backbone: resnet32 (for small images), or a torchvision ResNet such as resnet50.
+        backbone: resnet32 (for small images), resnet10, or a torchvision ResNet such as resnet50, resnet152 or
+            resnext50_32x4d.
         weights: pretrained weights: a torchvision name such as DEFAULT, or a local file.
     """
 
@@ -169,18 +170,29 @@ def find_dataset(data: str | None) -> Dataset:
     raise UserError(f"several datasets lie under data/; choose one: --data {' | '.join(map(str, found))}")
 
 
-def preset(dataset: Dataset, *parts: str) -> dict[str, Any]:
-    """Return the dataset's preset: the named parts of its file, later ones over earlier ones, as nested dicts."""
+def preset(dataset: Dataset, *parts: str, variant: str | None = None) -> dict[str, Any]:
+    """Return the dataset's preset: the named parts of its file, later ones over earlier ones, as nested dicts.
+
+    Args:
+        dataset: whose manifest names the preset.
+        parts: such as "training" and then a method's name.
+        variant: the same parts of one of the file's variants, such as "2x", come over them.
+    """
     name = dataset.manifest["preset"]
     path = PRESETS / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
         raise UserError(f"{dataset.root}/dataset.json names the preset {name!r}; there are: {known}")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    variants = content.get("variants", {})
+    if variant is not None and variant not in variants:
+        known = ", ".join(variants) or "none"
+        raise UserError(f"--variant {variant}: the preset {name} has no such variant; it has: {known}")
     merged: dict[str, Any] = {}
-    for part in parts:
-        for section, values in content.get(part, {}).items():
-            merged[section] = merged.get(section, {}) | values
+    for source in (content, variants.get(variant, {})):
+        for part in parts:
+            for section, values in source.get(part, {}).items():
+                merged[section] = merged.get(section, {}) | values
     return merged
 
 

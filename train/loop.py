@@ -61,6 +61,7 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None) -> No
         program, description, input=Input, model=Model, method=method_class.Settings, optim=Optim, loop=Loop
     )
     parser.add_argument("--resume", action="store_true", help="go on with --run, or with the newest unfinished run")
+    parser.add_argument("--variant", type=str | None, help="of the dataset's preset, such as 2x: twice the epochs")
 
     asked = peek(parser, argv)
     resumed = None
@@ -75,7 +76,7 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None) -> No
         defaults = saved
     else:
         dataset = find_dataset(asked.data)
-        defaults = preset(dataset, "training", method_class.name)
+        defaults = preset(dataset, "training", method_class.name, variant=asked.variant)
     settings = parse(parser, argv, defaults)
     chosen = parser.instantiate(settings)
     config = Config(chosen.input, chosen.model, chosen.method, chosen.optim, chosen.loop)

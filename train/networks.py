@@ -29,6 +29,7 @@ import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from shards.errors import UserError
 from train.batch_norm import split_statistics, use_stream_batch_norm
@@ -71,12 +72,13 @@ class Backbone:
     """A ResNet cut before its last residual block. One backbone serves one network.
 
     Attributes:
-        name: "resnet32" or a torchvision ResNet's name.
+        name: "resnet32", "resnet10" or a torchvision ResNet's name.
         normalize: the first layer.
         trunk: normalised images_BCHW -> maps, everything up to the last block.
         make_branch: returns a new last block at each call: initialised on its own, or a copy of the
-            pretrained block where weights were given. It keeps the shape of its input.
-        feature_dim: D, channels of the trunk's and the branch's output.
+            pretrained block where weights were given. It keeps the shape of its input, unless it is the only
+            block of its stage, as in resnet10.
+        feature_dim: D, channels of the branch's output.
     """
 
     name: str
@@ -91,7 +93,9 @@ def make_backbone(name: str, weights: str | None = None) -> Backbone:
 
     Args:
         name: "resnet32" (the CIFAR network of He et al., "Deep Residual Learning for Image Recognition",
-            2015, section 4.2) or any torchvision ResNet such as "resnet50" or "resnext50_32x4d".
+            2015, section 4.2); "resnet10" (a block in each of ResNet-18's four stages, as Liu et al.,
+            "Large-Scale Long-Tailed Recognition in an Open World", 2019, train it on ImageNet-LT); or any
+            torchvision ResNet such as "resnet50" or "resnext50_32x4d".
         weights: None for a random start; a name that torchvision has for this backbone ("DEFAULT",
             "IMAGENET1K_V2", downloaded on first use); or the path of a .safetensors or .pth file with the
             state dict of torchvision's model. Its classifier (`fc.*`) is left out.
@@ -103,10 +107,13 @@ def make_backbone(name: str, weights: str | None = None) -> Backbone:
         if weights is not None:
             raise UserError(f"resnet32 has no pretrained weights, got {weights!r}; leave the weights out")
         return _resnet32()
-    if name not in _torchvision_resnets():
-        choices = ", ".join(["resnet32", *_torchvision_resnets()])
+    if name == "resnet10":
+        net = ResNet(BasicBlock, [1, 1, 1, 1])
+    elif name in _torchvision_resnets():
+        net = torchvision.models.get_model(name, weights=None)
+    else:
+        choices = ", ".join(["resnet10", "resnet32", *_torchvision_resnets()])
         raise UserError(f"backbone {name!r} is unknown; choose one of: {choices}")
-    net = torchvision.models.get_model(name, weights=None)
     feature_dim, net.fc = net.fc.in_features, nn.Identity()
     if weights is not None:
         state = {key: value for key, value in _pretrained(name, weights).items() if not key.startswith("fc.")}
@@ -133,7 +140,7 @@ def _torchvision_resnets() -> list[str]:
 
 
 def _pretrained(backbone: str, weights: str) -> dict[str, Tensor]:
-    named = torchvision.models.get_model_weights(backbone).__members__
+    named = {} if backbone == "resnet10" else torchvision.models.get_model_weights(backbone).__members__
     if weights in named:
         try:
             return named[weights].get_state_dict(progress=True, check_hash=True)
@@ -144,7 +151,7 @@ def _pretrained(backbone: str, weights: str) -> dict[str, Tensor]:
             ) from None
     if not Path(weights).is_file():
         raise UserError(
-            f"weights {weights!r} are neither a file nor one of the names for {backbone}: {', '.join(named)}"
+            f"weights {weights!r} are neither a file nor one of the names for {backbone}: {', '.join(named) or 'none'}"
         )
     return _read_state(Path(weights))
 

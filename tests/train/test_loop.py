@@ -244,3 +244,18 @@ def test_every_preset_fits_every_method(path, method, digits):
     parser = make_parser("x", "", input=Input, model=Model, method=method.Settings, optim=Optim, loop=Loop)
     settings = parse(parser, [], preset(dataset, "training", method.name))
     assert settings.optim.epochs >= 1
+
+
+@pytest.mark.parametrize("year", ["2017", "2018"])
+def test_inaturalist_has_a_longer_variant(year, digits):
+    dataset = type(digits)(digits.root, {**digits.manifest, "preset": f"inat{year}"}, digits.splits)
+    settings = {variant: preset(dataset, "training", "bbn", variant=variant) for variant in (None, "2x")}
+    assert [settings[variant]["optim"].pop("epochs") for variant in (None, "2x")] == [90, 180]
+    assert [settings[variant]["method"].pop("alpha_epochs") for variant in (None, "2x")] == [100, 200]
+    assert settings[None] == settings["2x"]
+
+
+def test_an_unknown_variant_is_told(workplace, capsys):
+    assert "--variant 3x: the preset digits has no such variant; it has: none" in fails_with(
+        capsys, BBN, "--variant", "3x"
+    )
