@@ -140,7 +140,7 @@ def test_synchronised_statistics_are_those_of_the_global_batch(tmp_path):
     maps = made_maps(8, 3, 4, 2)
     torch.save(norm.state_dict(), tmp_path / "norm.pt")
     torch.save(maps, tmp_path / "maps.pt")
-    mp.spawn(_half_a_step, (tmp_path,), nprocs=2)
+    mp.start_processes(_half_a_step, (tmp_path,), nprocs=2, start_method="forkserver")
     maps.requires_grad_()
     with split_statistics(norm, 2):
         out = norm(maps)

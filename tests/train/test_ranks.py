@@ -53,7 +53,6 @@ def _rank(function, rank: int, ranks: int, port: int, folder: str, *arguments) -
 def on_ranks(folder: Path, function, *arguments, ranks: int = 2) -> list[int]:
     """Call a function in so many processes, which find each other; return their exit statuses."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.bbn", "pipeline.dali_loader", "pipeline.torch_loader"])
     port = free_port()
     processes = [
         context.Process(target=_rank, args=(function, rank, ranks, port, str(folder), *arguments), daemon=True)

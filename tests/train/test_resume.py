@@ -134,7 +134,6 @@ def test_kill_9_at_twenty_random_moments_changes_nothing(workplace):
     settings = [*SHORT, "--loop.checkpoint_steps", "1", "--run"]
     run(ERM, [*settings, "runs/whole"])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.erm", "pipeline.dali_loader", "pipeline.torch_loader"])
     moments = random.Random(0)
     kills = runs = 0
     while kills < 20 or not (workplace / f"runs/{runs}/summary.json").exists():
