@@ -5,7 +5,7 @@ Every network takes images_BHWC, uint8, RGB, as the loaders hand them over; norm
               plain                                     bilateral (BBN, Figure 3)
 
     images ─ trunk ─ branch ─ pool ─ W·f+b    images_c ─ trunk ─ conventional ─ pool ─ 2α·f_c ────┐
-                                                           ‖ (one trunk, two passes)              ├─ W·[;]+b
+                                                           ‖ (one trunk, one pass)                ├─ W·[;]+b
                                               images_r ─ trunk ─ rebalancing ── pool ─ 2(1−α)·f_r ┘
 
 The trunk is a ResNet up to its last residual block, and a branch is that last block
@@ -29,8 +29,10 @@ import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from shards.errors import UserError
+from train.batch_norm import split_statistics, use_stream_batch_norm
 
 WEIGHTS_FILE = "model.safetensors"
 SPEC_FILE = "model.json"
@@ -38,14 +40,18 @@ SPEC_FILE = "model.json"
 CIFAR_MEAN_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+# Of a stream of images: on a CPU the maps of larger ones leave its caches, and two passes cost less than one.
+CPU_CACHE_NUMEL = 2**14
+
 
 class Normalize(nn.Module):
     """Grey levels to normalised channels: (x / 255 − mean) / std, in float32 whatever autocast says.
 
     Takes images_BHWC, uint8 in 0..255 (a mixture of images may be floating point in the same range).
-    Returns images_BCHW, float32, in channels_last memory: the permutation copies nothing.
+    Returns images_BCHW, float32, in channels_last memory, where the permutation copies nothing, or contiguous.
     """
 
+    channels_last: bool = True
     mean: Tensor
     std: Tensor
 
@@ -57,7 +63,8 @@ class Normalize(nn.Module):
 
     def forward(self, images_BHWC: Tensor) -> Tensor:
         """See the class."""
-        return (images_BHWC.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        images_BCHW = (images_BHWC.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        return images_BCHW if self.channels_last else images_BCHW.contiguous()
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,13 @@ class Backbone:
     """A ResNet cut before its last residual block. One backbone serves one network.
 
     Attributes:
-        name: "resnet32" or a torchvision ResNet's name.
+        name: "resnet32", "resnet10" or a torchvision ResNet's name.
         normalize: the first layer.
         trunk: normalised images_BCHW -> maps, everything up to the last block.
         make_branch: returns a new last block at each call: initialised on its own, or a copy of the
-            pretrained block where weights were given. It keeps the shape of its input.
-        feature_dim: D, channels of the trunk's and the branch's output.
+            pretrained block where weights were given. It keeps the shape of its input, unless it is the only
+            block of its stage, as in resnet10.
+        feature_dim: D, channels of the branch's output.
     """
 
     name: str
@@ -85,7 +93,9 @@ def make_backbone(name: str, weights: str | None = None) -> Backbone:
 
     Args:
         name: "resnet32" (the CIFAR network of He et al., "Deep Residual Learning for Image Recognition",
-            2015, section 4.2) or any torchvision ResNet such as "resnet50" or "resnext50_32x4d".
+            2015, section 4.2); "resnet10" (a block in each of ResNet-18's four stages, as Liu et al.,
+            "Large-Scale Long-Tailed Recognition in an Open World", 2019, train it on ImageNet-LT); or any
+            torchvision ResNet such as "resnet50" or "resnext50_32x4d".
         weights: None for a random start; a name that torchvision has for this backbone ("DEFAULT",
             "IMAGENET1K_V2", downloaded on first use); or the path of a .safetensors or .pth file with the
             state dict of torchvision's model. Its classifier (`fc.*`) is left out.
@@ -97,10 +107,13 @@ def make_backbone(name: str, weights: str | None = None) -> Backbone:
         if weights is not None:
             raise UserError(f"resnet32 has no pretrained weights, got {weights!r}; leave the weights out")
         return _resnet32()
-    if name not in _torchvision_resnets():
-        choices = ", ".join(["resnet32", *_torchvision_resnets()])
+    if name == "resnet10":
+        net = ResNet(BasicBlock, [1, 1, 1, 1])
+    elif name in _torchvision_resnets():
+        net = torchvision.models.get_model(name, weights=None)
+    else:
+        choices = ", ".join(["resnet10", "resnet32", *_torchvision_resnets()])
         raise UserError(f"backbone {name!r} is unknown; choose one of: {choices}")
-    net = torchvision.models.get_model(name, weights=None)
     feature_dim, net.fc = net.fc.in_features, nn.Identity()
     if weights is not None:
         state = {key: value for key, value in _pretrained(name, weights).items() if not key.startswith("fc.")}
@@ -127,7 +140,7 @@ def _torchvision_resnets() -> list[str]:
 
 
 def _pretrained(backbone: str, weights: str) -> dict[str, Tensor]:
-    named = torchvision.models.get_model_weights(backbone).__members__
+    named = {} if backbone == "resnet10" else torchvision.models.get_model_weights(backbone).__members__
     if weights in named:
         try:
             return named[weights].get_state_dict(progress=True, check_hash=True)
@@ -138,7 +151,7 @@ def _pretrained(backbone: str, weights: str) -> dict[str, Tensor]:
             ) from None
     if not Path(weights).is_file():
         raise UserError(
-            f"weights {weights!r} are neither a file nor one of the names for {backbone}: {', '.join(named)}"
+            f"weights {weights!r} are neither a file nor one of the names for {backbone}: {', '.join(named) or 'none'}"
         )
     return _read_state(Path(weights))
 
@@ -251,27 +264,34 @@ class BilateralNetwork(Network):
 
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__(backbone, num_classes, 2 * backbone.feature_dim)
+        use_stream_batch_norm(self.trunk)
         self.conventional = backbone.make_branch()
         self.rebalancing = backbone.make_branch()
 
     def forward(self, images_c_BHWC: Tensor, images_r_BHWC: Tensor, alpha: float) -> Tensor:
         """Mix the two streams: z = W·[2α·f_c ; 2(1−α)·f_r] + b (BBN Eq. 1).
 
-        The factor 2 keeps the scale of a single branch, and the bias is the authors' code's. The streams pass
-        the trunk one after the other, the reversed one last: in training each has its own batch statistics,
-        and both update the running ones. All in one forward, as distributed training demands.
+        The factor 2 keeps the scale of a single branch, and the bias is the authors' code's. In training each
+        stream has its own batch statistics, and both update the running ones, the reversed one last. All in one
+        forward, as distributed training demands.
 
         Args:
             images_c_BHWC: the conventional (instance-balanced) stream, uint8.
-            images_r_BHWC: the re-balancing (reversed) stream, uint8; the same B.
+            images_r_BHWC: the re-balancing (reversed) stream, uint8; the same shape.
             alpha: α in [0, 1], the conventional branch's share (BBN Eq. 5).
 
         Returns:
             logits_BC.
         """
         assert 0 <= alpha <= 1, alpha
-        features_c_BD = _pool(self.conventional(self._trunk_maps(images_c_BHWC)))
-        features_r_BD = _pool(self.rebalancing(self._trunk_maps(images_r_BHWC)))
+        assert images_c_BHWC.shape == images_r_BHWC.shape, (images_c_BHWC.shape, images_r_BHWC.shape)
+        if images_c_BHWC.is_cpu and images_c_BHWC.numel() > CPU_CACHE_NUMEL:
+            maps_c_BDHW, maps_r_BDHW = self._trunk_maps(images_c_BHWC), self._trunk_maps(images_r_BHWC)
+        else:
+            with split_statistics(self.trunk, 2):
+                maps_c_BDHW, maps_r_BDHW = self._trunk_maps(torch.cat([images_c_BHWC, images_r_BHWC])).chunk(2)
+        features_c_BD = _pool(self.conventional(maps_c_BDHW))
+        features_r_BD = _pool(self.rebalancing(maps_r_BDHW))
         return self.classifier(torch.cat([2 * alpha * features_c_BD, 2 * (1 - alpha) * features_r_BD], dim=1))
 
     def features(self, images_BHWC: Tensor) -> Tensor:

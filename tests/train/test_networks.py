@@ -85,6 +85,39 @@ def test_parameter_counts(kind, backbone, num_classes, expected):
     assert parameters(build_network(kind, backbone, num_classes)) == expected
 
 
+# As torchvision tells them for ImageNet; ResNet-10 counted by hand from ResNet-18's blocks.
+@pytest.mark.parametrize(
+    ("backbone", "expected"),
+    [
+        ("resnet10", 11_689_512 - 73_984 - 295_424 - 1_180_672 - 4_720_640),
+        ("resnet18", 11_689_512),
+        ("resnet152", 60_192_808),
+        ("resnext50_32x4d", 25_028_904),
+        ("resnext101_32x8d", 88_791_336),
+        ("resnext101_64x4d", 83_455_272),
+    ],
+)
+def test_a_plain_network_has_the_parameters_of_the_whole(backbone, expected):
+    with torch.device("meta"):
+        assert parameters(build_network("plain", backbone, 1000)) == expected
+
+
+@pytest.mark.parametrize("backbone", ["resnet10", "resnext50_32x4d", "wide_resnet50_2"])
+def test_a_bilateral_network_has_one_more_last_block_and_classifier(backbone):
+    with torch.device("meta"):
+        plain, bilateral = (build_network(kind, backbone, 7) for kind in ("plain", "bilateral"))
+    width = plain.classifier.in_features
+    assert bilateral.classifier.in_features == 2 * width
+    assert parameters(bilateral) == parameters(plain) + parameters(plain.branch) + 7 * width
+
+
+def test_resnet10_is_split_before_its_last_stage():
+    network = build_network("bilateral", "resnet10", 3).eval()
+    assert (network.conventional.conv1.in_channels, network.conventional.conv1.out_channels) == (256, 512)
+    assert network.conventional.downsample is not network.rebalancing.downsample
+    assert network.features(images(2, 64)).shape == (2, 1024)
+
+
 def test_resnet50_is_split_as_in_bbn():
     backbone = make_backbone("resnet50")
     layers = ("layer1", "layer2", "layer3", "layer4")
@@ -308,7 +341,10 @@ def test_missing_and_damaged_files(plain, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("plain", "resnet9", 10), r"backbone 'resnet9' is unknown; choose one of: resnet32, resnet101, .*resnext50"),
+        (
+            ("plain", "resnet9", 10),
+            r"backbone 'resnet9' is unknown; choose one of: resnet10, resnet32, resnet101, .*resnext50",
+        ),
         (("plain", "vgg16", 10), "backbone 'vgg16' is unknown"),
         (("triple", "resnet32", 10), "network kind 'triple' is unknown; choose one of: plain, bilateral"),
         (("plain", "resnet32", 0), "at least one class, got num_classes=0"),
@@ -317,6 +353,7 @@ def test_missing_and_damaged_files(plain, tmp_path):
             ("plain", "resnet18", 10, "IMAGENET1K_V9"),
             "weights 'IMAGENET1K_V9' are neither a file nor one of the names for resnet18: IMAGENET1K_V1, DEFAULT",
         ),
+        (("plain", "resnet10", 10, "DEFAULT"), "'DEFAULT' are neither a file nor one of the names for resnet10: none"),
         (("plain", "resnet18", 10, "lost.pth"), r"weights 'lost\.pth' are neither a file nor"),
     ],
 )
