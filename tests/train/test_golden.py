@@ -21,8 +21,8 @@ STORED = Path(__file__).with_name("golden_losses.json")
 
 # As shares of the loss. Other processors round differently, and training enlarges that: with oneDNN and ATen held to
 # SSE4.1, AVX2 and AVX-512 the losses of stage one lay up to 0.0004 apart, and AFG's 0.000001. Plain in the place of
-# Nesterov's momentum moves stage one's by 0.009 to 0.12; β = 0.5 in the place of 0.4 moves AFG's by 0.001. A larger rate
-# would enlarge more: at 0.01 rounding moves the third epoch by 0.009.
+# Nesterov's momentum moves stage one's by 0.009 to 0.12; β = 0.5 in the place of 0.4 moves AFG's by 0.001. A larger
+# rate would enlarge more: at 0.01 rounding moves the third epoch by 0.009.
 TOLERANCE = {"bbn": 2e-3, "erm": 2e-3, "erm, q=0": 2e-3, "afg": 1e-4}
 
 SHORT = [
