@@ -1,13 +1,13 @@
-"""Augmentation recipes: which window of each stored image is shown, and whether it is mirrored.
+"""Augmentation recipes: which window of each stored image is shown, mirrored or not, and how it is distorted.
 
 A recipe only draws numbers. Whoever loads the pictures cuts the window out of the stored image (black where it
-reaches beyond the border), resizes it to the network's size with antialiasing, and mirrors it where asked. So
-every loader shows the same crops of the same images.
+reaches beyond the border), resizes it to the network's size with antialiasing, mirrors it where asked, and gives it
+to `pipeline.distort`. So every loader shows the same crops of the same images in the same colours.
 
                 stored image                     window (top, left, height, width)
         +---------------------------+            in pixels of the stored image
         |      +-----------+        |
-        |      |  window   |  ----> resize to image_size x image_size, mirror or not
+        |      |  window   |  ----> resize to image_size x image_size, mirror or not, distort or not
         |      +-----------+        |
         +---------------------------+
 """
@@ -23,6 +23,19 @@ from shards.errors import UserError
 Windows = NDArray[np.int32]  # shape (B, 4): top, left, height, width; may reach beyond the image
 Flips = NDArray[np.bool_]  # shape (B,)
 
+# What `pipeline.distort` does to a picture. Factors of 1, a hue of 0 and a sigma of 0 change nothing.
+DISTORTION = np.dtype(
+    [
+        ("order", "u1", (4,)),  # in which the next four are applied: a permutation of 0 … 3
+        ("brightness", "<f4"),  # factor
+        ("contrast", "<f4"),  # factor
+        ("saturation", "<f4"),  # factor
+        ("hue", "<f4"),  # turns of the colour circle, -0.5 … 0.5
+        ("grey", "?"),
+        ("sigma", "<f4"),  # Gaussian blur, in pixels of the picture that the network sees
+    ]
+)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -32,11 +45,13 @@ class Recipe:
         name: what configurations call it.
         draw: `(generator, heights_B, widths_B, image_size) -> (windows_B4, flips_B)`.
         pads: whether windows may reach beyond the image (then no loader can decode the window alone).
+        distorts: whether `draw_distortions` says what is done to the picture.
     """
 
     name: str
     draw: Callable[[np.random.Generator, NDArray[np.int64], NDArray[np.int64], int], tuple[Windows, Flips]]
     pads: bool = False
+    distorts: bool = False
 
 
 def centre_windows(heights_B: NDArray[np.int64], widths_B: NDArray[np.int64], share: float) -> Windows:
@@ -92,30 +107,46 @@ def _imagenet(
     A share of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3 (log-uniform); of ten tries the first
     that fits inside the image, else the largest centred window within those ratios: torchvision's rule.
     """
-    tries, count = 10, len(heights_B)
-    areas_B, ratios = heights_B * widths_B, (3 / 4, 4 / 3)
-    target_BT = areas_B[:, None] * generator.uniform(0.08, 1.0, (count, tries))
-    aspect_BT = np.exp(generator.uniform(np.log(ratios[0]), np.log(ratios[1]), (count, tries)))
-    window_w_BT = np.rint(np.sqrt(target_BT * aspect_BT)).astype(np.int64)
-    window_h_BT = np.rint(np.sqrt(target_BT / aspect_BT)).astype(np.int64)
-    fits_BT = (
-        (window_w_BT > 0) & (window_w_BT <= widths_B[:, None]) & (window_h_BT > 0) & (window_h_BT <= heights_B[:, None])
-    )
-    first_B, rows_B = fits_BT.argmax(axis=1), np.arange(count)
-    window_h_B, window_w_B = window_h_BT[rows_B, first_B], window_w_BT[rows_B, first_B]
-    room_B2 = generator.random((count, 2))
-    flips_B = generator.random(count) < 0.5
+    count, (narrowest, widest) = len(heights_B), (3 / 4, 4 / 3)
+    window_h_B = np.maximum(1, np.minimum(heights_B, np.rint(widths_B / narrowest))).astype(np.int64)
+    window_w_B = np.maximum(1, np.minimum(widths_B, np.rint(heights_B * widest))).astype(np.int64)
+    misfits = np.arange(count)
+    for _ in range(10):
+        areas = (heights_B * widths_B)[misfits] * generator.uniform(0.08, 1.0, len(misfits))
+        aspects = np.exp(generator.uniform(np.log(narrowest), np.log(widest), len(misfits)))
+        tried_h, tried_w = np.rint(np.sqrt(areas / aspects)), np.rint(np.sqrt(areas * aspects))
+        fits = (tried_h > 0) & (tried_h <= heights_B[misfits]) & (tried_w > 0) & (tried_w <= widths_B[misfits])
+        window_h_B[misfits[fits]], window_w_B[misfits[fits]] = tried_h[fits], tried_w[fits]
+        misfits = misfits[~fits]
+        if not misfits.size:
+            break
+    room_2B = np.stack([heights_B - window_h_B, widths_B - window_w_B])
+    starts_2B = np.floor(generator.random((2, count)) * (room_2B + 1)).astype(np.int64)
+    starts_2B[:, misfits] = room_2B[:, misfits] // 2
+    windows_B4 = np.stack([*starts_2B, window_h_B, window_w_B], axis=1).astype(np.int32)
+    return windows_B4, generator.random(count) < 0.5
 
-    none_fits_B = ~fits_BT.any(axis=1)
-    narrow_h_B = np.minimum(heights_B, np.rint(widths_B / ratios[0])).astype(np.int64)
-    narrow_w_B = np.minimum(widths_B, np.rint(heights_B * ratios[1])).astype(np.int64)
-    window_h_B = np.where(none_fits_B, np.maximum(1, narrow_h_B), window_h_B)
-    window_w_B = np.where(none_fits_B, np.maximum(1, narrow_w_B), window_w_B)
-    tops_B = np.floor(room_B2[:, 0] * (heights_B - window_h_B + 1)).astype(np.int64)
-    lefts_B = np.floor(room_B2[:, 1] * (widths_B - window_w_B + 1)).astype(np.int64)
-    tops_B = np.where(none_fits_B, (heights_B - window_h_B) // 2, tops_B)
-    lefts_B = np.where(none_fits_B, (widths_B - window_w_B) // 2, lefts_B)
-    return np.stack([tops_B, lefts_B, window_h_B, window_w_B], axis=1).astype(np.int32), flips_B
+
+def draw_distortions(generator: np.random.Generator, count: int) -> NDArray[np.void]:
+    """Draw the strong branch's distortions: colours with probability 0.8, grey 0.2, blur 0.5.
+
+    The probabilities are SDNHL's ("Strong-weak Dual-branch Network with Hard-aware Loss", section 3.1), which names
+    no strengths. Those are MoCo v2's (Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020),
+    a milder form of SimCLR's (Chen et al. 2020, appendix A): factors of brightness, contrast and saturation from
+    0.6 to 1.4, the hue turned by up to a tenth of the circle, in random order; blur with a sigma of 0.1 to 2 pixels.
+
+    Returns:
+        Shape (count,), dtype `DISTORTION`.
+    """
+    distortions_B = np.zeros(count, dtype=DISTORTION)
+    distortions_B["order"] = generator.random((count, 4)).argsort(axis=1)
+    coloured_B, grey_B, blurred_B = generator.random((3, count)) < np.array([[0.8], [0.2], [0.5]])
+    for name in ("brightness", "contrast", "saturation"):
+        distortions_B[name] = np.where(coloured_B, generator.uniform(0.6, 1.4, count), 1.0)
+    distortions_B["hue"] = np.where(coloured_B, generator.uniform(-0.1, 0.1, count), 0.0)
+    distortions_B["grey"] = grey_B
+    distortions_B["sigma"] = np.where(blurred_B, generator.uniform(0.1, 2.0, count), 0.0)
+    return distortions_B
 
 
 RECIPES = {
@@ -125,6 +156,8 @@ RECIPES = {
         Recipe("shift", _shift, pads=True),
         Recipe("cifar", _cifar, pads=True),
         Recipe("imagenet", _imagenet),
+        Recipe("strong", _imagenet, distorts=True),
+        Recipe("strong-cifar", _cifar, pads=True, distorts=True),
         Recipe("eval", _eval),
     )
 }

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.faults import Faults
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -16,7 +18,7 @@ class Batch:
     Attributes:
         images_BHWC: uint8, 0 … 255, RGB, on the loader's device, H = W = the plan's image_size.
         labels_B: int64, 0 … C - 1, on the loader's device.
-        ids_B: the samples' ids, int64, NumPy.
+        ids_B: the ids of the samples shown, int64, NumPy; labels_B are theirs.
     """
 
     images_BHWC: torch.Tensor
@@ -28,8 +30,12 @@ class Loader(Protocol):
     """Iterates over a plan's steps from `start_step`; each step is a dict from stream name to `Batch`.
 
     All loaders show the same ids, labels, windows and flips for a plan; their pictures differ by resampling
-    error only. `close()`, or leaving a with block, frees threads, processes and mappings.
+    error only. An image that does not decode is mended as `pipeline.faults` says and counted in `faults`; a shard that
+    is missing, unreadable or too short raises a UserError. `close()`, or leaving a with block, frees threads,
+    processes and files.
     """
+
+    faults: Faults
 
     def __iter__(self) -> Iterator[dict[str, Batch]]: ...
     def __next__(self) -> dict[str, Batch]: ...

@@ -1,6 +1,6 @@
 """Plans: what each rank loads at each step, for every stream, before a byte is read.
 
-seed, epoch, step ──> ids of the global batch ──> rank's slice ──> Draw(ids, windows, flips) ──> any loader
+seed, epoch, step ──> ids of the global batch ──> rank's slice ──> Draw(ids, windows, flips, …) ──> any loader
 
                    global batch of 8, two ranks          (one world size or another:
     uniform     [ a b c d | e f g h ]                     the same eight images)
@@ -10,14 +10,20 @@ seed, epoch, step ──> ids of the global batch ──> rank's slice ──> D
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from pipeline.augment import Flips, Recipe, Windows, find_recipe
-from pipeline.sampling import Exponent, class_probabilities, draw_ids, epoch_permutation, random_generator
+from pipeline.augment import Flips, Recipe, Windows, draw_distortions, find_recipe
+from pipeline.sampling import (
+    Exponent,
+    checked_probabilities,
+    class_probabilities,
+    draw_ids,
+    epoch_order,
+    random_generator,
+)
 from shards.errors import UserError
 from shards.index import Split
 
@@ -30,11 +36,49 @@ class Stream:
         name: how the method finds the stream's batch; also part of the stream's random seed.
         q: the sampling exponent of P(class j) ∝ n_j^q, or "progressive"; q = 1 visits each image once per epoch.
         augment: the name of a recipe of `pipeline.augment`.
+        probabilities: P(class j), one for each class, in place of q.
+        replacement: draw independently with q = 1 too, as all other samplers do anyway.
+        shard_window: for storage with slow random reads: an epoch of q = 1 reads this many shards at a time (see
+            `pipeline.sampling.epoch_order`). Draws with replacement know no such order: one that kept to some
+            shards would change what a batch is made of.
+        repeats: the name of a stream of the same plan whose ids this one shows again: a second view of the same
+            images, with windows, flips and distortions of its own. In place of a sampler.
+
+    Raises:
+        UserError: fields that exclude each other, or a shard_window below 1.
     """
 
     name: str
     q: Exponent = 1.0
     augment: str = "none"
+    probabilities: ArrayLike | None = None
+    replacement: bool = False
+    shard_window: int | None = None
+    repeats: str | None = None
+
+    def __post_init__(self) -> None:
+        chosen = [f"q={self.q}"] if self.q != 1 else []
+        chosen += ["probabilities"] if self.probabilities is not None else []
+        if len(chosen) == 2:
+            raise UserError(f"stream {self.name!r} has both {chosen[0]} and probabilities; give one of them")
+        chosen += ["replacement"] if self.replacement else []
+        if self.shard_window is not None and chosen:
+            raise UserError(
+                f"stream {self.name!r} has shard_window={self.shard_window}, which orders an epoch of q=1,"
+                f" and {chosen[0]}, which draws with replacement; leave one out"
+            )
+        if self.shard_window is not None and self.shard_window < 1:
+            raise UserError(f"stream {self.name!r} has shard_window={self.shard_window}; it must be at least 1 shard")
+        chosen += ["shard_window"] if self.shard_window is not None else []
+        if self.repeats is not None and chosen:
+            raise UserError(
+                f"stream {self.name!r} repeats the ids of {self.repeats!r} and has {chosen[0]}; leave one out"
+            )
+
+    @property
+    def permutes(self) -> bool:
+        """Whether its sampler visits each image once per epoch; else it draws with replacement."""
+        return self.q == 1 and self.probabilities is None and not self.replacement
 
 
 @dataclass(frozen=True)
@@ -45,11 +89,19 @@ class Draw:
         ids_B: sample ids, shape (B,), int64.
         windows_B4: top, left, height, width in pixels of the stored image, shape (B, 4), int32.
         flips_B: mirror left to right, shape (B,), bool.
+        distortions_B: what `pipeline.distort` then does to the pictures, shape (B,), dtype
+            `pipeline.augment.DISTORTION`; None for a recipe that leaves colours alone.
     """
 
     ids_B: NDArray[np.int64]
     windows_B4: Windows
     flips_B: Flips
+    distortions_B: NDArray[np.void] | None = None
+
+    def part(self, part: slice) -> Self:
+        """Return the same for some of the images."""
+        distortions_B = None if self.distortions_B is None else self.distortions_B[part]
+        return type(self)(self.ids_B[part], self.windows_B4[part], self.flips_B[part], distortions_B)
 
 
 class Plan(Protocol):
@@ -94,7 +146,8 @@ class TrainPlan:
     permutation leaves out others next time). A split smaller than the batch makes one step, which repeats images.
 
     Raises:
-        UserError: a batch that ranks cannot share evenly, an empty split, an unknown recipe or exponent.
+        UserError: a batch that ranks cannot share evenly, an empty split, an unknown recipe or exponent, class
+            probabilities that do not fit the split, or a stream that repeats none with a sampler.
     """
 
     split: Split
@@ -106,6 +159,8 @@ class TrainPlan:
     rank: int = 0
     world_size: int = 1
     steps: int | None = field(default=None, init=False)
+    # By stream: the latest epoch and its table.
+    _latest: dict[str, tuple[int, NDArray[Any]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.batch_size % self.world_size:
@@ -116,10 +171,14 @@ class TrainPlan:
             raise UserError(f"input.image_size={self.image_size} must be at least 1")
         if not len(self.split):
             raise UserError(f"the split {self.split.name!r} has no images")
+        assert len(set(self.streams)) == len(self.specs), "stream names must differ"
         for spec in self.specs:
             find_recipe(spec.augment)
-            class_probabilities(self.split.class_counts, spec.q)
-        assert len(set(self.streams)) == len(self.specs), "stream names must differ"
+            if self._drawn_by(spec).repeats is not None:
+                raise UserError(
+                    f"stream {spec.name!r} repeats {spec.repeats!r}, which has no sampler of its own; name another"
+                )
+            self._probabilities(self._drawn_by(spec), epoch=0)
 
     @property
     def streams(self) -> tuple[str, ...]:  # noqa: D102
@@ -140,36 +199,58 @@ class TrainPlan:
 
     def global_ids(self, spec: Stream, epoch: int, step: int) -> NDArray[np.int64]:
         """Return the sample ids of the global batch of `step` in `epoch`, both from 0: shape (batch_size,)."""
-        if spec.q == 1.0:
-            order = _cached_permutation(self.seed, spec.name, epoch, len(self.split), self.batch_size)
-            return order[step * self.batch_size : (step + 1) * self.batch_size]
-        progress = min(1.0, epoch / max(1, self.epochs - 1)) if spec.q == "progressive" else 0.0
-        cumulative_C = _cached_cumulative(self.split.class_counts.tobytes(), spec.q, progress)
-        return draw_ids(
-            self.seed,
-            spec.name,
-            epoch,
-            step,
-            self.batch_size,
-            cumulative_C,
-            self.split.class_starts,
-            self.split.by_class,
-        )
+        spec = self._drawn_by(spec)
+        table = self._table(spec, epoch)
+        if spec.permutes:
+            return table[step * self.batch_size : (step + 1) * self.batch_size]
+        starts, by_class = self.split.class_starts, self.split.by_class
+        return draw_ids(self.seed, spec.name, epoch, step, self.batch_size, table, starts, by_class)
 
     def draws(self, step: int) -> list[Draw]:
         """Return one Draw per stream for a step counted from 0 over all epochs."""
         epoch, step = divmod(step, self.steps_per_epoch)
         mine = rank_slice(self.batch_size, self.rank, self.world_size)
         draws = []
-        for spec in self.specs:
-            ids = self.global_ids(spec, epoch, step)
-            rows = self.split.samples[ids]
+        for spec, recipe in zip(self.specs, self.recipes, strict=True):
             generator = random_generator(self.seed, spec.name, "augment", epoch, step)
-            windows_B4, flips_B = find_recipe(spec.augment).draw(
-                generator, rows["height"].astype(np.int64), rows["width"].astype(np.int64), self.image_size
-            )
-            draws.append(Draw(ids[mine], windows_B4[mine], flips_B[mine]))
+            ids = self.global_ids(spec, epoch, step)
+            draws.append(_draw(self.split, ids, recipe, generator, self.image_size).part(mine))
         return draws
+
+    def _drawn_by(self, spec: Stream) -> Stream:
+        """Return the stream whose sampler gives this one its ids: mostly itself."""
+        if spec.repeats is None:
+            return spec
+        for other in self.specs:
+            if other.name == spec.repeats:
+                return other
+        raise UserError(
+            f"stream {spec.name!r} repeats {spec.repeats!r}, which is no stream; the streams are:"
+            f" {', '.join(self.streams)}"
+        )
+
+    def _probabilities(self, spec: Stream, epoch: int) -> NDArray[np.float64]:
+        if spec.probabilities is not None:
+            return checked_probabilities(self.split.class_counts, spec.probabilities)
+        return class_probabilities(self.split.class_counts, spec.q, min(1.0, epoch / max(1, self.epochs - 1)))
+
+    def _table(self, spec: Stream, epoch: int) -> NDArray[Any]:
+        """Return what an epoch's ids are taken from: their order, or the cumulative probabilities of the classes."""
+        known, table = self._latest.get(spec.name, (None, None))
+        if table is None or known != epoch:
+            if spec.permutes:
+                sizes = (
+                    [len(self.split)]
+                    if spec.shard_window is None
+                    else np.bincount(self.split.samples["shard"]).tolist()
+                )
+                order = epoch_order(self.seed, spec.name, epoch, sizes, spec.shard_window)
+                # A batch larger than the split repeats the order.
+                table = np.resize(order, max(len(order), self.batch_size))
+            else:
+                table = np.cumsum(self._probabilities(spec, epoch))
+            self._latest[spec.name] = epoch, table
+        return table
 
 
 @dataclass(frozen=True)
@@ -211,22 +292,15 @@ class EvalPlan:
         """Return the one Draw of a step counted from 0."""
         chosen = self._mine[step * self.batch_size : (step + 1) * self.batch_size]
         ids = np.arange(chosen.start, chosen.stop, dtype=np.int64)
-        rows = self.split.samples[ids]
-        windows_B4, flips_B = find_recipe(self.augment).draw(
-            np.random.default_rng(0),
-            rows["height"].astype(np.int64),
-            rows["width"].astype(np.int64),
-            self.image_size,
-        )
-        return [Draw(ids, windows_B4, flips_B)]
+        return [_draw(self.split, ids, self.recipes[0], np.random.default_rng(0), self.image_size)]
 
 
-@lru_cache(maxsize=4)
-def _cached_permutation(seed: int, stream: str, epoch: int, samples: int, batch_size: int) -> NDArray[np.int64]:
-    order = epoch_permutation(seed, stream, epoch, samples)
-    return np.resize(order, max(samples, batch_size))  # repeats the permutation for a batch larger than the split
-
-
-@lru_cache(maxsize=16)
-def _cached_cumulative(counts: bytes, q: Exponent, progress: float) -> NDArray[np.float64]:
-    return np.cumsum(class_probabilities(np.frombuffer(counts, dtype=np.int64), q, progress))
+def _draw(
+    split: Split, ids_B: NDArray[np.int64], recipe: Recipe, generator: np.random.Generator, image_size: int
+) -> Draw:
+    """Draw what a recipe does to the samples of a batch."""
+    # The field before the rows: indexing whole records costs ten times as much.
+    heights_B, widths_B = (split.samples[axis][ids_B].astype(np.int64) for axis in ("height", "width"))
+    windows_B4, flips_B = recipe.draw(generator, heights_B, widths_B, image_size)
+    distortions_B = draw_distortions(generator, len(ids_B)) if recipe.distorts else None
+    return Draw(ids_B, windows_B4, flips_B, distortions_B)

@@ -9,13 +9,15 @@ One family covers the samplers of the papers. With n_j training images of class 
     q = 0    class-balanced
     q = -1   reversed (BBN, Zhou et al. 2020, Eq. 4: w_i = N_max / N_i)
 
-and progressively-balanced sampling (Kang et al. 2020, Eq. 3) moves from q = 1 to q = 0 over the epochs.
+and progressively-balanced sampling (Kang et al. 2020, Eq. 3) moves from q = 1 to q = 0 over the epochs. Any other
+P(class j) can be given outright.
 
 Every function here is about the *global* batch; ranks take slices of it afterwards, so the images of a step
 do not depend on the number of ranks, and a resumed run needs nothing but the step number.
 """
 
 import zlib
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -64,9 +66,57 @@ def random_generator(seed: int, *where: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *words])))
 
 
-def epoch_permutation(seed: int, stream: str, epoch: int, samples: int) -> NDArray[np.int64]:
-    """Return the order in which an instance-balanced stream visits all ids 0 … samples - 1 in one epoch."""
-    return random_generator(seed, stream, "permutation", epoch).permutation(samples)
+def checked_probabilities(counts_C: ArrayLike, probabilities_C: ArrayLike) -> NDArray[np.float64]:
+    """Return explicit class probabilities, shape (C,), float64, once they fit the classes.
+
+    Raises:
+        UserError: not one for each class, negative or not finite, a sum that is not 1 (within 1e-6), or one above
+            zero for a class without images.
+    """
+    counts_C, probabilities_C = np.asarray(counts_C), np.asarray(probabilities_C, dtype=np.float64)
+    if probabilities_C.shape != counts_C.shape:
+        raise UserError(f"{probabilities_C.size} class probabilities for {counts_C.size} classes; give one for each")
+    if not (np.isfinite(probabilities_C).all() and (probabilities_C >= 0).all()):
+        raise UserError("class probabilities must be finite and at least 0")
+    total = probabilities_C.sum()
+    if abs(total - 1) > 1e-6:
+        raise UserError(f"class probabilities add up to {total:g} and must add up to 1; divide them by their sum")
+    impossible = np.flatnonzero((counts_C == 0) & (probabilities_C > 0))
+    if impossible.size:
+        raise UserError(f"class {impossible[0]} has no training image, so its probability must be 0")
+    return probabilities_C
+
+
+def epoch_order(
+    seed: int, stream: str, epoch: int, shard_sizes: Sequence[int], shard_window: int | None = None
+) -> NDArray[np.int64]:
+    """Return the order in which an instance-balanced stream visits all ids 0 … N - 1 in one epoch, each once.
+
+    Args:
+        seed, stream, epoch: what the order belongs to.
+        shard_sizes: samples in each shard; ids follow the shards.
+        shard_window: None shuffles everything. A number shuffles the shards, and then the ids inside each window of
+            that many shards: no more shards are read at a time, and each in its one window only.
+
+            shards     3 0 | 5 1 | 2 4         shard_window = 2
+            ids       mixed|mixed|mixed
+
+    Returns:
+        Shape (N,), int64.
+    """
+    generator = random_generator(seed, stream, "permutation", epoch)
+    if shard_window is None:
+        return generator.permutation(sum(shard_sizes))
+    ends = np.cumsum(shard_sizes)
+    shards = generator.permutation(len(ends)).tolist()
+    order = []
+    for first in range(0, len(shards), shard_window):
+        ids = np.concatenate(
+            [np.arange(ends[s] - shard_sizes[s], ends[s]) for s in shards[first : first + shard_window]]
+        )
+        generator.shuffle(ids)
+        order.append(ids)
+    return np.concatenate(order)
 
 
 def draw_ids(

@@ -46,6 +46,8 @@ from shards.index import open_dataset
 from shards.progress import say
 from train.batch_norm import split_statistics
 from train.bbn import bbn_loss
+from train.config import Loop
+from train.loop import prepare_network
 from train.networks import BilateralNetwork, build_network
 
 ROOT = Path(__file__).parents[1]
@@ -218,11 +220,7 @@ class Contender:
         self.images_per_step, self.mode, self.device = 2 * case.batch, mode, device
         before = torch.cuda.memory_allocated() if device == "cuda" else 0
         self.network = build_network("plain" if way == "plain" else "bilateral", case.backbone, CLASSES).to(device)
-        self.network.normalize.channels_last = mode.channels_last
-        if mode.channels_last:
-            self.network.to(memory_format=torch.channels_last)
-        if mode.compile:
-            self.network.compile()
+        prepare_network(self.network, Loop(channels_last=mode.channels_last, compile=mode.compile))
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4
         )

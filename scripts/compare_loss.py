@@ -1,48 +1,64 @@
-"""Two finished runs' training losses side by side, epoch by epoch.
+"""Whether two runs trained alike: the losses of their epochs side by side.
 
-    .venv/bin/python scripts/compare_loss.py runs/digits-bbn-1 runs/digits-bbn-2 [--tolerance 0.01]
+    .venv/bin/python scripts/compare_loss.py runs/before runs/after [--tolerance 0.01]
 
-Exits with 1 where the largest difference is above the tolerance, or one run has epochs that the other lacks.
+Each of the two is a run's folder or its metrics.jsonl. Exits with 1 where a loss differs by more than the tolerance, or
+where one run has epochs that the other lacks.
 """
 
+import json
 import sys
 from pathlib import Path
 
-from jsonargparse.typing import NonNegativeFloat
-
-from analysis.runs import read_run
 from shards.cli import run_commands
 from shards.errors import UserError
 
 
-def compare(run_a: Path, run_b: Path, tolerance: NonNegativeFloat = 0.0) -> None:
-    """Print the losses and the largest difference.
+def compare(a: Path, b: Path, tolerance: float = 0.01) -> None:
+    """Print the losses of two runs and how far they are apart.
 
     Args:
-        run_a: a run's folder.
-        run_b: another.
-        tolerance: how far losses may lie apart, as a share of the larger one; 0 wants the same numbers.
+        a: one run.
+        b: the other.
+        tolerance: the largest relative difference of a loss that counts as alike.
     """
-    losses_a, losses_b = ({row["epoch"]: row["loss"] for row in read_run(path).epochs} for path in (run_a, run_b))
-    both = sorted(losses_a.keys() & losses_b.keys())
-    if not both:
-        raise UserError(f"{run_a} and {run_b} have no epoch in common; compare runs that trained")
-    apart = {epoch: difference(losses_a[epoch], losses_b[epoch]) for epoch in both}
-    print(f"epoch  {run_a.name:>14}  {run_b.name:>14}  difference")
-    for epoch in both:
-        print(f"{epoch:>5}  {losses_a[epoch]:>14.6f}  {losses_b[epoch]:>14.6f}  {apart[epoch]:>10.2e}")
-    worst = max(both, key=lambda epoch: apart[epoch])
-    print(f"largest difference: {apart[worst]:.2e}, in epoch {worst}; tolerance {tolerance:g}")
-    lonely = sorted(losses_a.keys() ^ losses_b.keys())
-    if lonely:
-        print(f"in one run only: epochs {', '.join(map(str, lonely))}")
-    if lonely or apart[worst] > tolerance:
+    ours, theirs = losses(a), losses(b)
+    print(f"{'epoch':>5}  {'A':>10}  {'B':>10}  {'apart':>9}")
+    for epoch in sorted(ours.keys() & theirs.keys()):
+        apart = difference(ours[epoch], theirs[epoch])
+        mark = "  <--" if apart > tolerance else ""
+        print(f"{epoch:>5}  {ours[epoch]:>10.6f}  {theirs[epoch]:>10.6f}  {apart:>9.2e}{mark}")
+    lacking = sorted(ours.keys() ^ theirs.keys())
+    if lacking:
+        print(f"only one of them has the epochs {', '.join(map(str, lacking))}")
+    if not alike(ours, theirs, tolerance):
         sys.exit(1)
+    print(f"alike: no loss differs by more than {tolerance:g} of itself")
+
+
+def losses(path: Path) -> dict[int, float]:
+    """Return a run's losses by epoch."""
+    if path.is_dir():
+        path = path / "metrics.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {int(row["epoch"]): float(row["loss"]) for row in rows}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); name a run's folder or its metrics.jsonl") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} holds no losses by epoch ({error}); name a run's folder or its metrics.jsonl"
+        ) from None
+
+
+def alike(ours: dict[int, float], theirs: dict[int, float], tolerance: float) -> bool:
+    """Return whether both have the same epochs, and losses within the relative tolerance."""
+    return ours.keys() == theirs.keys() and all(difference(ours[epoch], theirs[epoch]) <= tolerance for epoch in ours)
 
 
 def difference(one: float, other: float) -> float:
-    """Return how far two losses lie apart, as a share of the larger one."""
-    return abs(one - other) / max(abs(one), abs(other)) if one != other else 0.0
+    """Return the relative difference of two losses."""
+    return abs(one - other) / max(abs(one), abs(other), 1e-12)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,10 @@ class StreamBatchNorm2d(nn.BatchNorm2d):
             assert len(maps_NCHW) % self.streams == 0, (len(maps_NCHW), self.streams)
             if self.synchronised and dist.is_initialized() and dist.get_world_size() > 1:
                 return self._over_ranks(maps_NCHW)
+            if self.streams > 1 and torch.compiler.is_compiling():
+                # The compiler fuses the copy, and cannot see through results that are written in place.
+                parts = maps_NCHW.chunk(self.streams)
+                return torch.cat([super(StreamBatchNorm2d, self).forward(part) for part in parts])
             if self.streams > 1:
                 self.num_batches_tracked += self.streams
                 return cast(

@@ -1,40 +1,48 @@
 """Checkpoints: everything that a run needs to go on, written so that a kill leaves the old one or the new one.
 
-    checkpoints/step-00000135/    model.safetensors, state.pt (optimiser, scaler and counters; loaded as plain data)
+    checkpoints/step-00000135/    model.safetensors, state.pt (loaded as plain data), sums.json (of those two)
     checkpoints/selected.safetensors, selected.json    the weights that did best on the selecting split
 
-Nothing random is saved: every random number of a run is a function of (seed, epoch, step).
+Where the streams stand needs no more than the step. What methods draw by torch's generators goes on where it was;
+everything else random is a function of (seed, epoch, step).
 """
 
+import hashlib
+import io
 import json
 import os
 import pickle
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from shards.errors import UserError
 from train.networks import load_weights
 from train.runs import write_json
 
 FOLDER = "checkpoints"
+SUMS = "sums.json"
 
 
 @dataclass
 class Counters:
-    """How far a run is.
+    """How far a run is, and what the epoch under way has gathered.
 
     Attributes:
         step: steps done, over all epochs.
         epochs: whole epochs done.
         seconds: time spent training and evaluating, over all sessions.
-        images: training images seen over all ranks and streams.
-        training_seconds: time spent in training steps alone.
+        images: training images seen over all ranks and streams, in whole epochs.
+        training_seconds: time spent in training steps alone, in whole epochs.
+        evaluation_seconds: time spent evaluating.
+        loss_sum: the losses of the epoch's steps so far, summed; the mean over ranks.
+        epoch_seconds: time spent in the epoch's steps so far.
     """
 
     step: int = 0
@@ -42,18 +50,25 @@ class Counters:
     seconds: float = 0.0
     images: int = 0
     training_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    loss_sum: float = 0.0
+    epoch_seconds: float = 0.0
 
 
-def save_checkpoint(run: Path, network: torch.nn.Module, states: dict[str, Any], counters: Counters) -> None:
-    """Write a checkpoint and then remove the older ones. `states` holds state dicts by name."""
+def save_checkpoint(run: Path, network: torch.nn.Module, states: dict[str, Any], counters: Counters, keep: int) -> None:
+    """Write a checkpoint and then remove all but the newest `keep`. `states` holds state dicts by name."""
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     try:
-        _save_weights(network, temporary / "model.safetensors")
-        torch.save({"counters": vars(counters), **states}, temporary / "state.pt")
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
+        state = io.BytesIO()
+        torch.save({"counters": vars(counters), **states}, state)
+        files = {"model.safetensors": _weights(network), "state.pt": state.getvalue()}
+        sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        for name, content in (files | {SUMS: json.dumps(sums).encode()}).items():
+            with (temporary / name).open("wb") as file:
+                file.write(content)
+                file.flush()
                 os.fsync(file.fileno())
         target = folder / f"step-{counters.step:08d}"
         shutil.rmtree(target, ignore_errors=True)
@@ -61,32 +76,50 @@ def save_checkpoint(run: Path, network: torch.nn.Module, states: dict[str, Any],
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for older in folder.iterdir():
-        if older != target and older.name.startswith(("step-", ".partial-")):
-            shutil.rmtree(older, ignore_errors=True)
+    older = [path for path in _found(run) if path.name < target.name]
+    partial = [path for path in folder.iterdir() if path.name.startswith(".partial-")]
+    for path in older[keep - 1 :] + partial:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_checkpoint(run: Path, network: torch.nn.Module) -> tuple[dict[str, Any], Counters] | None:
-    """Load the newest checkpoint's weights into the network; return the other state dicts and the counters.
+    """Load the newest whole checkpoint's weights into the network; return the other state dicts and the counters.
+
+    A damaged checkpoint is skipped for the one before it, with a line on stderr.
 
     Returns:
         None where the run has no checkpoint yet.
 
     Raises:
-        UserError: the checkpoint is damaged, or belongs to another network.
+        UserError: all checkpoints are damaged, or the newest whole one belongs to another network.
     """
-    found = sorted((run / FOLDER).glob("step-*"))
-    if not found:
-        return None
-    load_weights(network, found[-1] / "model.safetensors")
-    path = found[-1] / "state.pt"
-    try:
-        states = torch.load(path, map_location="cpu", weights_only=True)
-        return states, Counters(**states.pop("counters"))
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{path} is damaged ({' '.join(str(error).split())[:120]}); remove {found[-1]} to start the run again"
-        ) from None
+    found = _found(run)
+    for path in found:
+        try:
+            states = _read(path)
+            counters = Counters(**states.pop("counters"))
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            print(f"warning: {path} is damaged ({' '.join(str(error).split())[:120]}); skipped", file=sys.stderr)
+            continue
+        load_weights(network, path / "model.safetensors")
+        return states, counters
+    if found:
+        raise UserError(f"every checkpoint of {run} is damaged; remove {run / FOLDER} to start the run again")
+    return None
+
+
+def _found(run: Path) -> list[Path]:
+    return sorted((run / FOLDER).glob("step-*"), reverse=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    sums = json.loads((path / SUMS).read_text(encoding="utf-8"))
+    for name, expected in sums.items():
+        with (path / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                raise ValueError(f"{name} has changed since it was written")
+    states: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    return states
 
 
 def save_selected(run: Path, network: torch.nn.Module, epoch: int, score: float) -> None:
@@ -94,7 +127,7 @@ def save_selected(run: Path, network: torch.nn.Module, epoch: int, score: float)
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     temporary = folder / ".selected.partial"
-    _save_weights(network, temporary)
+    temporary.write_bytes(_weights(network))
     os.replace(temporary, folder / "selected.safetensors")
     write_json(folder / "selected.json", {"epoch": epoch, "balanced_accuracy": score})
 
@@ -109,5 +142,6 @@ def read_selected(run: Path) -> tuple[Path, int, float] | None:
     return folder / "selected.safetensors", int(told["epoch"]), float(told["balanced_accuracy"])
 
 
-def _save_weights(network: torch.nn.Module, path: Path) -> None:
-    save_file({key: value.detach().contiguous() for key, value in network.state_dict().items()}, path)
+def _weights(network: torch.nn.Module) -> bytes:
+    # safetensors refuses channels_last tensors.
+    return save({key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()})

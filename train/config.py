@@ -17,6 +17,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 from pipeline.loader import LoaderKind
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
+from train.tracking import Tracker
 
 PRESETS = Path(__file__).parent / "presets"
 DATA = Path("data")
@@ -48,7 +49,8 @@ class Model:
     """The network.
 
     Attributes:
-        backbone: resnet32 (for small images), or a torchvision ResNet such as resnet50.
+        backbone: resnet32 (for small images), resnet10, or a torchvision ResNet such as resnet50, resnet152 or
+            resnext50_32x4d.
         weights: pretrained weights: a torchvision name such as DEFAULT, or a local file.
     """
 
@@ -71,6 +73,11 @@ class Optim:
             rate of 0.1: its doubled features make the first steps too large.
         milestones: after which shares of the epochs the rate drops (so that drops scale with `epochs`).
         decay: the factor of each drop.
+        accumulate: in how many parts a process works through its share of a batch, to need less memory. Batch norm
+            sees the parts one by one.
+        clip_norm: the largest norm that a step's gradient may have.
+        ema: the decay of an exponential moving average of the weights, such as 0.999, which is then what is evaluated
+            and kept.
     """
 
     epochs: PositiveInt = 200
@@ -82,6 +89,9 @@ class Optim:
     warmup_epochs: NonNegativeInt = 5
     milestones: list[ClosedUnitInterval] = field(default_factory=lambda: [0.6, 0.8])
     decay: PositiveFloat = 0.01
+    accumulate: PositiveInt = 1
+    clip_norm: PositiveFloat | None = None
+    ema: ClosedUnitInterval | None = None
 
 
 @dataclass
@@ -90,17 +100,35 @@ class Loop:
 
     Attributes:
         seed: of everything random.
+        device: cpu, cuda, or auto (GPUs where there are any).
         precision: no (float32), bf16, fp16, or auto (what accelerate was told).
+        channels_last: whether pixels are laid out channels last, which most GPUs and CPUs compute faster.
+        compile: whether torch.compile makes the network's kernels; the first steps take a minute longer then.
+        sync_batch_norm: whether batch norm's statistics are those of all processes' images.
         eval_every: evaluate after every so many epochs, and after the last.
-        checkpoint_every: write a checkpoint after every so many epochs, and after the last.
         select: keep the weights of the epoch that did best on the val split, where the dataset has one.
+        checkpoint_every: write a checkpoint after every so many epochs, and after the last.
+        checkpoint_steps: also after every so many steps.
+        checkpoint_minutes: also after so many minutes without one.
+        keep_checkpoints: how many to keep; from two on, a damaged one is skipped for the one before.
+        stall_minutes: how long to wait for a batch before the run ends with a message.
+        track: tensorboard, or none.
     """
 
     seed: NonNegativeInt = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    sync_batch_norm: bool = False
     eval_every: PositiveInt = 1
-    checkpoint_every: PositiveInt = 1
     select: bool = True
+    checkpoint_every: PositiveInt = 1
+    checkpoint_steps: PositiveInt | None = None
+    checkpoint_minutes: PositiveFloat = 15.0
+    keep_checkpoints: PositiveInt = 2
+    stall_minutes: PositiveFloat = 10.0
+    track: Tracker = "none"
 
 
 class _ConfigFile(ActionConfigFile):
@@ -142,18 +170,29 @@ def find_dataset(data: str | None) -> Dataset:
     raise UserError(f"several datasets lie under data/; choose one: --data {' | '.join(map(str, found))}")
 
 
-def preset(dataset: Dataset, *parts: str) -> dict[str, Any]:
-    """Return the dataset's preset: the named parts of its file, later ones over earlier ones, as nested dicts."""
+def preset(dataset: Dataset, *parts: str, variant: str | None = None) -> dict[str, Any]:
+    """Return the dataset's preset: the named parts of its file, later ones over earlier ones, as nested dicts.
+
+    Args:
+        dataset: whose manifest names the preset.
+        parts: such as "training" and then a method's name.
+        variant: the same parts of one of the file's variants, such as "2x", come over them.
+    """
     name = dataset.manifest["preset"]
     path = PRESETS / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
         raise UserError(f"{dataset.root}/dataset.json names the preset {name!r}; there are: {known}")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    variants = content.get("variants", {})
+    if variant is not None and variant not in variants:
+        known = ", ".join(variants) or "none"
+        raise UserError(f"--variant {variant}: the preset {name} has no such variant; it has: {known}")
     merged: dict[str, Any] = {}
-    for part in parts:
-        for section, values in content.get(part, {}).items():
-            merged[section] = merged.get(section, {}) | values
+    for source in (content, variants.get(variant, {})):
+        for part in parts:
+            for section, values in source.get(part, {}).items():
+                merged[section] = merged.get(section, {}) | values
     return merged
 
 

@@ -1,9 +1,12 @@
 """The loop: one for all methods, on Accelerate. It never asks which method runs."""
 
+import copy
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,19 +14,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from analysis.metrics import Tally, summarize, tally
-from pipeline.batch import Loader
+from pipeline.batch import Batch, Loader
 from pipeline.loader import open_loader
 from pipeline.plan import EvalPlan, TrainPlan
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset, Split
 from train import runs
+from train.batch_norm import use_stream_batch_norm
 from train.checkpoints import Counters, load_checkpoint, read_selected, save_checkpoint, save_selected
 from train.config import Input, Loop, Model, Optim, find_dataset, make_parser, parse, peek, plain_sections, preset
+from train.guards import LossGuard, StallGuard, check_devices, told_in_one_line
+from train.interrupts import EXIT_STATUS, Consensus, Interrupted, Interrupts
 from train.method import Method, Progress, unwrapped
-from train.networks import load_weights, save_model
+from train.networks import Normalize, load_weights, save_model
+from train.tracking import Tracking
 
 
 @dataclass
@@ -53,6 +61,7 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None) -> No
         program, description, input=Input, model=Model, method=method_class.Settings, optim=Optim, loop=Loop
     )
     parser.add_argument("--resume", action="store_true", help="go on with --run, or with the newest unfinished run")
+    parser.add_argument("--variant", type=str | None, help="of the dataset's preset, such as 2x: twice the epochs")
 
     asked = peek(parser, argv)
     resumed = None
@@ -67,12 +76,27 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None) -> No
         defaults = saved
     else:
         dataset = find_dataset(asked.data)
-        defaults = preset(dataset, "training", method_class.name)
+        defaults = preset(dataset, "training", method_class.name, variant=asked.variant)
     settings = parse(parser, argv, defaults)
     chosen = parser.instantiate(settings)
     config = Config(chosen.input, chosen.model, chosen.method, chosen.optim, chosen.loop)
 
-    accelerator = make_accelerator(config.loop.precision)
+    accelerator = make_accelerator(config.loop.precision, config.loop.device)
+    with told_in_one_line(resumed):
+        _train_and_finish(
+            method_class, config, dataset, resumed, asked.run, plain_sections(parser, settings), accelerator
+        )
+
+
+def _train_and_finish(
+    method_class: type[Method],
+    config: Config,
+    dataset: Dataset,
+    resumed: Path | None,
+    named: str | None,
+    sections: dict[str, Any],
+    accelerator: Accelerator,
+) -> None:
     set_seed(config.loop.seed)
     method = method_class(config, len(dataset.classes))
     plan = TrainPlan(
@@ -85,137 +109,313 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None) -> No
         accelerator.process_index,
         accelerator.num_processes,
     )
+    if plan.rank_batch % config.optim.accumulate:
+        raise UserError(
+            f"optim.accumulate={config.optim.accumulate} does not divide the {plan.rank_batch} images per stream of"
+            " each process; choose a divisor"
+        )
     test_split(dataset)  # tells early where there is none
+    tracking = Tracking(config.loop.track)
     # Whatever can fail comes before the folder is made or touched.
     restored = load_checkpoint(resumed, method.network) if resumed else None
     counters = restored[1] if restored else Counters()
     if resumed and counters.epochs >= config.optim.epochs and (resumed / "summary.json").exists():
         accelerator.print(f"{resumed} is finished: it has its {counters.epochs} epochs (more with --optim.epochs)")
         return
-    if counters.step != counters.epochs * plan.steps_per_epoch:
+    if counters.step // plan.steps_per_epoch != counters.epochs:
         raise UserError(
             f"{resumed} did {counters.step} steps in {counters.epochs} epochs, and an epoch has {plan.steps_per_epoch}"
             " now: resume with the dataset and input.batch_size that it began with"
         )
+    (first_step,) = broadcast_object_list([counters.step])
+    if first_step != counters.step:
+        raise UserError(
+            f"process {accelerator.process_index} finds a checkpoint of step {counters.step} in {resumed}, the first"
+            f" process one of step {first_step}; put the run on a file system that all machines share"
+        )
     loader = open_loader(plan, config.input.loader, accelerator.device, config.input.threads, counters.step)
     folder: list[Path | None] = [None]
     if accelerator.is_main_process:
-        if resumed or asked.run:
-            folder = [runs.use_run(resumed or Path(asked.run), bool(resumed))]
+        if resumed or named:
+            folder = [runs.use_run(resumed or Path(str(named)), bool(resumed))]
         else:
             folder = [runs.new_run(f"{dataset.name}-{method.name}")]
     (run_folder,) = broadcast_object_list(folder)
+    assert run_folder is not None
     if accelerator.is_main_process:
         about = {"method": method.name, "dataset": dataset.name, "data": dataset.place}
-        runs.write_config(run_folder, {"about": about, **plain_sections(parser, settings)})
+        runs.write_config(run_folder, {"about": about, **sections})
         runs.truncate_rows(run_folder, counters.epochs)
         (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
+        tracking.open(run_folder, counters.step)
     if restored:
-        accelerator.print(f"resuming {run_folder} after epoch {counters.epochs}")
-    with loader:
-        train(method, config, dataset, plan, loader, run_folder, accelerator, counters, restored[0] if restored else {})
-    finish(method, config, dataset, run_folder, accelerator, counters)
+        within = counters.step - counters.epochs * plan.steps_per_epoch
+        where = f" and {within} of {plan.steps_per_epoch} steps" if within else ""
+        accelerator.print(f"resuming {run_folder} after epoch {counters.epochs}{where}")
+    with loader, told_in_one_line(run_folder):
+        training = Training(method, config, dataset, plan, run_folder, accelerator, counters, tracking)
+        if restored:
+            training.restore(restored[0])
+        try:
+            training.run(loader)
+        except Interrupted as interrupted:
+            accelerator.print(
+                f"stopped by {interrupted.signal} after step {counters.step}, with a checkpoint; go on with:"
+                f" train/{method.name}.py --run {run_folder} --resume",
+                flush=True,
+            )
+            sys.exit(EXIT_STATUS)
+        finally:
+            tracking.close()
+        finish(training.evaluated, config, dataset, run_folder, accelerator, counters)
 
 
-def train(
-    method: Method,
-    config: Config,
-    dataset: Dataset,
-    plan: TrainPlan,
-    loader: Loader,
-    run_folder: Path,
-    accelerator: Accelerator,
-    counters: Counters,
-    states: dict[str, Any],
-) -> None:
-    """Train a method to its last epoch: a row of numbers each, checkpoints, and the selected weights.
+class Training:
+    """A method on its way to its last epoch: a row of numbers each, checkpoints, and the selected weights.
 
-    Args:
-        method: made, with its weights in place.
-        config: the run's settings.
-        dataset: what is trained and evaluated on.
-        plan: the training plan.
-        loader: opened on the plan at step `counters.step`.
-        run_folder: the run's folder.
-        accelerator: gives device, precision and processes.
-        counters: how far the run is; moved on.
-        states: the checkpoint's state dicts; empty for a new run.
+    Attributes:
+        evaluated: the method with the weights that are evaluated and kept: the trained ones, or their average.
     """
-    optimizer: Any = torch.optim.SGD(
-        method.network.parameters(),
-        lr=config.optim.lr,
-        momentum=config.optim.momentum,
-        nesterov=config.optim.nesterov and config.optim.momentum > 0,
-        weight_decay=config.optim.weight_decay,
-    )
-    method.network, optimizer = accelerator.prepare(method.network, optimizer)
-    network = unwrapped(method.network)
-    if states:
-        restore_states(states, optimizer, accelerator)
 
-    epochs, epoch_steps = config.optim.epochs, plan.steps_per_epoch
-    # A dataset without a test split reports on val, which must not choose an epoch then.
-    watched = dataset.splits.get("val") or test_split(dataset)
-    selecting = config.loop.select and watched.name != test_split(dataset).name
-    selected = read_selected(run_folder)
-    best = selected[2] if selected and selected[1] <= counters.epochs else -1.0
-    accelerator.print(
-        f"{method.title} on {dataset.name}: {len(plan.split):,} images, {len(dataset.classes):,} classes,"
-        f" {epochs} epochs of {epoch_steps} steps, {config.model.backbone}, {accelerator.device} -> {run_folder}"
-    )
-    started = time.perf_counter() - counters.seconds
-    bar = tqdm(
-        total=epochs * epoch_steps,
-        initial=counters.step,
-        unit="step",
-        disable=not (accelerator.is_main_process and sys.stderr.isatty()),
-        leave=False,
-    )
-    with bar:
-        for epoch in range(counters.epochs + 1, epochs + 1):
-            network.train()
-            epoch_started = time.perf_counter()
-            loss_sum = torch.zeros((), device=accelerator.device)
-            log: dict[str, float] = {}
-            for step in range(epoch_steps):
-                lr = config.optim.lr * lr_factor(config.optim, counters.step / epoch_steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                batch = next(loader)
+    def __init__(
+        self,
+        method: Method,
+        config: Config,
+        dataset: Dataset,
+        plan: TrainPlan,
+        run_folder: Path,
+        accelerator: Accelerator,
+        counters: Counters,
+        tracking: Tracking,
+    ) -> None:
+        """Put the network on its device.
+
+        Args:
+            method: made, with its weights in place.
+            config: the run's settings.
+            dataset: what is trained and evaluated on.
+            plan: the training plan.
+            run_folder: the run's folder.
+            accelerator: gives device, precision and processes.
+            counters: how far the run is; moved on.
+            tracking: takes each epoch's row, on the main process.
+        """
+        self._method, self._config, self._dataset, self._plan = method, config, dataset, plan
+        self._run_folder, self._accelerator, self._counters = run_folder, accelerator, counters
+        self._tracking = tracking
+        prepare_network(method.network, config.loop)
+        self.evaluated, self._average = method, None
+        if config.optim.ema is not None:
+            self._average = AveragedModel(
+                method.network, accelerator.device, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema)
+            )
+            self.evaluated = copy.copy(method)
+            self.evaluated.network = self._average.module
+        optimizer = torch.optim.SGD(
+            method.network.parameters(),
+            lr=config.optim.lr,
+            momentum=config.optim.momentum,
+            nesterov=config.optim.nesterov and config.optim.momentum > 0,
+            weight_decay=config.optim.weight_decay,
+        )
+        method.network, self._optimizer = accelerator.prepare(method.network, optimizer)
+        self._network = unwrapped(method.network)
+        # A dataset without a test split reports on val, which must not choose an epoch then.
+        self._watched = dataset.splits.get("val") or test_split(dataset)
+        self._selecting = config.loop.select and self._watched.name != test_split(dataset).name
+        selected = read_selected(run_folder)
+        self._best = selected[2] if selected and selected[1] <= counters.epochs else -1.0
+
+    def run(self, loader: Loader) -> None:
+        """Train to the last epoch.
+
+        Args:
+            loader: opened on the plan at the step where the run is.
+
+        Raises:
+            Interrupted: a signal asked to stop; a checkpoint is written.
+            UserError: the loss is not finite.
+        """
+        config, plan, counters, accelerator = self._config, self._plan, self._counters, self._accelerator
+        accelerator.print(
+            f"{self._method.title} on {self._dataset.name}: {len(plan.split):,} images, {len(self._dataset.classes):,}"
+            f" classes, {config.optim.epochs} epochs of {plan.steps_per_epoch} steps, {config.model.backbone},"
+            f" {accelerator.device} -> {self._run_folder}"
+        )
+        self._started = time.perf_counter() - counters.seconds
+        self._saved = time.perf_counter()
+        self._consensus = Consensus(accelerator.num_processes)
+        self._losses = LossGuard(self._run_folder, plan.split, accelerator.process_index)
+        self._bar = tqdm(
+            total=config.optim.epochs * plan.steps_per_epoch,
+            initial=counters.step,
+            unit="step",
+            disable=not (accelerator.is_main_process and sys.stderr.isatty()),
+            leave=False,
+        )
+        stalls = StallGuard(loader, plan.streams, accelerator.process_index, 60 * config.loop.stall_minutes)
+        with self._bar, stalls, Interrupts() as self._interrupts:
+            while counters.epochs < config.optim.epochs:
+                log = self._epoch(stalls)
+                self._end_of_epoch(log)
+            self._consensus.wait()
+
+    def _epoch(self, batches: StallGuard) -> dict[str, float]:
+        """Take the steps of an epoch that are left; return what the last one logged."""
+        config, plan, counters = self._config, self._plan, self._counters
+        epoch, last_step = counters.epochs + 1, (counters.epochs + 1) * plan.steps_per_epoch
+        self._network.train()
+        began = time.perf_counter() - counters.epoch_seconds
+        loss_sum = torch.full((), counters.loss_sum, dtype=torch.float64, device=self._accelerator.device)
+        log: dict[str, float] = {}
+        while counters.step < last_step:
+            within = counters.step % plan.steps_per_epoch
+            lr = config.optim.lr * lr_factor(config.optim, counters.step / plan.steps_per_epoch)
+            batch = next(batches)
+            progress = Progress(epoch, config.optim.epochs, within, config.loop.seed)
+            loss, log = self._step(batch, progress, lr)
+            self._losses.seen(loss, {"epoch": epoch, "step": counters.step + 1, "lr": lr}, batch)
+            loss_sum += loss
+            counters.step += 1
+            self._bar.update()
+            signal, due = self._consensus(self._interrupts.received, self._is_due())
+            if (signal or due) and counters.step < last_step:
+                self._gather(loss_sum, began)
+                self._save()
+                if signal:
+                    raise Interrupted(signal)
+        self._gather(loss_sum, began)
+        return log
+
+    def _step(self, batch: dict[str, Batch], progress: Progress, lr: float) -> tuple[torch.Tensor, dict[str, float]]:
+        """Make one step of the optimiser; return the loss, detached, and what the method logs."""
+        accelerator, optim = self._accelerator, self._config.optim
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        loss = torch.zeros((), device=accelerator.device)
+        parts = split_batch(batch, optim.accumulate)
+        for number, part in enumerate(parts, start=1):
+            # Gradients are exchanged between processes once a step.
+            with accelerator.no_sync(self._method.network) if number < len(parts) else nullcontext():
                 with accelerator.autocast():
-                    result = method.step(batch, Progress(epoch, epochs, step, config.loop.seed))
-                accelerator.backward(result.loss)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                loss_sum += result.loss.detach()
-                log = result.log
-                counters.step += 1
-                bar.update()
-            loss = float(accelerator.reduce(loss_sum, "mean")) / epoch_steps
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} in epoch {epoch} (optim.lr={lr:g}); lower optim.lr or use --loop.precision no"
-                )
-            took = time.perf_counter() - epoch_started
-            images = epoch_steps * plan.batch_size * len(plan.streams)
-            counters.epochs, counters.images = epoch, counters.images + images
-            counters.training_seconds += took
-            row: dict[str, Any] = {"epoch": epoch, "step": counters.step, "loss": loss, "lr": lr}
-            row |= {"images_per_second": images / took, **log}
-            if epoch % config.loop.eval_every == 0 or epoch == epochs:
-                result_on = summarize(evaluate(method, watched, config.input, accelerator), dataset.train_counts)
-                row["eval"] = {"split": watched.name, **result_on}
-                score = result_on["balanced_accuracy"]
-                if selecting and score is not None and score > best:
-                    best = score
-                    if accelerator.is_main_process:
-                        save_selected(run_folder, network, epoch, score)
-            row["seconds"] = counters.seconds = time.perf_counter() - started
-            if accelerator.is_main_process:
-                runs.append_row(run_folder, row)
-                bar.write(epoch_line(row, epochs))
-                if epoch % config.loop.checkpoint_every == 0 or epoch == epochs:
-                    save_checkpoint(run_folder, network, collect_states(optimizer, accelerator), counters)
+                    result = self._method.step(part, progress)
+                accelerator.backward(result.loss / len(parts))
+            loss += result.loss.detach() / len(parts)
+        if optim.clip_norm is not None:
+            accelerator.clip_grad_norm_(self._method.network.parameters(), optim.clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._average is not None:
+            self._average.update_parameters(self._network)
+        return loss, result.log
+
+    def _is_due(self) -> bool:
+        """Return whether a checkpoint is wanted at this step, in mid-epoch."""
+        loop = self._config.loop
+        by_steps = loop.checkpoint_steps is not None and self._counters.step % loop.checkpoint_steps == 0
+        # The clocks of ranks differ; the first one's counts.
+        late = time.perf_counter() - self._saved > 60 * loop.checkpoint_minutes
+        return by_steps or (late and self._accelerator.is_main_process)
+
+    def _gather(self, loss_sum: torch.Tensor, began: float) -> None:
+        """Bring the counters of the epoch under way up to date."""
+        self._losses.check()
+        # Every rank goes on from the mean, so that the mean over ranks stays what it is.
+        self._counters.loss_sum = float(self._accelerator.reduce(loss_sum, "mean"))
+        loss_sum.fill_(self._counters.loss_sum)
+        self._counters.epoch_seconds = time.perf_counter() - began
+
+    def _end_of_epoch(self, log: dict[str, float]) -> None:
+        """Evaluate, write the row, keep what is to be kept."""
+        config, plan, counters, accelerator = self._config, self._plan, self._counters, self._accelerator
+        epochs, epoch, took = config.optim.epochs, counters.epochs + 1, counters.epoch_seconds
+        images = plan.steps_per_epoch * plan.batch_size * len(plan.streams)
+        row: dict[str, Any] = {"epoch": epoch, "step": counters.step}
+        row |= {"loss": counters.loss_sum / plan.steps_per_epoch, "lr": self._optimizer.param_groups[0]["lr"]}
+        row |= {"images_per_second": images / took, **log}
+        if epoch % config.loop.eval_every == 0 or epoch == epochs:
+            began = time.perf_counter()
+            tally = evaluate(self.evaluated, self._watched, config.input, accelerator)
+            result = summarize(tally, self._dataset.train_counts)
+            row["eval"] = {"split": self._watched.name, **result}
+            row["eval_seconds"] = time.perf_counter() - began
+            counters.evaluation_seconds += row["eval_seconds"]
+            score = result["balanced_accuracy"]
+            if self._selecting and score is not None and score > self._best:
+                self._best = score
+                if accelerator.is_main_process:
+                    save_selected(self._run_folder, unwrapped(self.evaluated.network), epoch, score)
+        counters.epochs, counters.images = epoch, counters.images + images
+        counters.training_seconds += took
+        counters.loss_sum = counters.epoch_seconds = 0.0
+        row["seconds"] = counters.seconds = time.perf_counter() - self._started
+        if accelerator.is_main_process:
+            runs.append_row(self._run_folder, row)
+            self._tracking.row(row)
+            self._bar.write(epoch_line(row, epochs))
+        signal, _ = self._consensus(self._interrupts.received, False)
+        if signal or epoch % config.loop.checkpoint_every == 0 or epoch == epochs:
+            self._save()
+        if signal:
+            raise Interrupted(signal)
+
+    def _save(self) -> None:
+        """Write a checkpoint; every rank returns when it is there."""
+        self._counters.seconds = time.perf_counter() - self._started
+        if self._accelerator.is_main_process:
+            keep = self._config.loop.keep_checkpoints
+            save_checkpoint(self._run_folder, self._network, self._states(), self._counters, keep)
+        self._accelerator.wait_for_everyone()
+        self._consensus.wait()  # whether this checkpoint is due
+        self._saved = time.perf_counter()
+
+    def _states(self) -> dict[str, Any]:
+        """Return what a resumed run needs besides the network and the counters."""
+        states = {"optimizer": self._optimizer.state_dict(), "random": torch.get_rng_state()}
+        if self._accelerator.device.type == "cuda":
+            states["random_cuda"] = torch.cuda.get_rng_state(self._accelerator.device)
+        if self._accelerator.scaler is not None:
+            states["scaler"] = self._accelerator.scaler.state_dict()
+        if self._average is not None:
+            states["average"] = self._average.state_dict()
+        return states
+
+    def restore(self, states: dict[str, Any]) -> None:
+        """Undo `_states`; what the checkpoint lacks, because the run was set otherwise, begins anew."""
+        self._optimizer.load_state_dict(states["optimizer"])
+        torch.set_rng_state(states["random"])
+        if self._accelerator.device.type == "cuda" and "random_cuda" in states:
+            torch.cuda.set_rng_state(states["random_cuda"], self._accelerator.device)
+        if self._accelerator.scaler is not None and "scaler" in states:
+            self._accelerator.scaler.load_state_dict(states["scaler"])
+        if self._average is not None and "average" in states:
+            self._average.load_state_dict(states["average"])
+
+
+def prepare_network(network: torch.nn.Module, loop: Loop) -> None:
+    """Set how a network computes, in place: its memory layout, its batch norm, whether it is compiled."""
+    for module in network.modules():
+        if isinstance(module, Normalize):
+            module.channels_last = loop.channels_last
+    if loop.channels_last:
+        network.to(memory_format=torch.channels_last)
+    if loop.sync_batch_norm:
+        use_stream_batch_norm(network, synchronised=True)
+    if loop.compile:
+        network.compile()
+
+
+def split_batch(batch: dict[str, Batch], parts: int) -> list[dict[str, Batch]]:
+    """Cut every stream of a step into so many equal parts."""
+    if parts == 1:
+        return [batch]
+
+    def part(of: Batch, number: int) -> Batch:
+        size = len(of.ids_B) // parts
+        mine = slice(number * size, (number + 1) * size)
+        return Batch(of.images_BHWC[mine], of.labels_B[mine], of.ids_B[mine])
+
+    return [{name: part(of, number) for name, of in batch.items()} for number in range(parts)]
 
 
 def finish(
@@ -248,6 +448,7 @@ def finish(
         "evaluated_on": test.name,
         "images_per_second": counters.images / counters.training_seconds if counters.training_seconds else None,
         "seconds": counters.seconds,
+        "evaluation_seconds": counters.evaluation_seconds,
         "environment": runs.environment(device_name(accelerator.device), accelerator.num_processes),
         "command": runs.command(),
     }
@@ -272,14 +473,18 @@ def write_results(run_folder: Path, summary: dict[str, Any], final: Tally, datas
     print(f"wrote {run_folder}/summary.json; for a page with figures: python -m analysis report {run_folder}")
 
 
-def make_accelerator(precision: str) -> Accelerator:
-    """Make the Accelerator, or say why this precision cannot be had here."""
+def make_accelerator(precision: str, device: str = "auto") -> Accelerator:
+    """Make the Accelerator, or say in one line what stands in its way here."""
+    check_devices(os.environ, device, torch.cuda.device_count())
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    if cpu and precision == "fp16":
+        raise UserError("loop.precision=fp16 needs a GPU; use --loop.precision bf16, or no")
     try:
-        return Accelerator(
-            mixed_precision=None if precision == "auto" else precision,
-            # Unless it is told, several processes on CPUs would each think itself alone.
-            cpu=not torch.cuda.is_available(),
-        )
+        with told_in_one_line():
+            # Unless it is told about CPUs, several processes on them would each think itself alone.
+            return Accelerator(mixed_precision=None if precision == "auto" else precision, cpu=cpu)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"loop.precision={precision}: {' '.join(str(error).split())}") from None
 
@@ -334,21 +539,6 @@ def lr_factor(optim: Optim, epoch: float) -> float:
     if optim.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * (whole - optim.warmup_epochs) / (optim.epochs - optim.warmup_epochs)))
     return 1.0
-
-
-def collect_states(optimizer: Any, accelerator: Accelerator) -> dict[str, Any]:
-    """Return the state dicts, besides the network's, that a resumed run needs."""
-    states = {"optimizer": optimizer.state_dict()}
-    if accelerator.scaler is not None:
-        states["scaler"] = accelerator.scaler.state_dict()
-    return states
-
-
-def restore_states(states: dict[str, Any], optimizer: Any, accelerator: Accelerator) -> None:
-    """Undo `collect_states`."""
-    optimizer.load_state_dict(states["optimizer"])
-    if accelerator.scaler is not None and "scaler" in states:
-        accelerator.scaler.load_state_dict(states["scaler"])
 
 
 def device_name(device: torch.device) -> str:

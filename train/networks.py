@@ -48,9 +48,10 @@ class Normalize(nn.Module):
     """Grey levels to normalised channels: (x / 255 − mean) / std, in float32 whatever autocast says.
 
     Takes images_BHWC, uint8 in 0..255 (a mixture of images may be floating point in the same range).
-    Returns images_BCHW, float32, in channels_last memory: the permutation copies nothing.
+    Returns images_BCHW, float32, in channels_last memory, where the permutation copies nothing, or contiguous.
     """
 
+    channels_last: bool = True
     mean: Tensor
     std: Tensor
 
@@ -62,7 +63,8 @@ class Normalize(nn.Module):
 
     def forward(self, images_BHWC: Tensor) -> Tensor:
         """See the class."""
-        return (images_BHWC.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        images_BCHW = (images_BHWC.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        return images_BCHW if self.channels_last else images_BCHW.contiguous()
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,8 @@ def new_run(stem: str) -> Path:
 
 def use_run(path: Path, resume: bool) -> Path:
     """Make the folder of a run that was named, or accept the one that is there when resuming."""
-    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    # A kill may have left the beginnings of a file there.
+    taken = path.exists() and (not path.is_dir() or any(not name.startswith(".") for name in os.listdir(path)))
     if taken and not (path / "config.yaml").exists():
         raise UserError(f"{path} already exists and is no run of ours; name another folder with --run")
     if taken and not resume:

@@ -74,5 +74,7 @@ def test_evaluation_windows_are_centred_squares(name, expected):
 
 
 def test_an_unknown_recipe_is_named_with_the_choices():
-    with pytest.raises(UserError, match="'cifra'; choose one of: none, shift, cifar, imagenet, eval"):
+    with pytest.raises(
+        UserError, match="'cifra'; choose one of: none, shift, cifar, imagenet, strong, strong-cifar, eval"
+    ):
         find_recipe("cifra")

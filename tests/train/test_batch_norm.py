@@ -51,6 +51,20 @@ def test_one_pass_is_a_pass_per_stream(streams, memory, dtype):
     assert norm.num_batches_tracked == streams
 
 
+def test_compiled_it_is_the_same():
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), StreamBatchNorm2d(4), nn.ReLU())
+    reference = copy.deepcopy(layers)
+    layers.compile(backend="aot_eager", fullgraph=True)
+    maps = made_maps(4, 3, 5, 5)
+    for network in (layers, reference):
+        with split_statistics(network, 2):
+            network(maps).square().sum().backward()
+    for mine, other in zip(layers.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+    for mine, other in zip(layers.buffers(), reference.buffers(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
 def test_gradients_are_those_of_finite_differences():
     _, norm = norm_pair(2)
     norm.double()

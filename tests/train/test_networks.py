@@ -365,6 +365,10 @@ def test_missing_and_damaged_files(plain, tmp_path):
             ("plain", "resnet18", 10, "IMAGENET1K_V9"),
             "weights 'IMAGENET1K_V9' are neither a file nor one of torchvision's names for resnet18: IMAGENET1K_V1",
         ),
+        (
+            ("plain", "resnet10", 10, "DEFAULT"),
+            "'DEFAULT' are neither a file nor one of torchvision's names for resnet10: none",
+        ),
         (("plain", "resnet18", 10, "lost.pth"), r"weights 'lost\.pth' are neither a file nor"),
     ],
 )

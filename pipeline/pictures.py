@@ -1,0 +1,70 @@
+"""One image at a time, by PIL: the portable way from encoded bytes to what the network sees."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.distort import distort
+from pipeline.plan import Draw
+from pipeline.reader import ShardReader
+from shards.index import Split
+
+
+class UndecodableError(Exception):
+    """An image that does not decode: `sample` is its id, `reason` says why on one line."""
+
+    def __init__(self, sample: int, reason: str) -> None:
+        super().__init__(f"sample {sample}: {reason}")
+        self.sample, self.reason = sample, reason
+
+
+def decode(split: Split, reader: ShardReader, sample: int) -> Image.Image:
+    """Read and decode a sample: an RGB picture of the size that the index says.
+
+    Raises:
+        UndecodableError: its bytes are no picture of that size.
+        UserError: its shard cannot be read.
+    """
+    (file,) = reader.encoded([sample])
+    row = split.samples[sample]
+    expected = (int(row["width"]), int(row["height"]))
+    try:
+        with Image.open(io.BytesIO(file.data)) as opened:
+            # Before any pixel is decoded: damaged bytes may speak of a huge picture.
+            if opened.size != expected:
+                raise ValueError(f"{opened.size[0]}x{opened.size[1]} pixels, not {expected[0]}x{expected[1]}")
+            return opened.convert("RGB")
+    # PIL's plugins meet damaged bytes with whatever their code runs into: OSError, SyntaxError, struct.error…
+    except Exception as error:
+        # PIL names the buffer, whose address says nothing.
+        reason = " ".join(str(error).split(" <_io")[0].split())
+        raise UndecodableError(sample, reason) from error
+
+
+def show_windows(split: Split, reader: ShardReader, draw: Draw, image_size: int) -> torch.Tensor:
+    """Decode a draw's images, cut their windows, resize them with antialiasing (triangle filter), mirror and distort.
+
+    Args:
+        split: what the draw's ids belong to.
+        reader: of that split.
+        draw: B samples, and what is shown of them.
+        image_size: S, in pixels.
+
+    Returns:
+        Shape (B, S, S, 3), uint8, RGB, on the CPU.
+
+    Raises:
+        UndecodableError: the first image that does not decode.
+        UserError: a shard cannot be read.
+    """
+    images_BHWC = np.empty((len(draw.ids_B), image_size, image_size, 3), dtype=np.uint8)
+    for image_HWC, sample, (top, left, height, width), flip in zip(
+        images_BHWC, draw.ids_B.tolist(), draw.windows_B4.tolist(), draw.flips_B.tolist(), strict=True
+    ):
+        window = decode(split, reader, sample).crop((left, top, left + width, top + height))
+        shown = np.asarray(window.resize((image_size, image_size), Image.Resampling.BILINEAR))
+        image_HWC[:] = shown[:, ::-1] if flip else shown
+    shown_BHWC = torch.from_numpy(images_BHWC)
+    return shown_BHWC if draw.distortions_B is None else distort(shown_BHWC, draw.distortions_B)

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as transforms
+
+from pipeline.resize import Buffers, resize_windows
+
+SIZES = [(1, 1), (1, 300), (7, 5), (224, 224), (150, 180), (500, 40), (900, 1200)]
+
+
+def noise(height: int, width: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", [1, 32, 224])
+def test_windows_are_resized_as_torchvision_and_pil_do(size):
+    windows = [noise(*shape) for shape in SIZES]
+    images = torch.full((len(SIZES), size, size, 3), 77, dtype=torch.uint8)
+    resize_windows(windows, images)
+    for window, image in zip(windows, images, strict=True):
+        theirs = transforms.resize(window.permute(2, 0, 1), [size, size], antialias=True)
+        assert torch.equal(image, theirs.permute(1, 2, 0))
+        pil = np.asarray(Image.fromarray(window.numpy()).resize((size, size), Image.Resampling.BILINEAR))
+        assert np.abs(image.numpy().astype(int) - pil).max() <= 1
+
+
+def test_rows_of_a_larger_image_are_windows_too():
+    image = noise(60, 80)
+    out = torch.zeros(1, 20, 20, 3, dtype=torch.uint8)
+    resize_windows([image[10:40, 20:70]], out)
+    again = torch.zeros_like(out)
+    resize_windows([image[10:40, 20:70].contiguous()], again)
+    assert torch.equal(out, again)
+
+
+def test_memory_is_used_again_once_nobody_holds_it():
+    buffers = Buffers(2, 4, 4, 3)
+    first = buffers.take()
+    address = first.data_ptr()
+    view = first[1:].permute(0, 3, 1, 2)
+    del first
+    assert buffers.take().data_ptr() != address
+    del view
+    assert buffers.take().data_ptr() == address
+
+
+def test_batches_that_are_held_have_memory_of_their_own_and_little_of_it_is_kept():
+    buffers = Buffers(1, 2, 2, 3, most=2)
+    held = [buffers.take() for _ in range(5)]
+    addresses = {batch.data_ptr() for batch in held}
+    assert len(addresses) == 5
+    del held[:]
+    again = [buffers.take() for _ in range(2)]
+    assert {batch.data_ptr() for batch in again} <= addresses
+    assert not buffers._unused

@@ -1,0 +1,103 @@
+"""Checkpoints on disk: whole or not there, kept to a number, and passed over where damaged."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from shards.errors import UserError
+from train import checkpoints
+from train.checkpoints import Counters, load_checkpoint, save_checkpoint
+
+
+def save(folder, step: int, keep: int = 2) -> None:
+    network = nn.Linear(2, 1)
+    nn.init.constant_(network.weight, step)
+    save_checkpoint(folder, network, {"optimizer": {"step": step}}, Counters(step=step, loss_sum=step / 3), keep)
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_what_was_saved_comes_back(tmp_path):
+    save(tmp_path, 7)
+    network = nn.Linear(2, 1)
+    states, counters = load_checkpoint(tmp_path, network)
+    assert states == {"optimizer": {"step": 7}}
+    assert counters == Counters(step=7, loss_sum=7 / 3)
+    assert network.weight.tolist() == [[7, 7]]
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path):
+    assert load_checkpoint(tmp_path, nn.Linear(2, 1)) is None
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_newest_are_kept(tmp_path, keep):
+    for step in (9, 10, 100, 1000):
+        save(tmp_path, step, keep)
+    assert names(tmp_path) == ["step-00000010", "step-00000100", "step-00001000"][3 - keep :]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "sums.json"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "one bit"])
+def test_a_damaged_newest_is_skipped_for_the_one_before(tmp_path, capsys, name, damage):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    path = tmp_path / "checkpoints/step-00000002" / name
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "one bit":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    network = nn.Linear(2, 1)
+    states, counters = load_checkpoint(tmp_path, network)
+    assert (states["optimizer"]["step"], counters.step, network.weight[0, 0].item()) == (1, 1, 1)
+    told = capsys.readouterr().err
+    assert told.startswith(f"warning: {tmp_path}/checkpoints/step-00000002 is damaged (")
+    assert told.endswith("; skipped\n")
+    assert told.count("\n") == 1
+
+
+def test_when_all_are_damaged_the_remedy_is_told(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints/step-00000001/state.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"every checkpoint of .* is damaged; remove .*/checkpoints to start"):
+        load_checkpoint(tmp_path, nn.Linear(2, 1))
+
+
+def test_a_checkpoint_of_another_network_is_not_taken_for_damaged(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    with pytest.raises(UserError, match=r"step-00000002/model\.safetensors is of another model"):
+        load_checkpoint(tmp_path, nn.Linear(3, 1))
+
+
+def test_a_failed_save_leaves_the_old_one_and_no_rest(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_what_a_kill_left_is_cleared_away(tmp_path):
+    (tmp_path / "checkpoints/.partial-x").mkdir(parents=True)
+    save(tmp_path, 1)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_weights_in_any_memory_layout(tmp_path):
+    network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    checkpoints.save_checkpoint(tmp_path, network, {}, Counters(), 1)
+    again = nn.Conv2d(3, 4, 3)
+    load_checkpoint(tmp_path, again)
+    assert torch.equal(again.weight, network.weight)

@@ -1,0 +1,224 @@
+"""What goes wrong in a run of three days is told in one line."""
+
+import errno
+import json
+import math
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.batch import Batch
+from shards.errors import UserError
+from train import guards
+from train.erm import ERM
+from train.guards import LossGuard, StallGuard, check_devices, told_in_one_line
+from train.loop import Training, run
+
+SHORT = ["--optim.epochs", "1", "--input.batch_size", "64", "--input.image_size", "8", "--optim.lr", "0.02"]
+WHERE = {"epoch": 2, "step": 9, "lr": 0.1}
+
+
+def fails_with(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        run(ERM, [*SHORT, *arguments])
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2, error
+    assert error.startswith("train/erm.py: error: ")
+    assert "\n" not in error
+    return error
+
+
+def step_of(*ids: int) -> dict[str, Batch]:
+    return {"train": Batch(torch.zeros(len(ids), 1, 1, 3), torch.zeros(len(ids)), np.array(ids))}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_stops_one_step_later_and_names_its_own_images(tmp_path, digits, value):
+    guard = LossGuard(tmp_path, digits.splits["train"], rank=3)
+    guard.seen(torch.tensor(1.0), WHERE, step_of(0))
+    guard.seen(torch.tensor(value), WHERE, step_of(4, 2))
+    with pytest.raises(
+        UserError, match=r"the loss is -?(nan|inf) in epoch 2, step 9 \(optim\.lr=0\.1\); lower optim\.lr"
+    ):
+        guard.seen(torch.tensor(1.0), WHERE | {"step": 10}, step_of(1))
+    told = json.loads((tmp_path / "nonfinite-loss-rank-3.json").read_text())
+    names = digits.splits["train"].sample_names()
+    assert told == {"loss": str(value), **WHERE, "samples": {"train": [names[4], names[2]]}}
+    guard.check()  # told once
+
+
+def test_a_finite_loss_leaves_no_file(tmp_path, digits):
+    guard = LossGuard(tmp_path, digits.splits["train"], rank=0)
+    guard.check()
+    guard.seen(torch.tensor(1e30), WHERE, step_of(0))
+    guard.check()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_diverging_run_never_saves_its_weights(workplace, capsys, monkeypatch):
+    def diverge(self, batch, progress, lr):
+        return torch.tensor(math.nan if progress.step == 2 else 1.0), {}
+
+    monkeypatch.setattr(Training, "_step", diverge)
+    message = fails_with(capsys, "--run", "runs/a", "--loop.checkpoint_steps", "3")
+    assert "the loss is nan in epoch 1, step 3 (optim.lr=" in message
+    assert "runs/a/nonfinite-loss-rank-0.json names the step's images" in message
+    assert len(json.loads((workplace / "runs/a/nonfinite-loss-rank-0.json").read_text())["samples"]["train"]) == 64
+    assert not (workplace / "runs/a/checkpoints").exists()
+
+
+class SlowLoader:
+    """Delivers after a while; says what it waits for, if it knows."""
+
+    def __init__(self, seconds: float, waiting_for: str | None) -> None:
+        self.seconds = seconds
+        if waiting_for:
+            self.waiting_for = waiting_for
+
+    def __next__(self) -> str:
+        time.sleep(self.seconds)
+        return "batch"
+
+
+@pytest.mark.parametrize(("waiting_for", "named"), [("reversed", "reversed"), (None, "uniform or reversed")])
+def test_a_batch_that_stalls_ends_the_process_and_says_which_rank_and_stream(capsys, monkeypatch, waiting_for, named):
+    ended = []
+    monkeypatch.setattr(guards.os, "_exit", lambda status: (ended.append(status), time.sleep(1)))
+    with StallGuard(SlowLoader(0.6, waiting_for), ("uniform", "reversed"), 5, limit_s=0.2) as guard:
+        assert next(guard) == "batch"
+    assert ended == [1]
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: rank 5 has waited 0.2 s for a batch of the stream {named}: ")
+    assert error.count("\n") == 1
+
+
+def test_slow_steps_are_no_stall(monkeypatch):
+    monkeypatch.setattr(guards.os, "_exit", lambda status: pytest.fail("ended"))
+    with StallGuard(SlowLoader(0.0, None), ("uniform",), 0, limit_s=0.2) as guard:
+        for _ in range(2):
+            next(guard)
+            time.sleep(0.3)
+
+
+@pytest.mark.parametrize(
+    ("environment", "device", "gpus", "message"),
+    [
+        ({}, "cuda", 0, "loop.device=cuda, but torch finds no GPU here"),
+        (
+            {"LOCAL_RANK": "2"},
+            "auto",
+            2,
+            "process 2 of this machine has no GPU of its own: torch finds 2; start --num_",
+        ),
+        ({"LOCAL_RANK": "2"}, "cuda", 2, "process 2 of this machine has no GPU"),
+        ({"LOCAL_RANK": "1"}, "auto", 2, None),
+        ({"LOCAL_RANK": "7"}, "auto", 0, None),
+        ({"LOCAL_RANK": "7"}, "cpu", 2, None),
+    ],
+)
+def test_devices(environment, device, gpus, message):
+    if message is None:
+        check_devices(environment, device, gpus)
+    else:
+        with pytest.raises(UserError, match=message):
+            check_devices(environment, device, gpus)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loop.device", "cuda"], "torch finds no GPU here; use --loop.device cpu"),
+        (["--loop.precision", "fp16"], "loop.precision=fp16 needs a GPU; use --loop.precision bf16, or no"),
+    ],
+)
+def test_what_needs_a_gpu(workplace, capsys, arguments, message):
+    assert message in fails_with(capsys, *arguments)
+    assert not (workplace / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("cannot allocate 3 TB"),
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 TB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3 TB. Error code 12"),
+    ],
+)
+def test_no_memory(workplace, capsys, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Training, "_step", fail)
+    message = fails_with(capsys)
+    assert "out of memory (" in message
+    assert "3 TB" in message
+    assert "lower input.batch_size, or work in parts with --optim.accumulate 2" in message
+
+
+def test_really_no_memory():
+    with pytest.raises(UserError, match="out of memory"), told_in_one_line():
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_run_folder_that_cannot_be_written_to(workplace, capsys, monkeypatch, number):
+    def fail(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("train.checkpoints.os.fsync", fail)
+    message = fails_with(capsys, "--run", "runs/a")
+    assert f"cannot write runs/a ({os.strerror(number)}); mend that, then go on with --run runs/a --resume" in message
+    left = {path.name for path in (workplace / "runs/a/checkpoints").iterdir()}
+    assert left <= {"selected.safetensors", "selected.json"}
+
+
+def test_a_run_folder_that_cannot_be_made(workplace, capsys):
+    assert "cannot make the run folder /proc/run" in fails_with(capsys, "--run", "/proc/run")
+
+
+def test_a_port_in_use_and_a_lost_process(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with (
+        pytest.raises(
+            UserError, match=r"port 29500 is in use on this machine; choose another with --main_process_port"
+        ),
+        told_in_one_line(),
+    ):
+        raise torch.distributed.DistNetworkError("server socket failed to listen. EADDRINUSE: address already in use")
+    with (
+        pytest.raises(
+            UserError, match=r"lost another process of this run \(.*closed by peer.*\); its own message says"
+        ),
+        told_in_one_line(),
+    ):
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3333")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), FileNotFoundError(2, "no such file"), KeyError("x")])
+def test_our_own_bugs_keep_their_traceback(error, tmp_path):
+    with pytest.raises(type(error)), told_in_one_line(tmp_path):
+        raise error
+
+
+def test_a_port_that_is_really_in_use(workplace, capsys, monkeypatch):
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    assert f"port {server.port} is in use on this machine" in fails_with(capsys)
+
+
+def test_parts_that_do_not_divide_the_batch(workplace, capsys):
+    message = fails_with(capsys, "--optim.accumulate", "5")
+    assert "optim.accumulate=5 does not divide the 64 images per stream of each process; choose a divisor" in message
+    assert not (workplace / "runs").exists()
+
+
+def test_machines_that_see_different_checkpoints(workplace, capsys, monkeypatch):
+    monkeypatch.setattr("train.loop.broadcast_object_list", lambda objects: [40 if x == 0 else x for x in objects])
+    message = fails_with(capsys, "--run", "runs/a", "--resume")
+    assert "finds a checkpoint of step 0 in runs/a, the first process one of step 40; put the run on a file" in message

@@ -1,0 +1,50 @@
+"""The files that start a run on many GPUs: understood by accelerate, and what Slurm's script does."""
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+LAUNCH = Path(__file__).parents[2] / "scripts" / "launch"
+
+
+@pytest.mark.parametrize(
+    ("name", "machines", "processes"), [("one-gpu", 1, 1), ("eight-gpus", 1, 8), ("two-nodes", 2, 16)]
+)
+def test_accelerate_reads_the_configurations(name, machines, processes):
+    config = load_config_from_file(str(LAUNCH / f"{name}.yaml"))
+    assert (config.num_machines, config.num_processes) == (machines, processes)
+    assert config.mixed_precision == "bf16"
+    assert config.distributed_type == ("NO" if processes == 1 else "MULTI_GPU")
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (2, False)])
+def test_a_slurm_job_that_stopped_for_its_time_is_queued_again(tmp_path, status, requeued):
+    """With stand-ins for Slurm's commands and for Python."""
+    stand_ins = {
+        "scontrol": 'if [ "$1" = show ]; then printf "first\\nsecond\\n"; else echo "$@" >> calls; fi',
+        "srun": 'shift; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" || status=$?; done;'
+        " exit ${status:-0}",
+        "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT: $@" >> calls; exit $STATUS',
+    }
+    for name, body in stand_ins.items():
+        path = tmp_path / name
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STATUS": str(status)}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
+    done = subprocess.run(
+        ["bash", LAUNCH / "slurm.sbatch", "train/bbn.py", "--run", "runs/a b"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == (0 if requeued else status), done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[:2] == [f"{rank} {rank} 2 first 20007: train/bbn.py --run runs/a b --resume" for rank in range(2)]
+    assert calls[2:] == (["requeue 7"] if requeued else [])

@@ -1,0 +1,160 @@
+"""How a step is computed: in parts, clipped, averaged, in another memory layout, compiled; and watched."""
+
+import copy
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from pipeline.batch import Batch
+from train.batch_norm import StreamBatchNorm2d
+from train.bbn import BBN
+from train.config import Loop
+from train.erm import ERM
+from train.loop import Training, prepare_network, run, split_batch
+from train.networks import Normalize, build_network
+
+SHORT = ["--optim.epochs", "1", "--input.batch_size", "64", "--input.image_size", "8", "--optim.lr", "0.02"]
+
+
+def loss_of(workplace, *arguments) -> float:
+    run(ERM, [*SHORT, "--run", "runs/a", *arguments])
+    loss = json.loads((workplace / "runs/a/metrics.jsonl").read_text())["loss"]
+    (workplace / "runs/a").rename(workplace / f"runs/{len(list((workplace / 'runs').iterdir()))}")
+    return loss
+
+
+def freeze_statistics(network: nn.Module) -> nn.Module:
+    """Let batch norm use its running statistics, so that a batch may be cut without a difference."""
+    network.eval()
+    network.train = lambda mode=True: network
+    return network
+
+
+def test_parts_of_a_batch_are_its_images_in_order():
+    images = torch.arange(6).view(6, 1, 1, 1)
+    batch = {"a": Batch(images, torch.arange(6), np.arange(6)), "b": Batch(images + 6, torch.arange(6), np.arange(6))}
+    parts = split_batch(batch, 3)
+    assert [part["b"].images_BHWC.flatten().tolist() for part in parts] == [[6, 7], [8, 9], [10, 11]]
+    assert [part["a"].ids_B.tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]
+    assert [part["a"].labels_B.tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]
+    assert split_batch(batch, 1) == [batch]
+
+
+def test_a_step_in_parts_is_the_step_but_for_batch_norm(workplace, monkeypatch):
+    build = build_network
+    monkeypatch.setattr("train.erm.build_network", lambda *a: freeze_statistics(build(*a)))
+    small = ["--optim.lr", "1e-3"]
+    whole, parts = loss_of(workplace, *small), loss_of(workplace, *small, "--optim.accumulate", "4")
+    assert parts == pytest.approx(whole, rel=1e-4)
+    ours, theirs = (load_file(workplace / f"runs/{name}/model.safetensors") for name in ("1", "2"))
+    for key, value in ours.items():
+        torch.testing.assert_close(theirs[key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_clipping_bounds_the_gradient(workplace, monkeypatch):
+    norms = []
+
+    def step(self, *arguments, **options):
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(float(torch.stack([gradient.norm() for gradient in gradients]).norm()))
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    loss_of(workplace)
+    free, norms[:] = max(norms), []
+    loss_of(workplace, "--optim.clip_norm", "0.1")
+    assert free > 1
+    np.testing.assert_allclose(norms, 0.1, rtol=1e-3)
+
+
+def test_the_average_is_what_is_evaluated_and_kept(workplace, monkeypatch):
+    decay, expected = 0.8, []
+    step = Training._step
+
+    def step_and_average(self, *arguments):
+        result = step(self, *arguments)
+        weight = self._network.classifier.weight.detach().clone()
+        expected.append(weight if not expected else decay * expected[-1] + (1 - decay) * weight)
+        return result
+
+    monkeypatch.setattr(Training, "_step", step_and_average)
+    run(ERM, [*SHORT, "--optim.ema", str(decay), "--run", "runs/a"])
+    kept = load_file("runs/a/model.safetensors")
+    torch.testing.assert_close(kept["classifier.weight"], expected[-1])
+    selected = load_file("runs/a/checkpoints/selected.safetensors")
+    assert all(torch.equal(kept[key], selected[key]) for key in kept)
+    (trained,) = (workplace / "runs/a/checkpoints").glob("step-*/model.safetensors")
+    assert not torch.equal(load_file(trained)["classifier.weight"], kept["classifier.weight"])
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_memory_layout(channels_last):
+    network = build_network("bilateral", "resnet32", 3)
+    reference = copy.deepcopy(network).eval()
+    prepare_network(network, Loop(channels_last=channels_last))
+    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    weight = network.trunk.layer1[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    for module in network.modules():
+        if isinstance(module, Normalize):
+            assert module(images).is_contiguous() != channels_last
+    torch.testing.assert_close(network.eval().predict(images), reference.predict(images), rtol=1e-4, atol=1e-4)
+
+
+def test_synchronised_batch_norm_is_put_everywhere():
+    network = build_network("bilateral", "resnet32", 3)
+    prepare_network(network, Loop(sync_batch_norm=True))
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all(isinstance(norm, StreamBatchNorm2d) and norm.synchronised for norm in norms)
+
+
+def test_options_together_train_and_resume(workplace):
+    run(BBN, [*SHORT, "--loop.precision", "bf16", "--loop.channels_last", "false", "--optim.accumulate", "2",
+              "--optim.ema", "0.9", "--loop.sync_batch_norm", "true", "--run", "runs/a"])  # fmt: skip
+    run(BBN, ["--resume", "--run", "runs/a", "--optim.epochs", "2"])
+    losses = [json.loads(line)["loss"] for line in (workplace / "runs/a/metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+
+
+def test_tensorboard_missing_is_told(workplace, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit):
+        run(ERM, [*SHORT, "--loop.track", "tensorboard"])
+    error = capsys.readouterr().err
+    assert "loop.track=tensorboard needs the package tensorboard (" in error
+    assert "install it, or use --loop.track none" in error
+    assert not (workplace / "runs").exists()
+
+
+def test_tensorboard_gets_the_curves(workplace, monkeypatch):
+    written: dict[str, dict[int, float]] = {}
+    opened = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            opened.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.setdefault(name, {})[step] = value
+
+        def flush(self): ...
+
+        def close(self):
+            opened.append("closed")
+
+    module = ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run(BBN, [*SHORT, "--loop.track", "tensorboard", "--run", "runs/a"])
+    assert opened == [("runs/a/tensorboard", 0), "closed"]
+    wanted = {"train/loss", "train/lr", "train/alpha", "train/images_per_second", "train/eval_seconds"}
+    wanted |= {f"val/{name}" for name in ("top1", "many", "medium", "few")}
+    assert wanted <= set(written)
+    row = SimpleNamespace(**json.loads((workplace / "runs/a/metrics.jsonl").read_text()))
+    assert written["train/loss"] == {row.step: row.loss}
