@@ -81,7 +81,9 @@ class Mode:
 
     def __str__(self) -> str:
         layout = "channels last" if self.channels_last else "channels first"
-        return f"{self.precision}, {layout}{', compiled' * self.compile}, {self.threads} threads"
+        return (
+            f"{self.precision}, {layout}{', compiled' * self.compile}, {self.threads} thread{'s' * (self.threads > 1)}"
+        )
 
     @property
     def ways(self) -> tuple[str, ...]:
@@ -199,8 +201,9 @@ def measure_case(
                 contenders.pop((mode, way), None)
     runs: dict[tuple[Mode, str], list[dict[str, float]]] = {key: [] for key in contenders}
     for number in range(rounds):
-        for key, contender in contenders.items():
-            runs[key].append(contender.trial(seconds))
+        turn = number % len(contenders)  # nobody always comes after the same one
+        for key in [*contenders][turn:] + [*contenders][:turn]:
+            runs[key].append(contenders[key].trial(seconds))
         say(f"{case}: round {number + 1} of {rounds}")
     results: dict[str, dict[str, Any]] = {}
     for (mode, way), trials in runs.items():

@@ -42,7 +42,7 @@ def test_a_run_from_end_to_end(tmp_path, monkeypatch):
     bench(tmp_path / "new" / "result.json", rounds=2, seconds=0.01, loader="torch", loader_threads=1, images=100)
     result = json.loads((tmp_path / "new" / "result.json").read_text())
     assert result["skipped"] == {}
-    ways = result["results"]["resnet32, 8x8, 4+4"]["float32, channels last, 1 threads"]
+    ways = result["results"]["resnet32, 8x8, 4+4"]["float32, channels last, 1 thread"]
     assert set(ways) == set(bench_train.WAYS)
     assert all(len(figures["runs"]) == 2 and min(figures["runs"]) > 0 for figures in ways.values())
     (bar,) = result["bars"]
@@ -56,8 +56,8 @@ def test_what_cannot_run_is_left_out_and_named(monkeypatch, tmp_path):
 
     monkeypatch.setitem(bench_train._LOSSES, "plain", no_memory)
     result = measure([TINY], [Mode()], "cpu", 1, 0.0, Loading("torch", 1, 100))
-    assert result["skipped"] == {"resnet32, 8x8, 4+4: float32, channels last, 1 threads: plain": "CUDA out of memory."}
-    assert "plain" not in result["results"]["resnet32, 8x8, 4+4"]["float32, channels last, 1 threads"]
+    assert result["skipped"] == {"resnet32, 8x8, 4+4: float32, channels last, 1 thread: plain": "CUDA out of memory."}
+    assert "plain" not in result["results"]["resnet32, 8x8, 4+4"]["float32, channels last, 1 thread"]
 
 
 def figures(*rates: float) -> dict:
