@@ -1,231 +1,403 @@
-"""How fast BBN's step is, beside two separate passes (the papers' way) and beside single-branch training.
+"""How fast BBN's step is: beside two separate passes, as the papers' code has it, and beside a plain network.
 
-    .venv/bin/python scripts/bench_train.py --json FILE [--backbone resnet50 --image-size 224 --batch-size 128]
+    .venv/bin/python scripts/bench_train.py --json FILE [--device cuda]
 
-Measures by turns, in one run, whole steps of the optimiser on the same number of images: `bbn` (this project's step),
-`two passes` (the same network, its trunk run once for each stream, with ordinary batch norm) and `single` (the plain
-network on both streams' images as one batch). On a GPU also with bf16, channels last and torch.compile. Data lies in
-memory; `loader` is `bbn` in its fastest setting fed by the loader from a dataset (`--data`), so that what it lacks
-to the same setting from memory is the loader's cost. All figures are medians over the rounds.
+Measured by turns, a trial of each in every round, all on 2B images a step:
+
+    bbn              the bilateral step as `train/bbn.py` runs it
+    bbn, one pass    the trunk once over both streams; on a GPU that is what `bbn` does
+    two passes       the trunk once per stream
+    plain            one branch, one stream of 2B images
+    bbn, loader      `bbn` on JPEGs or PNGs that a loader decodes meanwhile; the others find their batches in memory
+
+A step is forward, loss, backward and SGD. Ratios are taken within each round; their median counts.
 """
 
-import copy
 import json
+import os
 import platform
+import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from jsonargparse.typing import PositiveInt
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pipeline.loader import open_loader
+from pipeline.batch import Loader
+from pipeline.loader import LoaderKind, open_loader
 from pipeline.plan import Stream, TrainPlan
+from shards.build import build
 from shards.cli import run_commands
+from shards.errors import UserError
 from shards.index import open_dataset
 from shards.progress import say
+from train.batch_norm import split_statistics
 from train.bbn import bbn_loss
 from train.config import Loop
-from train.loop import device_name, prepare_network
+from train.loop import prepare_network
 from train.networks import BilateralNetwork, build_network
-from train.runs import environment
 
+ROOT = Path(__file__).parents[1]
+CLASSES = 100
 ALPHA = 0.5
-
-Streams = tuple[Tensor, Tensor, Tensor, Tensor]  # images and labels of the uniform stream, and of the reversed one
-Forward = Callable[[nn.Module, Streams], Tensor]
+WARM_STEPS = 3  # before each trial; they also empty a loader's queue, which filled while others were measured
+WAYS = ("bbn", "bbn, one pass", "two passes", "plain", "bbn, loader")
+NOISE = 0.02  # where the bilateral step chooses two passes, the clock alone decides which of the two is slower
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How a step is computed."""
+class Case:
+    """What is trained: `batch` images of `size` pixels per stream."""
 
-    bf16: bool = False
-    channels_last: bool = True
-    compile: bool = False
+    backbone: str
+    size: int
+    batch: int
 
     def __str__(self) -> str:
-        said = ["bf16" if self.bf16 else "float32", "channels last" if self.channels_last else "channels first"]
-        return ", ".join(said + ["compiled"] * self.compile)
+        return f"{self.backbone}, {self.size}x{self.size}, {self.batch}+{self.batch}"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How it is computed; `threads` are the CPU's."""
+
+    precision: Literal["float32", "tf32", "bf16", "fp16"] = "float32"
+    channels_last: bool = True
+    compile: bool = False
+    threads: int = 1
+
+    def __str__(self) -> str:
+        layout = "channels last" if self.channels_last else "channels first"
+        return (
+            f"{self.precision}, {layout}{', compiled' * self.compile}, {self.threads} thread{'s' * (self.threads > 1)}"
+        )
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """What is measured so; the papers' way is not compiled."""
+        return tuple(way for way in WAYS if not (self.compile and way in ("bbn, one pass", "two passes")))
+
+
+CASES = {
+    "cpu": [Case("resnet32", 32, 64), Case("resnet50", 96, 4)],
+    "cuda": [Case("resnet32", 32, 128), Case("resnet50", 224, 128)],
+}
+PAPERS_MODE = Mode(channels_last=False)
+MODES = {
+    "cpu": [Mode(threads=1), Mode(threads=2)],
+    "cuda": [
+        PAPERS_MODE,
+        Mode("tf32", channels_last=False),
+        Mode("tf32"),
+        Mode("bf16"),
+        Mode("fp16"),
+        Mode("bf16", compile=True),
+    ],
+}
 
 
 def bench(
     json: Path = Path("bench_train.json"),
-    backbone: str = "resnet32",
-    image_size: PositiveInt = 32,
-    batch_size: PositiveInt = 128,
-    classes: PositiveInt = 100,
-    steps: PositiveInt = 10,
-    rounds: PositiveInt = 5,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    data: Path | None = None,
-    threads: PositiveInt = 2,
+    device: Literal["cpu", "cuda"] = "cpu",
+    rounds: int = 7,
+    seconds: float = 2.0,
+    loader: LoaderKind = "auto",
+    loader_threads: int = 2,
+    images: int = 4000,
 ) -> None:
     """Measure and write the results.
 
     Args:
         json: the file to write.
-        backbone: as --model.backbone.
-        image_size: height and width in pixels.
-        batch_size: images per stream.
-        classes: how many the networks tell apart.
-        steps: how many steps a measurement takes.
+        device: cpu or cuda.
         rounds: how often everything is measured, by turns.
-        device: cpu, cuda, or auto (a GPU where there is one).
-        data: a dataset's folder, to feed the step from the loader too; its images are resized to image_size.
-        threads: decoding threads per stream.
+        seconds: how long each trial lasts at least.
+        loader: the loader of `bbn, loader`.
+        loader_threads: its threads per stream.
+        images: how many it chooses from.
     """
-    on = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
-    settings = [Setting(channels_last=True), Setting(channels_last=False)]
-    if on.type == "cuda":
-        settings += [Setting(compile=True), Setting(bf16=True), Setting(bf16=True, compile=True)]
-    torch.manual_seed(0)
-    bilateral = build_network("bilateral", backbone, classes)
-    plain = build_network("plain", backbone, classes)
-    kinds: dict[str, tuple[nn.Module, Forward]] = {
-        "bbn": (bilateral, bbn_step),
-        "two passes": (bilateral, two_passes_step),
-        "single": (plain, single_step),
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda needs an NVIDIA GPU and there is none; use --device cpu")
+    loading = Loading(loader, loader_threads, images)
+    results = measure(CASES[device], MODES[device], device, rounds, seconds, loading)
+    json.parent.mkdir(parents=True, exist_ok=True)
+    json.write_text(_dumps(results))
+    for bar in results["bars"]:
+        say(f"{bar['what']}: {bar['measured']:.3f} ({bar['bar']}): {'reached' if bar['reached'] else 'MISSED'}")
+    say(f"written: {json}")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Where `bbn, loader` has its batches from."""
+
+    kind: LoaderKind
+    threads: int
+    images: int
+
+
+def measure(
+    cases: list[Case], modes: list[Mode], device: str, rounds: int, seconds: float, loading: Loading
+) -> dict[str, Any]:
+    """Measure every case in every mode; return what the JSON file holds."""
+    measured: dict[str, dict[str, dict[str, Any]]] = {}
+    skipped: dict[str, str] = {}
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            say(f"{case}: making {loading.images} images")
+            plan = make_plan(Path(folder), case, loading.images)
+            with open_loader(plan, loading.kind, device, loading.threads) as loader:
+                measured[str(case)] = measure_case(case, modes, device, rounds, seconds, loader, skipped)
+    return {
+        "command": " ".join(sys.orig_argv[1:]),
+        "commit": subprocess.run(
+            ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
+        "environment": {
+            "cpu": cpu_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "rounds": rounds,
+        "seconds": seconds,
+        "loading": asdict(loading),
+        "results": measured,
+        "ratios": {case: compare(modes) for case, modes in measured.items()},
+        "skipped": skipped,
+        "bars": list(judge(measured, device)),
+        "process_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-    timers = {
-        f"{kind}, {setting}": timer(network, forward, setting, on)
-        for setting in settings
-        for kind, (network, forward) in kinds.items()
-        if not (kind == "two passes" and setting.compile)
-    }
-    feeds: dict[str, Iterator[Streams]] = dict.fromkeys(
-        timers, repeat(made_streams(batch_size, image_size, classes, on))
-    )
-    if data is not None:
-        fastest = f"bbn, {settings[-1] if on.type == 'cuda' else settings[0]}"
-        timers[f"loader, {fastest}"] = timers[fastest]
-        feeds[f"loader, {fastest}"] = loaded_streams(data, batch_size, image_size, classes, threads, on)
-
-    seconds: dict[str, list[float]] = {name: [] for name in timers}
-    for name, measure in timers.items():
-        say(f"warming up: {name}")
-        measure(feeds[name], 3)
-    for i in range(rounds):
-        for name, measure in timers.items():
-            seconds[name].append(measure(feeds[name], steps) / steps)
-            say(f"round {i + 1}, {name}: {2 * batch_size / seconds[name][-1]:,.0f} images/s")
-    write(json, seconds, batch_size, on, {"backbone": backbone, "image_size": image_size, "classes": classes})
 
 
-def bbn_step(network: nn.Module, streams: Streams) -> Tensor:
-    """Return the loss of this project's step."""
-    images_c, labels_c, images_r, labels_r = streams
+def measure_case(
+    case: Case, modes: list[Mode], device: str, rounds: int, seconds: float, loader: Loader, skipped: dict[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Measure one case by turns; return figures by mode and way, and note in `skipped` what could not run."""
+    contenders = {}
+    for mode in modes:
+        for way in mode.ways:
+            if way == "bbn, one pass" and device == "cuda":
+                continue
+            try:
+                contenders[mode, way] = Contender(case, mode, way, device, loader)
+                contenders[mode, way].trial(0.0)  # compiles, and lets libraries choose their kernels
+            except RuntimeError as error:  # too little memory, or no compiler
+                skipped[f"{case}: {mode}: {way}"] = str(error).strip().splitlines()[0]
+                contenders.pop((mode, way), None)
+    runs: dict[tuple[Mode, str], list[dict[str, float]]] = {key: [] for key in contenders}
+    for number in range(rounds):
+        turn = number % len(contenders)  # nobody always comes after the same one
+        for key in [*contenders][turn:] + [*contenders][:turn]:
+            runs[key].append(contenders[key].trial(seconds))
+        say(f"{case}: round {number + 1} of {rounds}")
+    results: dict[str, dict[str, Any]] = {}
+    for (mode, way), trials in runs.items():
+        rates = [trial["images_per_second"] for trial in trials]
+        figures = {"images_per_second": statistics.median(rates), "runs": rates}
+        if device == "cuda":
+            figures["peak_mb"] = max(trial["peak_mb"] for trial in trials)
+        results.setdefault(str(mode), {})[way] = figures
+    return results
+
+
+class Contender:
+    """One way to train, with a network and an optimiser of its own."""
+
+    def __init__(self, case: Case, mode: Mode, way: str, device: str, loader: Loader) -> None:
+        torch.manual_seed(0)
+        self.images_per_step, self.mode, self.device = 2 * case.batch, mode, device
+        before = torch.cuda.memory_allocated() if device == "cuda" else 0
+        self.network = build_network("plain" if way == "plain" else "bilateral", case.backbone, CLASSES).to(device)
+        prepare_network(self.network, Loop(channels_last=mode.channels_last, compile=mode.compile))
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4
+        )
+        self.scaler = torch.amp.GradScaler(device, enabled=mode.precision == "fp16")
+        self.batches = _from_loader(loader) if way == "bbn, loader" else _from_memory(case, device)
+        self.loss = _LOSSES[way]
+        self.step()  # makes the momentum
+        self.own_bytes = torch.cuda.memory_allocated() - before if device == "cuda" else 0
+
+    def step(self) -> None:
+        """Do one step of training."""
+        batch = next(self.batches)
+        with self._autocast():
+            loss = self.loss(self.network, *batch)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def trial(self, seconds: float) -> dict[str, float]:
+        """Do steps for at least so many seconds; return images per second, and on a GPU the peak memory in MB."""
+        torch.set_num_threads(self.mode.threads)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.mode.precision == "tf32"
+        for _ in range(WARM_STEPS):
+            self.step()
+        steps, took = 0, 0.0
+        if self.device == "cuda":
+            others_bytes = torch.cuda.memory_allocated() - self.own_bytes
+            torch.cuda.reset_peak_memory_stats()
+        start = self._now()
+        while took < seconds or not steps:
+            for _ in range(max(1, steps)):  # twice as many each time: looking at the clock waits for the GPU
+                self.step()
+            steps += max(1, steps)
+            took = self._now() - start
+        result = {"images_per_second": steps * self.images_per_step / took}
+        if self.device == "cuda":
+            result["peak_mb"] = (torch.cuda.max_memory_allocated() - others_bytes) / 2**20
+        return result
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mode.precision)
+        return torch.autocast(self.device, dtype) if dtype else nullcontext()
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def bbn(network: BilateralNetwork, images_c: Tensor, images_r: Tensor, labels_c: Tensor, labels_r: Tensor) -> Tensor:
+    """BBN's loss, as `train/bbn.py` has it."""
     return bbn_loss(network(images_c, images_r, ALPHA), labels_c, labels_r, ALPHA)
 
 
-def two_passes_step(network: nn.Module, streams: Streams) -> Tensor:
-    """Return the same loss, with a pass through the network's trunk for each stream."""
-    assert isinstance(network, BilateralNetwork)
-    images_c, labels_c, images_r, labels_r = streams
-    features = [
-        branch(network.trunk(network.normalize(images))).mean((2, 3), dtype=torch.float32)
-        for branch, images in ((network.conventional, images_c), (network.rebalancing, images_r))
-    ]
-    logits = network.classifier(torch.cat([2 * ALPHA * features[0], 2 * (1 - ALPHA) * features[1]], dim=1))
+def one_pass(
+    network: BilateralNetwork, images_c: Tensor, images_r: Tensor, labels_c: Tensor, labels_r: Tensor
+) -> Tensor:
+    """The same with the trunk run once over both streams, whatever `forward` would choose."""
+    with split_statistics(network.trunk, 2):
+        maps_c, maps_r = network.trunk(network.normalize(torch.cat([images_c, images_r]))).chunk(2)
+    return _branches_loss(network, maps_c, maps_r, labels_c, labels_r)
+
+
+def two_passes(
+    network: BilateralNetwork, images_c: Tensor, images_r: Tensor, labels_c: Tensor, labels_r: Tensor
+) -> Tensor:
+    """The same with the trunk run once per stream, as the papers' code does."""
+    maps_c, maps_r = (network.trunk(network.normalize(images)) for images in (images_c, images_r))
+    return _branches_loss(network, maps_c, maps_r, labels_c, labels_r)
+
+
+def plain(network: nn.Module, images_c: Tensor, images_r: Tensor, labels_c: Tensor, labels_r: Tensor) -> Tensor:
+    """Cross-entropy of a plain network on as many images."""
+    return F.cross_entropy(network(torch.cat([images_c, images_r])), torch.cat([labels_c, labels_r]))
+
+
+def _branches_loss(
+    network: BilateralNetwork, maps_c: Tensor, maps_r: Tensor, labels_c: Tensor, labels_r: Tensor
+) -> Tensor:
+    features_c = network.conventional(maps_c).mean((2, 3), dtype=torch.float32)
+    features_r = network.rebalancing(maps_r).mean((2, 3), dtype=torch.float32)
+    logits = network.classifier(torch.cat([2 * ALPHA * features_c, 2 * (1 - ALPHA) * features_r], dim=1))
     return bbn_loss(logits, labels_c, labels_r, ALPHA)
 
 
-def single_step(network: nn.Module, streams: Streams) -> Tensor:
-    """Return the loss of single-branch training on both streams' images as one batch."""
-    images_c, labels_c, images_r, labels_r = streams
-    return nn.functional.cross_entropy(network(torch.cat([images_c, images_r])), torch.cat([labels_c, labels_r]))
+_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "bbn": bbn,
+    "bbn, one pass": one_pass,
+    "two passes": two_passes,
+    "plain": plain,
+    "bbn, loader": bbn,
+}
 
 
-def timer(
-    network: nn.Module, forward: Forward, setting: Setting, device: torch.device
-) -> Callable[[Iterator[Streams], int], float]:
-    """Return what takes so many steps, on a copy of the network, and tells their seconds."""
-    network = copy.deepcopy(network).to(device).train()
-    prepare_network(network, Loop(channels_last=setting.channels_last, compile=setting.compile))
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=2e-4)
-
-    def measure(feed: Iterator[Streams], steps: int) -> float:
-        wait = torch.cuda.synchronize if device.type == "cuda" else nullcontext
-        wait()
-        start = time.perf_counter()
-        for _ in range(steps):
-            with torch.autocast(device.type, torch.bfloat16, enabled=setting.bf16):
-                loss = forward(network, next(feed))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        wait()
-        return time.perf_counter() - start
-
-    return measure
+def _from_memory(case: Case, device: str) -> Iterator[tuple[Tensor, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, case.batch, case.size, case.size, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, CLASSES, (2, case.batch), generator=generator)
+    return repeat((*images.to(device), *labels.to(device)))
 
 
-def made_streams(batch_size: int, image_size: int, classes: int, device: torch.device) -> Streams:
-    """Return random images and labels in memory."""
-    shape = (batch_size, image_size, image_size, 3)
-    images = [torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in range(2)]
-    labels = [torch.randint(0, classes, (batch_size,), device=device) for _ in range(2)]
-    return images[0], labels[0], images[1], labels[1]
+def _from_loader(loader: Loader) -> Iterator[tuple[Tensor, ...]]:
+    for step in loader:
+        uniform, reversed_ = step["uniform"], step["reversed"]
+        yield uniform.images_BHWC, reversed_.images_BHWC, uniform.labels_B, reversed_.labels_B
 
 
-def loaded_streams(
-    data: Path, batch_size: int, image_size: int, classes: int, threads: int, device: torch.device
-) -> Iterator[Streams]:
-    """Yield BBN's streams of a dataset, as training gets them."""
-    augment = "cifar" if image_size <= 64 else "imagenet"
-    specs = (Stream("uniform", 1.0, augment), Stream("reversed", -1.0, augment))
-    plan = TrainPlan(open_dataset(data).splits["train"], specs, batch_size, image_size, seed=0, epochs=1)
-    with open_loader(plan, "auto", device, threads) as loader:
-        for step in loader:
-            uniform, reverse = step["uniform"], step["reversed"]
-            yield uniform.images_BHWC, uniform.labels_B % classes, reverse.images_BHWC, reverse.labels_B % classes
+def make_plan(folder: Path, case: Case, images: int) -> TrainPlan:
+    """Make a dataset of photographs' windows and BBN's plan for it: 32x32 as PNG, larger ones 340x256 as JPEG."""
+    generator = np.random.default_rng(0)
+    photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
+    size, suffix = ((32, 32), "png") if case.size <= 64 else ((340, 256), "jpg")
+    for i in range(images):
+        left, top = (int(generator.integers(0, room)) for room in (640 - 340, 427 - 256))
+        path = folder / "source" / f"class-{i % CLASSES:02d}" / f"{i:06d}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = photographs[i % 2].crop((left, top, left + 340, top + 256))
+        picture.resize(size, Image.Resampling.BILINEAR).save(path, quality=90)
+    out = build("folder", source=folder / "source", out=folder / "data", test_fraction=0.0, val_fraction=0.0, workers=1)
+    augment = "cifar" if case.size <= 64 else "imagenet"
+    streams = (Stream("uniform", q=1.0, augment=augment), Stream("reversed", q=-1.0, augment=augment))
+    return TrainPlan(open_dataset(out).splits["train"], streams, case.batch, case.size, seed=0, epochs=1)
 
 
-def write(
-    path: Path, seconds: dict[str, list[float]], batch_size: int, device: torch.device, of: dict[str, Any]
-) -> None:
-    """Write images per second and what they are compared with."""
-    rates = {name: 2 * batch_size / statistics.median(of_one) for name, of_one in seconds.items()}
-    best = max((name for name in rates if name.startswith("bbn")), key=rates.__getitem__)
-    result = {
-        "command": " ".join(sys.orig_argv[1:]),
-        "environment": environment(device_name(device), 1) | {"python": platform.python_version()},
-        "threads": torch.get_num_threads(),
-        **of,
-        "batch_size_per_stream": batch_size,
-        "images_per_second": rates,
-        "bbn_over_two_passes": {
-            name.removeprefix("bbn, "): rates[name] / rates[name.replace("bbn", "two passes")]
-            for name in rates
-            if name.startswith("bbn") and name.replace("bbn", "two passes") in rates
-        },
-        "bbn_over_single": {
-            name.removeprefix("bbn, "): rates[name] / rates[name.replace("bbn", "single")]
-            for name in rates
-            if name.startswith("bbn")
-        },
-        "best_over_two_passes_in_float32": {
-            "best": best,
-            "ratio": rates[best]
-            / max(rates[f"two passes, {Setting(channels_last=layout)}"] for layout in (True, False)),
-        },
-        "loader_share_of_step": {
-            name: 1 - rate / rates[name.removeprefix("loader, ")]
-            for name, rate in rates.items()
-            if name.startswith("loader")
-        },
-        "seconds_per_step": seconds,
+def compare(modes: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return how `bbn` compares with the other ways, in each mode of a case."""
+    return {
+        mode: {f"bbn over {way}": ratio(ways["bbn"], ways[way]) for way in ways if way != "bbn"}
+        for mode, ways in modes.items()
+        if "bbn" in ways
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    say(f"written: {path}")
+
+
+def judge(measured: dict[str, dict[str, dict[str, Any]]], device: str) -> Iterator[dict[str, Any]]:
+    """Yield each bar with what was measured."""
+    for case, modes in measured.items():
+        for mode, ratios in compare(modes).items():
+            if "bbn over two passes" in ratios:
+                found = ratios["bbn over two passes"]["median"]
+                yield _bar(f"{case}: {mode}: bbn over two passes", f"at least {1 - NOISE}", found, found >= 1 - NOISE)
+            if device == "cuda" and "bbn over bbn, loader" in ratios:
+                found = 1 - 1 / ratios["bbn over bbn, loader"]["median"]
+                yield _bar(f"{case}: {mode}: data loading's share of the step", "below 0.05", found, found < 0.05)
+        papers_way = modes.get(str(PAPERS_MODE), {}).get("two passes")
+        ours = {mode: ways["bbn"] for mode, ways in modes.items() if "bbn" in ways}
+        if device == "cuda" and papers_way:
+            best = max(ours, key=lambda mode: ours[mode]["images_per_second"])
+            found = ratio(ours[best], papers_way)["median"]
+            yield _bar(
+                f"{case}: bbn ({best}) over two eager passes ({PAPERS_MODE})", "at least 1.5", found, found >= 1.5
+            )
+
+
+def ratio(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """How many times the other's images per second, round by round."""
+    ratios = [mine / theirs for mine, theirs in zip(one["runs"], other["runs"], strict=True)]
+    return {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
+
+
+def _bar(what: str, bar: str, measured: float, reached: bool) -> dict[str, Any]:
+    return {"what": what, "bar": bar, "measured": measured, "reached": reached}
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _dumps(results: dict[str, Any]) -> str:
+    return json.dumps(results, indent=1) + "\n"
 
 
 if __name__ == "__main__":

@@ -72,12 +72,11 @@ class Backbone:
     """A ResNet cut before its last residual block. One backbone serves one network.
 
     Attributes:
-        name: "resnet32", "resnet10" or a torchvision ResNet's name.
+        name: as in `make_backbone`.
         normalize: the first layer.
         trunk: normalised images_BCHW -> maps, everything up to the last block.
         make_branch: returns a new last block at each call: initialised on its own, or a copy of the
-            pretrained block where weights were given. It keeps the shape of its input, unless it is the only
-            block of its stage, as in resnet10.
+            pretrained block where weights were given.
         feature_dim: D, channels of the branch's output.
     """
 
@@ -93,41 +92,41 @@ def make_backbone(name: str, weights: str | None = None) -> Backbone:
 
     Args:
         name: "resnet32" (the CIFAR network of He et al., "Deep Residual Learning for Image Recognition",
-            2015, section 4.2); "resnet10" (a block in each of ResNet-18's four stages, as Liu et al.,
-            "Large-Scale Long-Tailed Recognition in an Open World", 2019, train it on ImageNet-LT); or any
-            torchvision ResNet such as "resnet50" or "resnext50_32x4d".
+            2015, section 4.2), "resnet10" (one basic block in each of the four stages, as Liu et al., "Large-Scale
+            Long-Tailed Recognition in an Open World", 2019, train on ImageNet-LT), or any torchvision ResNet such
+            as "resnet50" or "resnext50_32x4d".
         weights: None for a random start; a name that torchvision has for this backbone ("DEFAULT",
-            "IMAGENET1K_V2", downloaded on first use); or the path of a .safetensors or .pth file with the
-            state dict of torchvision's model. Its classifier (`fc.*`) is left out.
+            "IMAGENET1K_V2", downloaded on first use); or the path of a .safetensors or .pth file with a state dict
+            of the whole ResNet, in torchvision's names. Its classifier (`fc.*` or `linear.*`) is left out.
 
     Raises:
         UserError: unknown backbone, or weights that are unknown, unreadable or of another backbone.
     """
-    if name == "resnet32":
-        if weights is not None:
-            raise UserError(f"resnet32 has no pretrained weights, got {weights!r}; leave the weights out")
-        return _resnet32()
-    if name == "resnet10":
-        net = ResNet(BasicBlock, [1, 1, 1, 1])
+    if name in _OWN_RESNETS:
+        net, owner = _OWN_RESNETS[name](), "a"
     elif name in _torchvision_resnets():
-        net = torchvision.models.get_model(name, weights=None)
+        net, owner = torchvision.models.get_model(name, weights=None), "torchvision's"
     else:
-        choices = ", ".join(["resnet10", "resnet32", *_torchvision_resnets()])
+        choices = ", ".join([*_OWN_RESNETS, *_torchvision_resnets()])
         raise UserError(f"backbone {name!r} is unknown; choose one of: {choices}")
-    feature_dim, net.fc = net.fc.in_features, nn.Identity()
+    stages = OrderedDict((key, child) for key, child in net.named_children() if key not in ("avgpool", "fc"))
     if weights is not None:
-        state = {key: value for key, value in _pretrained(name, weights).items() if not key.startswith("fc.")}
-        _load_state(net, state, weights, f"give the state dict of torchvision's {name}")
-    trunk = OrderedDict(net.named_children())
-    del trunk["avgpool"], trunk["fc"]
-    *first_blocks, last_block = net.layer4
-    trunk["layer4"] = nn.Sequential(*first_blocks)
+        state = {
+            key: value for key, value in _pretrained(name, weights).items() if not key.startswith(("fc.", "linear."))
+        }
+        layers = ", ".join(key for key, stage in stages.items() if stage.state_dict())
+        _load_state(nn.Sequential(stages), state, weights, f"give the state dict of {owner} {name} ({layers})")
+    last_stage = next(reversed(stages))
+    *first_blocks, last_block = stages[last_stage].children()
+    stages[last_stage] = nn.Sequential(*first_blocks)
+    *_, last_norm = (module for module in last_block.modules() if isinstance(module, nn.BatchNorm2d))
 
     def make_branch() -> nn.Module:
         branch = copy.deepcopy(last_block)
-        return branch if weights else branch.apply(_he_initialise_fan_out)
+        return branch if weights else branch.apply(_he_initialise)
 
-    return Backbone(name, Normalize(), nn.Sequential(trunk), make_branch, feature_dim)
+    normalize = Normalize(CIFAR_MEAN_STD if name == "resnet32" else IMAGENET_MEAN_STD)
+    return Backbone(name, normalize, nn.Sequential(stages), make_branch, last_norm.num_features)
 
 
 def _torchvision_resnets() -> list[str]:
@@ -140,7 +139,7 @@ def _torchvision_resnets() -> list[str]:
 
 
 def _pretrained(backbone: str, weights: str) -> dict[str, Tensor]:
-    named = {} if backbone == "resnet10" else torchvision.models.get_model_weights(backbone).__members__
+    named = {} if backbone in _OWN_RESNETS else torchvision.models.get_model_weights(backbone).__members__
     if weights in named:
         try:
             return named[weights].get_state_dict(progress=True, check_hash=True)
@@ -150,14 +149,15 @@ def _pretrained(backbone: str, weights: str) -> dict[str, Tensor]:
                 f" get {named[weights].url} another way and give the path of the file"
             ) from None
     if not Path(weights).is_file():
+        names = ", ".join(named) or "none"
         raise UserError(
-            f"weights {weights!r} are neither a file nor one of the names for {backbone}: {', '.join(named) or 'none'}"
+            f"weights {weights!r} are neither a file nor one of torchvision's names for {backbone}: {names}"
         )
     return _read_state(Path(weights))
 
 
-def _he_initialise_fan_out(module: nn.Module) -> None:
-    """Initialise a convolution as torchvision's ResNets do."""
+def _he_initialise(module: nn.Module) -> None:
+    """Initialise a convolution as torchvision's ResNets do; in ResNet-32's last block both fans are the same."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
@@ -190,18 +190,25 @@ class CifarBlock(nn.Module):
         return F.relu(out_BCHW + maps_BCHW)
 
 
-def _resnet32() -> Backbone:
+def _resnet32() -> nn.Module:
     stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(stem.weight)
-    trunk = OrderedDict(
-        conv1=stem,
-        bn1=nn.BatchNorm2d(16),
-        relu=nn.ReLU(inplace=True),
-        layer1=nn.Sequential(*(CifarBlock(16, 16) for _ in range(5))),
-        layer2=nn.Sequential(CifarBlock(16, 32, stride=2), *(CifarBlock(32, 32) for _ in range(4))),
-        layer3=nn.Sequential(CifarBlock(32, 64, stride=2), *(CifarBlock(64, 64) for _ in range(3))),
+    return nn.Sequential(
+        OrderedDict(
+            conv1=stem,
+            bn1=nn.BatchNorm2d(16),
+            relu=nn.ReLU(inplace=True),
+            layer1=nn.Sequential(*(CifarBlock(16, 16) for _ in range(5))),
+            layer2=nn.Sequential(CifarBlock(16, 32, stride=2), *(CifarBlock(32, 32) for _ in range(4))),
+            layer3=nn.Sequential(CifarBlock(32, 64, stride=2), *(CifarBlock(64, 64) for _ in range(4))),
+        )
     )
-    return Backbone("resnet32", Normalize(CIFAR_MEAN_STD), nn.Sequential(trunk), lambda: CifarBlock(64, 64), 64)
+
+
+_OWN_RESNETS: dict[str, Callable[[], nn.Module]] = {
+    "resnet32": _resnet32,
+    "resnet10": lambda: ResNet(BasicBlock, [1, 1, 1, 1]),
+}
 
 
 class Network(nn.Module):

@@ -71,51 +71,60 @@ def test_normalisation_follows_the_backbone():
     assert make_backbone("resnet18").normalize.mean.flatten()[0].item() == pytest.approx(0.485)
 
 
-# He et al. 2015: the block of 64 channels that BBN doubles has 2·(64·64·9 + 2·64) = 73,984 parameters.
+TORCHVISION_RESNETS = module._torchvision_resnets()
+
+
+# He et al. 2015: ResNet-32 has 0.46 M parameters, and the block of 64 channels that BBN doubles 2·(64·64·9 + 2·64).
+# ResNet-10: stem 9,536, stages 73,984, 230,144, 919,040 and 3,673,088, classifier 513,000.
 @pytest.mark.parametrize(
-    ("kind", "backbone", "num_classes", "expected"),
+    ("backbone", "num_classes", "plain", "branch"),
     [
-        ("plain", "resnet32", 10, 464_154),
-        ("bilateral", "resnet32", 10, 464_154 + 73_984 + 64 * 10),
-        ("plain", "resnet50", 1000, 25_557_032),
-        ("bilateral", "resnet50", 1000, 25_557_032 + 4_462_592 + 2048 * 1000),
+        ("resnet32", 10, 464_154, 73_984),
+        ("resnet10", 1000, 5_418_792, 3_673_088),
+        ("resnet50", 1000, 25_557_032, 4_462_592),
+        ("resnet152", 1000, 60_192_808, 4_462_592),
+        ("resnext50_32x4d", 1000, 25_028_904, 4_497_408),
+        ("resnext101_32x8d", 1000, 88_791_336, 9_580_544),
     ],
 )
-def test_parameter_counts(kind, backbone, num_classes, expected):
-    assert parameters(build_network(kind, backbone, num_classes)) == expected
-
-
-# As torchvision tells them for ImageNet; ResNet-10 counted by hand from ResNet-18's blocks.
-@pytest.mark.parametrize(
-    ("backbone", "expected"),
-    [
-        ("resnet10", 11_689_512 - 73_984 - 295_424 - 1_180_672 - 4_720_640),
-        ("resnet18", 11_689_512),
-        ("resnet152", 60_192_808),
-        ("resnext50_32x4d", 25_028_904),
-        ("resnext101_32x8d", 88_791_336),
-        ("resnext101_64x4d", 83_455_272),
-    ],
-)
-def test_a_plain_network_has_the_parameters_of_the_whole(backbone, expected):
+def test_parameter_counts(backbone, num_classes, plain, branch):
     with torch.device("meta"):
-        assert parameters(build_network("plain", backbone, 1000)) == expected
+        dim = build_network("plain", backbone, num_classes).classifier.in_features
+        assert parameters(build_network("plain", backbone, num_classes)) == plain
+        assert parameters(build_network("bilateral", backbone, num_classes)) == plain + branch + dim * num_classes
 
 
-@pytest.mark.parametrize("backbone", ["resnet10", "resnext50_32x4d", "wide_resnet50_2"])
-def test_a_bilateral_network_has_one_more_last_block_and_classifier(backbone):
+@pytest.mark.parametrize("backbone", TORCHVISION_RESNETS)
+def test_every_torchvision_resnet_becomes_a_plain_and_a_bilateral_network(backbone):
+    documented = torchvision.models.get_model_weights(backbone).DEFAULT.meta["num_params"]
     with torch.device("meta"):
-        plain, bilateral = (build_network(kind, backbone, 7) for kind in ("plain", "bilateral"))
-    width = plain.classifier.in_features
-    assert bilateral.classifier.in_features == 2 * width
-    assert parameters(bilateral) == parameters(plain) + parameters(plain.branch) + 7 * width
+        plain = build_network("plain", backbone, 1000).eval()
+        bilateral = build_network("bilateral", backbone, 1000).eval()
+        images_BHWC = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
+        assert parameters(plain) == documented
+        assert parameters(bilateral) == documented + parameters(plain.branch) + bilateral.classifier.in_features * 500
+        assert plain.predict(images_BHWC).shape == (2, 1000)
+        assert bilateral(images_BHWC, images_BHWC, 0.5).shape == (2, 1000)
 
 
-def test_resnet10_is_split_before_its_last_stage():
-    network = build_network("bilateral", "resnet10", 3).eval()
-    assert (network.conventional.conv1.in_channels, network.conventional.conv1.out_channels) == (256, 512)
-    assert network.conventional.downsample is not network.rebalancing.downsample
-    assert network.features(images(2, 64)).shape == (2, 1024)
+def test_resnet10s_branch_is_its_whole_last_stage():
+    backbone = make_backbone("resnet10")
+    assert [len(backbone.trunk.get_submodule(f"layer{i}")) for i in (1, 2, 3, 4)] == [1, 1, 1, 0]
+    maps_BCHW = backbone.trunk(backbone.normalize(images(2, 64)))
+    assert maps_BCHW.shape == (2, 256, 4, 4)
+    assert backbone.make_branch()(maps_BCHW).shape == (2, 512, 2, 2)
+    assert backbone.feature_dim == 512
+
+
+@pytest.mark.parametrize("backbone", ["resnet10", "resnet32", "resnext50_32x4d"])
+def test_a_step_of_either_kind_reaches_every_parameter(backbone):
+    for kind in ("plain", "bilateral"):
+        network = build_network(kind, backbone, 3)
+        logits_BC = network(images(4, 32), *([images(4, 32, seed=1), 0.4] if kind == "bilateral" else []))
+        nn.functional.cross_entropy(logits_BC, torch.tensor([0, 1, 2, 0])).backward()
+        for name, parameter in network.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.any(), name
 
 
 def test_resnet50_is_split_as_in_bbn():
@@ -343,17 +352,23 @@ def test_missing_and_damaged_files(plain, tmp_path):
     [
         (
             ("plain", "resnet9", 10),
-            r"backbone 'resnet9' is unknown; choose one of: resnet10, resnet32, resnet101, .*resnext50",
+            r"backbone 'resnet9' is unknown; choose one of: resnet32, resnet10, resnet101, .*resnext50",
         ),
         (("plain", "vgg16", 10), "backbone 'vgg16' is unknown"),
         (("triple", "resnet32", 10), "network kind 'triple' is unknown; choose one of: plain, bilateral"),
         (("plain", "resnet32", 0), "at least one class, got num_classes=0"),
-        (("plain", "resnet32", 10, "DEFAULT"), "resnet32 has no pretrained weights, got 'DEFAULT'"),
+        (
+            ("plain", "resnet32", 10, "DEFAULT"),
+            "weights 'DEFAULT' are neither a file nor one of torchvision's names for resnet32: none",
+        ),
         (
             ("plain", "resnet18", 10, "IMAGENET1K_V9"),
-            "weights 'IMAGENET1K_V9' are neither a file nor one of the names for resnet18: IMAGENET1K_V1, DEFAULT",
+            "weights 'IMAGENET1K_V9' are neither a file nor one of torchvision's names for resnet18: IMAGENET1K_V1",
         ),
-        (("plain", "resnet10", 10, "DEFAULT"), "'DEFAULT' are neither a file nor one of the names for resnet10: none"),
+        (
+            ("plain", "resnet10", 10, "DEFAULT"),
+            "'DEFAULT' are neither a file nor one of torchvision's names for resnet10: none",
+        ),
         (("plain", "resnet18", 10, "lost.pth"), r"weights 'lost\.pth' are neither a file nor"),
     ],
 )
@@ -378,6 +393,48 @@ def test_pretrained_files_that_do_not_fit(resnet18_state, tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"weights\.pth cannot be read"):
             build_network("plain", "resnet18", 10, str(path))
+
+
+def whole_state(backbone: str, seed: int) -> dict[str, Tensor]:
+    """Make a state dict of a whole network, with the names that torchvision and LDAM's code give its layers."""
+    torch.manual_seed(seed)
+    net = module._OWN_RESNETS[backbone]()
+    return {key: value.clone() for key, value in net.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "last_block", "suffix", "classifier"),
+    [
+        ("resnet32", "layer3.4", ".pth", {"linear.weight": torch.ones(100, 64), "linear.bias": torch.ones(100)}),
+        ("resnet10", "layer4.0", ".safetensors", {}),  # its own fc is of 1000 classes
+    ],
+)
+def test_own_resnets_start_from_a_local_file(backbone, last_block, suffix, classifier, tmp_path):
+    state = whole_state(backbone, seed=3) | classifier
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    network = build_network("bilateral", backbone, 10, str(path))
+    for part, prefix in ((network.conventional, last_block), (network.rebalancing, last_block)):
+        for key, value in part.state_dict().items():
+            assert torch.equal(value, state[f"{prefix}.{key}"]), key
+    for key, value in network.trunk.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    assert network.classifier.weight.shape == (10, network.classifier.in_features)
+
+
+def test_files_of_another_resnet_say_what_is_wanted(resnet18_state, tmp_path):
+    path = tmp_path / "resnet18.safetensors"
+    save_file(resnet18_state, path)
+    message = (
+        r"layer1\.1\.bn1\.bias is \(64,\) in it and absent here;"
+        r" give the state dict of a resnet10 \(conv1, bn1, layer1, layer2, layer3, layer4\)"
+    )
+    with pytest.raises(UserError, match=message):
+        build_network("plain", "resnet10", 10, str(path))
+    with pytest.raises(UserError, match=r"conv1\.weight is \(64, 3, 7, 7\) in it and \(16, 3, 3, 3\) here"):
+        build_network("plain", "resnet32", 10, str(path))
+    with pytest.raises(UserError, match=r"weights '.*' are neither a file nor"):
+        build_network("plain", "resnet32", 10, str(tmp_path))  # a folder
 
 
 def test_old_files_without_batch_counters(resnet18_state, tmp_path):
