@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_shards import cpu_name
+from bench_common import cpu_name
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 from torch.nn import functional as F

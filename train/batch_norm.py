@@ -65,10 +65,9 @@ class StreamBatchNorm2d(nn.BatchNorm2d):
     def _over_ranks(self, maps_NCHW: Tensor) -> Tensor:
         parts_SBCHW = maps_NCHW.float().unflatten(0, (self.streams, -1))
         var_SC, mean_SC = torch.var_mean(parts_SBCHW, dim=(1, 3, 4), correction=0)
-        # Counted from the running mean, which all ranks share, so that the squares stay small.
-        shift_SC = mean_SC - self.running_mean
-        shift_SC, square_SC = _SumOverRanks.apply(torch.stack([shift_SC, var_SC + shift_SC**2])) / dist.get_world_size()
-        mean_SC, var_SC = self.running_mean + shift_SC, square_SC - shift_SC**2
+        mean_RSC, var_RSC = _gather_over_ranks(torch.stack([mean_SC, var_SC])).unbind(1)
+        mean_SC = mean_RSC.mean(0)
+        var_SC = (var_RSC + (mean_RSC - mean_SC) ** 2).mean(0)
         scale_SC = self.weight * torch.rsqrt(var_SC + self.eps)
         offset_SC = self.bias - mean_SC * scale_SC
         pixels = dist.get_world_size() * parts_SBCHW.numel() // (self.streams * self.num_features)
@@ -138,6 +137,13 @@ class _NormalizeParts(torch.autograd.Function):
             grad_weight_C += weight
             grad_bias_C += bias
         return grad_maps_NCHW, grad_weight_C, grad_bias_C, None, None, None, None, None
+
+
+def _gather_over_ranks(values: Tensor) -> Tensor:
+    """Return all ranks' values, a row each: the sum of tables in which every rank fills its own row."""
+    rows = [torch.zeros_like(values)] * dist.get_world_size()
+    rows[dist.get_rank()] = values
+    return cast(Tensor, _SumOverRanks.apply(torch.stack(rows)))
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -84,7 +84,8 @@ def _train_and_record(rank: int, argv: list[str]) -> None:
 
 
 def test_two_processes_are_one(workplace):
-    settings = [*SETTINGS, "--loop.sync_batch_norm", "true", "--run"]
+    # At ten times this rate rounding grows from 1e-7 to 1e-3 within eight steps.
+    settings = [*SETTINGS, "--optim.lr", "0.0001", "--loop.sync_batch_norm", "true", "--run"]
     for name, ranks in (("one", 1), ("two", 2)):
         assert on_ranks(workplace, _train_and_record, [*settings, f"runs/{name}"], ranks=ranks) == [0] * ranks
         for rank in range(ranks):
@@ -93,9 +94,7 @@ def test_two_processes_are_one(workplace):
     assert len(one.files) == 3 * 2 * STEPS
     for step in one.files:
         if "loss" in step:
-            # The gradient of a ReLU at its kink makes rounding grow with the steps.
-            tolerance = 1e-6 if step == "loss 0" else 1e-3
-            assert (first[step] + second[step]) / 2 == pytest.approx(one[step], rel=tolerance)
+            assert (first[step] + second[step]) / 2 == pytest.approx(one[step], rel=3e-5)
         else:
             np.testing.assert_array_equal(one[step], np.concatenate([first[step], second[step]]))
     for ours, theirs in zip(rows(workplace / "runs/one"), rows(workplace / "runs/two"), strict=True):
