@@ -1,10 +1,10 @@
 """The DALI loader: one pipeline per stream, both running ahead in parallel, handed over by DLPack.
 
-    plan.draws(step) ─> bytes from shards ─> external_source ─> decode window ─> resize, flip ─> uniform  ──┐
-                                             external_source ─> decode window ─> resize, flip ─> reversed ──┴─> step
+    plan.draws(step) ─> bytes from shards ─> external_source ─> decode window ─> resize, mirror ─> uniform  ──┐
+                                             external_source ─> decode window ─> resize, mirror ─> reversed ──┴─> step
 
-On a GPU all of it is DALI's. On a CPU DALI decodes the windows and mirrors them, and faster code resizes them
-(`pipeline.resize`) in a thread per stream. All randomness was drawn by the plan, so the pipelines hold none.
+On a GPU all of it is DALI's. On a CPU DALI decodes, and faster code does the rest (`pipeline.windows`) in a thread per
+stream. All randomness was drawn by the plan, so the pipelines hold none.
 """
 
 import queue
@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple, Self
@@ -28,7 +28,7 @@ from pipeline.distort import distort
 from pipeline.faults import faults_of
 from pipeline.plan import Draw, Plan
 from pipeline.reader import ShardReader
-from pipeline.resize import Buffers, resize_windows
+from pipeline.windows import Buffers, cut_window, cut_windows, mirror, resize_windows
 
 # Batches that wait in DALI, and resized ones that wait on a CPU; more cost memory and gain nothing.
 DECODED_AHEAD = 2
@@ -68,9 +68,11 @@ def build_pipeline(
         decoder_options: such as hw_decoder_load, for DALI's decoder.
 
     Returns:
-        A built pipeline with one output: on a GPU uint8 images of shape (B, S, S, 3) there, on a CPU the windows,
-        uint8, (height, width, 3) each; mirrored where asked.
+        A built pipeline with one output, uint8. On a GPU: pictures of shape (B, S, S, 3) there. On a CPU: the windows
+        as they lie in the images, (height, width, 3) each, or the whole images where windows may need padding.
     """
+    whole = recipe.pads or decode == "whole"
+    used = 4 if gpu is not None else 1 if whole else 3
     options = {"device": "cpu" if gpu is None else "mixed", "output_type": types.RGB, **decoder_options}
     pipeline = Pipeline(
         batch_size=batch_size,
@@ -80,31 +82,28 @@ def build_pipeline(
         exec_dynamic=True,
     )
     with pipeline:
-        files, starts, shapes, flips = fn.external_source(
-            source=feed,
-            num_outputs=4,
+        inputs: Sequence[Any] = fn.external_source(
+            source=lambda: feed()[:used],
+            num_outputs=used,
             batch=True,
-            dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
-            ndim=[1, 1, 1, 0],
+            dtype=[types.UINT8, types.INT32, types.INT32, types.INT32][:used],
+            ndim=[1, 1, 1, 0][:used],
         )
+        files, starts, shapes, flips = [*inputs, None, None, None][:4]
         # What is no picture must fail here: in the decoder it ends the process (in DALI 2.4 an exception leaves it
         # while its threads still work on what it owned). So the decoder is made to wait for this.
         sizes = fn.peek_image_shape(files, dtype=types.INT32)[:2]
-        if recipe.pads or decode == "whole":
-            images = fn.slice(
-                fn.decoders.image_slice(files, start=[0, 0], shape=sizes, axis_names="HW", **options),
-                starts,
-                shapes,
-                axis_names="HW",
-                out_of_bounds_policy="pad",
-                fill_values=0,
-            )
+        if whole:
+            images = fn.decoders.image_slice(files, start=[0, 0], shape=sizes, axis_names="HW", **options)
+            if gpu is not None:
+                images = fn.slice(images, starts, shapes, axis_names="HW", out_of_bounds_policy="pad", fill_values=0)
         else:
             starts = starts + 0 * sizes
             images = fn.decoders.image_slice(files, start=starts, shape=shapes, axis_names="HW", **options)
         if gpu is not None:
             images = fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_LINEAR, antialias=True)
-        pipeline.set_outputs(fn.flip(images, horizontal=flips))
+            images = fn.flip(images, horizontal=flips)
+        pipeline.set_outputs(images)
     pipeline.build()
     return pipeline
 
@@ -149,8 +148,8 @@ class _Stream:
         self._unexplained = 0
         self._loading: deque[tuple[Draw, Draw]] = deque()  # what the plan drew and what is in the pipeline
         gpu = None if device.type == "cpu" else (device.index or 0)
-        recipe = plan.recipes[index]
-        self._pipeline: Any = build_pipeline(self._feed, recipe, plan.rank_batch, plan.image_size, threads, gpu)
+        self._recipe = plan.recipes[index]
+        self._pipeline: Any = build_pipeline(self._feed, self._recipe, plan.rank_batch, plan.image_size, threads, gpu)
         self._buffers = Buffers(plan.rank_batch, plan.image_size, plan.image_size, 3)
         self._resizers = max(1, threads // DECODERS_PER_RESIZER)
         self._pool = ThreadPoolExecutor(self._resizers)
@@ -195,11 +194,11 @@ class _Stream:
             (outputs,) = self._pipeline.share_outputs(cuda_stream=stream)
         except RuntimeError as error:  # DALI does not say which image; its dynamic executor loses this batch alone
             return self._rescue(draw, error)
-        if self._device.type == "cuda" or (draw.windows_B4[:, 2:] == self._plan.image_size).all():
+        if self._device.type == "cuda":
             # The dynamic executor counts references: the tensor keeps its buffer after the release.
             images_BHWC = torch.from_dlpack(outputs.as_tensor())
         else:
-            images_BHWC = self._resize([torch.from_dlpack(window) for window in outputs])
+            images_BHWC = self._show(draw, outputs)
         self._pipeline.release_outputs()
         return images_BHWC if draw.distortions_B is None else distort(images_BHWC, draw.distortions_B), draw
 
@@ -213,12 +212,22 @@ class _Stream:
             print(f"warning: DALI failed on a batch that PIL decodes, and PIL's was taken ({reason})", file=sys.stderr)
         return images_BHWC, shown
 
-    def _resize(self, windows: list[torch.Tensor]) -> torch.Tensor:
+    def _show(self, draw: Draw, outputs: Any) -> torch.Tensor:
+        """Make pictures of what DALI decoded on the CPU."""
+        sizes_B2, windows_B4 = self._plan.split.samples[draw.ids_B][["height", "width"]], draw.windows_B4
+        to_size = (windows_B4[:, 2:] == self._plan.image_size).all()
+        if self._recipe.pads and to_size and (sizes_B2 == sizes_B2[0]).all():
+            return mirror(cut_windows(torch.from_dlpack(outputs.as_tensor()), windows_B4), draw.flips_B)
+        if to_size and not self._recipe.pads and not draw.flips_B.any():
+            return torch.from_dlpack(outputs.as_tensor())
+        windows = [torch.from_dlpack(window) for window in outputs]
+        if self._recipe.pads:
+            windows = [cut_window(image, *where) for image, where in zip(windows, windows_B4.tolist(), strict=True)]
         images_BHWC = self._buffers.take()[: len(windows)]
         share = -(-len(windows) // self._resizers)
         firsts = range(0, len(windows), share)
-        shares = [windows[first : first + share] for first in firsts]
-        list(self._pool.map(resize_windows, shares, [images_BHWC[first : first + share] for first in firsts]))
+        parts = [(windows[i : i + share], images_BHWC[i : i + share], draw.flips_B[i : i + share]) for i in firsts]
+        list(self._pool.map(resize_windows, *zip(*parts, strict=True)))
         return images_BHWC
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ from pipeline.kept import kept_with
 from pipeline.pictures import UndecodableError, decode
 from pipeline.plan import Draw, Plan
 from pipeline.reader import ShardReader
-from pipeline.resize import Buffers, resize_windows
+from pipeline.windows import Buffers, cut_window, mirror, resize_windows
 from shards.errors import UserError
 from shards.index import Split
 
@@ -130,23 +130,16 @@ class Decoded:
             and left_B.min() >= -margin
             and left_B.max() + width <= widths_N[0] + margin
         ):
-            return [self._window(sample, *window) for sample, window in zip(ids_B, windows_B4.tolist(), strict=True)]
+            return [
+                cut_window(self._image(sample), *window)
+                for sample, window in zip(ids_B, windows_B4.tolist(), strict=True)
+            ]
         row_BH = top_B[:, None] + np.arange(height)
         start_BH = (starts_N[ids_B] + 3 * left_B)[:, None] + strides_N[0] * row_BH
         start_BH[(row_BH < 0) | (row_BH >= heights_N[0])] = 0
         pieces = self._bytes.as_strided((size - 3 * width + 1, 3 * width), (1, 1))
         starts = torch.from_numpy(start_BH.ravel()).to(self.device)
         return pieces.index_select(0, starts).view(-1, height, width, 3)
-
-    def _window(self, sample: int, top: int, left: int, height: int, width: int) -> torch.Tensor:
-        image_HWC = self._image(sample)
-        inside_HWC = image_HWC[max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
-        if inside_HWC.shape[:2] == (height, width):
-            return inside_HWC
-        window_HWC = image_HWC.new_zeros((height, width, 3))
-        below, right = max(-top, 0), max(-left, 0)
-        window_HWC[below : below + inside_HWC.shape[0], right : right + inside_HWC.shape[1]] = inside_HWC
-        return window_HWC
 
     def _image(self, sample: int) -> torch.Tensor:
         heights_N, widths_N, starts_N, strides_N, *_ = self._layout
@@ -280,9 +273,7 @@ class ResidentLoader:
             list(self._pool.map(resize_windows, (windows[i : i + share] for i in firsts), images_BHWC.split(share)))
         else:
             images_BHWC = resize_on_gpu(windows, size)
-        if draw.flips_B.any():
-            mirrored = torch.from_numpy(np.flatnonzero(draw.flips_B)).to(self._device)
-            images_BHWC.index_copy_(0, mirrored, images_BHWC.index_select(0, mirrored).flip(2))
+        images_BHWC = mirror(images_BHWC, draw.flips_B)
         return images_BHWC if draw.distortions_B is None else distort(images_BHWC, draw.distortions_B)
 
     def __enter__(self) -> Self:

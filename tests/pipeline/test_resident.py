@@ -18,7 +18,7 @@ from pipeline.pictures import decode
 from pipeline.plan import EvalPlan, Stream, TrainPlan
 from pipeline.reader import ShardReader
 from pipeline.resident_loader import Decoded, ResidentLoader, TooLargeError, decoded_of, resize_on_gpu
-from pipeline.resize import resize_windows
+from pipeline.windows import resize_windows
 from shards.errors import UserError
 from shards.index import Split
 
