@@ -47,8 +47,13 @@ def cut_windows(images_BHWC: torch.Tensor, windows_B4: Windows) -> torch.Tensor:
 def mirror(images_BHWC: torch.Tensor, flips_B: Flips) -> torch.Tensor:
     """Mirror some of a batch's images left to right, in place, and return it; on any device."""
     if flips_B.any():
-        mirrored = torch.from_numpy(np.flatnonzero(flips_B)).to(images_BHWC.device)
-        images_BHWC.index_copy_(0, mirrored, images_BHWC.index_select(0, mirrored).flip(2))
+        where = np.flatnonzero(flips_B)
+        rows = torch.from_numpy(where).to(images_BHWC.device)
+        mirrored_BHWC = images_BHWC.index_select(0, rows).flip(2)
+        if images_BHWC.is_cpu:
+            images_BHWC.numpy()[where] = mirrored_BHWC.numpy()  # ten times as fast as torch's own assignment
+        else:
+            images_BHWC.index_copy_(0, rows, mirrored_BHWC)
     return images_BHWC
 
 

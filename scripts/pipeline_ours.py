@@ -29,7 +29,7 @@ from shards.errors import UserError
 from shards.index import Split, open_dataset
 
 RECIPE = {"photos": "imagenet", "small": "cifar"}
-THREADS = 2
+THREADS = 1  # per stream: like the peers, two workers in all decode
 PREPARED = 32  # steps that are drawn beforehand where drawing shall not count
 
 
@@ -44,7 +44,7 @@ def ours(kind: str, folder: Path, data: str, device: str, batch: int | None = No
     """One of this project's loaders."""
     if kind not in get_args(LoaderKind):
         raise UserError(f"open_loader knows no kind {kind!r}")
-    with open_loader(make_plan(folder, data, batch), kind, device, THREADS) as loader:  # type: ignore[arg-type]
+    with open_loader(make_plan(folder, data, batch), kind, device, 2 if kind == "torch" else THREADS) as loader:  # type: ignore[arg-type]
         for step in loader:
             yield [(batch.images_BHWC, batch.labels_B) for batch in step.values()]
 
