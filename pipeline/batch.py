@@ -36,6 +36,7 @@ class Loader(Protocol):
     """
 
     faults: Faults
+    waiting_for: str | None  # the stream whose batch a step waits for, where the loader knows it
 
     def __iter__(self) -> Iterator[dict[str, Batch]]: ...
     def __next__(self) -> dict[str, Batch]: ...

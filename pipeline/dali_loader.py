@@ -278,9 +278,11 @@ class _Ahead:
 class DaliLoader:
     """See `pipeline.loader.Loader`."""
 
+    waiting_for: str | None
+
     def __init__(self, plan: Plan, device: torch.device, threads: int, start_step: int) -> None:
         self._plan, self._device, self._step = plan, device, start_step
-        self.faults = faults_of(plan.split)
+        self.faults, self.waiting_for = faults_of(plan.split), None
         reader, draws = ShardReader(plan.split), _Draws(plan, start_step)
         steps = sys.maxsize if plan.steps is None else plan.steps - start_step
         streams = [_Stream(plan, i, draws, reader, device, threads, steps) for i in range(len(plan.streams))]
@@ -297,7 +299,10 @@ class DaliLoader:
         if self._step == self._plan.steps or not self._parts:
             raise StopIteration
         try:
-            step = [next(parts) for parts in self._parts]
+            step = []
+            for name, parts in zip(self._plan.streams, self._parts, strict=True):
+                self.waiting_for = name
+                step.append(next(parts))
             self._step += 1
             for part in step:
                 self.faults.count(part.drawn)

@@ -199,12 +199,14 @@ Pictures = list[tuple[int, NDArray[np.uint8]] | UndecodableError]
 class ResidentLoader:
     """See `pipeline.batch.Loader`."""
 
+    waiting_for: str | None
+
     def __init__(
         self, plan: Plan, device: torch.device, threads: int, start_step: int, gigabytes: float | None = None
     ) -> None:
         self._plan, self._device = plan, device
         self._images = decoded_of(plan.split, device, gigabytes)
-        self.faults = faults_of(plan.split)
+        self.faults, self.waiting_for = faults_of(plan.split), None
         self._reader = ShardReader(plan.split)
         self._threads = threads * len(plan.streams)
         self._pool = ThreadPoolExecutor(self._threads)

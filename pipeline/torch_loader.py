@@ -63,9 +63,11 @@ def _as_it_is(step: Any) -> Any:
 class TorchLoader:
     """See `pipeline.batch.Loader`. Worker processes prepare whole steps, two ahead each."""
 
+    waiting_for: str | None
+
     def __init__(self, plan: Plan, device: torch.device, workers: int, start_step: int) -> None:
         self._plan, self._device = plan, device
-        self.faults = faults_of(plan.split)
+        self.faults, self.waiting_for = faults_of(plan.split), None
         steps = itertools.count(start_step) if plan.steps is None else range(start_step, plan.steps)
         self._steps: Iterator[_Step | UserError] = iter(
             DataLoader(

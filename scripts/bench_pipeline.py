@@ -6,7 +6,7 @@
 Per step every contestant delivers a uniform and a reversed batch of the same images: 64 photographs per stream, random
 resized crops to 224, mirrored or not; or 128 small pictures, padded by 4, cropped, mirrored or not. Ours are uint8 (the
 network normalises), the peers' are what their standard recipe gives: normalised floats, FFCV's uint8 too. Each has two
-workers (DALI and ours: two threads per stream), and runs in a process of its own; peers in environments that are made
+workers, and runs in a process of its own; peers in environments that are made
 for them with uv and thrown away. The bars are meant for two cores: begin the command with `taskset -c 0,1` where there
 are more. FFCV is compiled for it, which takes pkg-config and the headers of OpenCV and libturbojpeg (on Debian
 libopencv-dev and libturbojpeg0-dev); what does not install is skipped, with the reason.

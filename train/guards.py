@@ -68,8 +68,7 @@ class LossGuard:
 class StallGuard:
     """Hands on a loader's batches, and ends the process when one does not come within a limit.
 
-    A thread watches, because a loader that hangs in foreign code can be neither interrupted nor asked. A loader that
-    has an attribute `waiting_for`, the name of a stream, is quoted; else all streams are named.
+    A thread watches, because a loader that hangs in foreign code can be neither interrupted nor asked.
     """
 
     def __init__(self, loader: Loader, streams: tuple[str, ...], rank: int, limit_s: float) -> None:
@@ -97,7 +96,7 @@ class StallGuard:
         while not self._closed.wait(min(1.0, self._limit_s / 4)):
             since = self._waiting_since
             if since is not None and time.monotonic() - since > self._limit_s:
-                stream = getattr(self._loader, "waiting_for", None) or " or ".join(self._streams)
+                stream = self._loader.waiting_for or " or ".join(self._streams)
                 print(
                     f"error: rank {self._rank} has waited {self._limit_s:g} s for a batch of the stream {stream}: look"
                     " at the storage of its shards, then go on with --resume (or a longer --loop.stall_minutes)",

@@ -40,8 +40,10 @@ SPEC_FILE = "model.json"
 CIFAR_MEAN_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Of a stream of images: on a CPU the maps of larger ones leave its caches, and two passes cost less than one.
-CPU_CACHE_NUMEL = 2**14
+# Weights of the trunk for each value in a stream's images. One pass reads the weights once; two keep smaller maps in
+# a CPU's caches. The first counts for ResNet-50 on a few images (200 weights a value: 1.1 to 1.2 times as fast), the
+# second for ResNet-32 on a batch of 64 (2 weights a value: 0.9 times); see analysis/results/benchmarks.md.
+CPU_WEIGHTS_PER_VALUE = 16
 
 
 class Normalize(nn.Module):
@@ -272,6 +274,7 @@ class BilateralNetwork(Network):
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__(backbone, num_classes, 2 * backbone.feature_dim)
         use_stream_batch_norm(self.trunk)
+        self._trunk_weights = sum(weights.numel() for weights in self.trunk.parameters())
         self.conventional = backbone.make_branch()
         self.rebalancing = backbone.make_branch()
 
@@ -292,7 +295,7 @@ class BilateralNetwork(Network):
         """
         assert 0 <= alpha <= 1, alpha
         assert images_c_BHWC.shape == images_r_BHWC.shape, (images_c_BHWC.shape, images_r_BHWC.shape)
-        if images_c_BHWC.is_cpu and images_c_BHWC.numel() > CPU_CACHE_NUMEL:
+        if images_c_BHWC.is_cpu and self._trunk_weights < CPU_WEIGHTS_PER_VALUE * images_c_BHWC.numel():
             maps_c_BDHW, maps_r_BDHW = self._trunk_maps(images_c_BHWC), self._trunk_maps(images_r_BHWC)
         else:
             with split_statistics(self.trunk, 2):

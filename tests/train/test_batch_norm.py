@@ -108,8 +108,8 @@ def test_the_bilateral_step_is_two_passes(backbone, size, monkeypatch):
     images_c, images_r = torch.randint(0, 256, (2, 6, size, size, 3), dtype=torch.uint8, generator=generator)
     labels = torch.arange(6) % 4
     logits = []
-    for network, limit in ((together, 2**16), (apart, 0)):
-        monkeypatch.setattr(networks, "CPU_CACHE_NUMEL", limit)
+    for network, limit in ((together, 0), (apart, 2**40)):
+        monkeypatch.setattr(networks, "CPU_WEIGHTS_PER_VALUE", limit)
         logits.append(network(images_c, images_r // 2, 0.3))
         nn.functional.cross_entropy(logits[-1], labels).backward()
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)

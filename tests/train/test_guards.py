@@ -74,9 +74,7 @@ class SlowLoader:
     """Delivers after a while; says what it waits for, if it knows."""
 
     def __init__(self, seconds: float, waiting_for: str | None) -> None:
-        self.seconds = seconds
-        if waiting_for:
-            self.waiting_for = waiting_for
+        self.seconds, self.waiting_for = seconds, waiting_for
 
     def __next__(self) -> str:
         time.sleep(self.seconds)
