@@ -203,3 +203,16 @@ def test_on_two_nodes_a_killed_process_ends_the_run_within_a_minute_and_resume_g
     assert on_ranks(workplace, _train, ["--resume", "--run", "runs/a", "--optim.epochs", str(done + 1)]) == [0, 0]
     assert "resuming runs/a after epoch" in (workplace / "rank-0.log").read_text()
     assert len(rows(workplace / "runs/a")) == done + 1
+
+
+def test_two_nodes_are_one_process(workplace):
+    argv = [*SETTINGS, "--optim.lr", "0.0001", "--loop.sync_batch_norm", "true", "--data", "data/digits", "--run"]
+    nodes = start_nodes(workplace, *argv, "runs/nodes")
+    try:
+        assert [node.wait(100) for node in nodes] == [0, 0], (workplace / "node-0.log").read_text()
+    finally:
+        for node in nodes:
+            node.kill()
+    assert on_ranks(workplace, _train, [*argv, "runs/one"], ranks=1) == [0]
+    for ours, theirs in zip(rows(workplace / "runs/nodes"), rows(workplace / "runs/one"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=3e-5)
