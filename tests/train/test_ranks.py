@@ -21,6 +21,8 @@ from train.interrupts import EXIT_STATUS, Consensus
 from train.loop import Training, run
 
 ROOT = Path(__file__).parents[2]
+# Unset, accelerate warns on every rank.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 SETTINGS = ["--input.batch_size", "48", "--input.image_size", "8", "--input.augment", "none", "--optim.epochs", "2"]
 SETTINGS += ["--optim.lr", "0.001", "--optim.warmup_epochs", "1", "--loop.eval_every", "1"]
 STEPS = 8  # an epoch, of 412 images
