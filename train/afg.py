@@ -209,6 +209,12 @@ def unit_of(mixture: Mixture) -> float:
     return max(1e-6, (squares / len(rows)) ** 0.5)
 
 
+def title(settings: Settings) -> str:
+    """Return what tables call the stage: AFG, and where β or distillation are not the default's, how."""
+    beta = {"select": "", "adaptive": ", adaptive β"}.get(str(settings.beta), f", β={settings.beta}")
+    return f"AFG{beta}" + (", no distillation" if settings.distill == 0 else "")
+
+
 @dataclass(frozen=True)
 class Choice:
     """What became of β.
@@ -392,7 +398,7 @@ def train(
     seconds = time.perf_counter() - started
     summary = {
         "method": "afg",
-        "title": f"{first['title']} + AFG",
+        "title": f"{first['title']} + {title(settings)}",
         "stage": 2,
         "from": stage_one.resolve().name,
         "dataset": dataset.name,

@@ -17,8 +17,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from jsonargparse.typing import PositiveInt
+from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from pipeline.batch import Batch
@@ -85,7 +87,7 @@ class BBN(Method):
         alpha_epochs: PositiveInt | None = None
         q: Exponent = -1.0
 
-    def __init__(self, config: Any, num_classes: int) -> None:
+    def __init__(self, config: Any, train_counts_C: NDArray[np.int64]) -> None:
         self.title = "BBN"
         self._settings = config.method
         self.streams = (
@@ -93,7 +95,7 @@ class BBN(Method):
             Stream("reversed", q=config.method.q, augment=config.input.augment),
         )
         model = config.model
-        self.network = build_network("bilateral", model.backbone, num_classes, model.weights)
+        self.network = build_network("bilateral", model.backbone, len(train_counts_C), model.weights)
 
     def step(self, batch: dict[str, Batch], progress: Progress) -> StepResult:  # noqa: D102
         alpha = adaptor_alpha(

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from analysis.metrics import Tally, tally
 from shards.errors import UserError
 from train.mixing import Batches
+from train.objectives import gradual_weight
 
 Kind = Literal["scaled", "lws", "linear"]
 # Features that are evaluated at once: a bound on memory.
@@ -93,8 +94,8 @@ class Distillation:
     base: float
 
     def weight(self, epoch: int, epochs: int) -> float:
-        """Return α(t) = s·(c^t − 1) with t from 0 in the first epoch to 1 in the last (GLAG Eq. 3)."""
-        return self.scale * (self.base ** ((epoch - 1) / max(1, epochs - 1)) - 1)
+        """Return α(t), which "shares the same form as Eq. 3" (GLAG, section 4.2)."""
+        return gradual_weight(epoch, epochs, self.scale, self.base)
 
     def loss(self, features_BD: Tensor, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
         """Return the divergence summed over samples of head classes and divided by all B, a scalar."""

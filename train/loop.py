@@ -99,7 +99,7 @@ def _train_and_finish(
     accelerator: Accelerator,
 ) -> None:
     set_seed(config.loop.seed)
-    method = method_class(config, len(dataset.classes))
+    method = method_class(config, dataset.train_counts)
     plan = TrainPlan(
         dataset.splits["train"],
         method.streams,

@@ -4,7 +4,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.batch import Batch
 from pipeline.plan import Stream
@@ -43,7 +45,7 @@ class StepResult:
 
 
 class Method(ABC):
-    """A training method: made from the run's configuration and the number of classes.
+    """A training method: made from the run's configuration and n_j, the training images of each class, shape (C,).
 
     Attributes:
         name: the launchable file's name, as in summary.json.
@@ -60,7 +62,7 @@ class Method(ABC):
     network: torch.nn.Module
 
     @abstractmethod
-    def __init__(self, config: Any, num_classes: int) -> None: ...
+    def __init__(self, config: Any, train_counts_C: NDArray[np.int64]) -> None: ...
 
     @abstractmethod
     def step(self, batch: dict[str, Batch], progress: Progress) -> StepResult:

@@ -68,7 +68,7 @@ def make_method(**settings) -> BBN:
         model=SimpleNamespace(backbone="resnet32", weights=None),
         method=BBN.Settings(**settings),
     )
-    return BBN(config, num_classes=4)
+    return BBN(config, np.array([9, 5, 2, 1]))
 
 
 @pytest.mark.parametrize("q", [-1.0, 0.0, 1.0])

@@ -50,7 +50,7 @@ def test_what_a_preset_names_exists(name, method, digits):
         assert settings.model.weights in torchvision.models.get_model_weights(settings.model.backbone).__members__
         settings.model.weights = None  # not to be fetched here
     with torch.device("meta"):
-        method(settings, num_classes=3)
+        method(settings, np.array([9, 5, 2]))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,98 @@
+"""GLAG's comparison (Zhang and Xiang 2022, Table 7) on a dataset, which must have a val split.
+
+    python scripts/compare_glag.py data/cifar100 runs/glag
+    python scripts/compare_glag.py data/cifar100 runs/glag --jobs 2 -- --optim.epochs 20    options of stage one
+
+Stage one is trained with CE and with GraLoss, on a cosine and with the weight decay of the paper's section 5.1. On the
+features of each, AFG is trained with β selected, adaptive and the paper's, and without distillation; the first is held
+against all of train/baselines.py. `RUNS/table.txt` and `table.json` hold means and spreads over seeds. Given again, the
+command goes on where it was cut off.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from shards.errors import UserError, user_errors_exit_2
+from shards.index import open_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGE_ONE = {
+    "ce": ["--method.objective", "ce"],
+    "gradual": ["--method.objective", "gradual"],
+}
+SCHEDULE = ["--optim.schedule", "cosine", "--optim.weight_decay", "5e-4"]
+ALONE = ["--method.baselines", "false"]
+STAGE_TWO = {
+    "afg": [],
+    "adaptive": ["--method.beta", "adaptive", *ALONE],
+    "fixed": ["--method.beta", "0.6", *ALONE],
+    "undistilled": ["--method.distill", "0", *ALONE],
+}
+
+
+def launch(program: str, run: Path, options: list[str], threads: int) -> None:
+    """Finish a run in a process of its own, whose output goes beside it, unless it is finished."""
+    if (run / "summary.json").exists():
+        return
+    if program == "train/erm.py" and (run / "config.yaml").exists():
+        options = [*options, "--resume"]
+    else:
+        shutil.rmtree(run, ignore_errors=True)  # a second stage is short: it begins anew
+    command = [sys.executable, str(ROOT / program), "--run", str(run), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    log = run.with_suffix(".log")
+    with log.open("a") as output:
+        ended = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False)
+    if ended.returncode:
+        raise UserError(f"{program} ended with {ended.returncode}; {log} says why: {log.read_text()[-300:].strip()}")
+    print(f"{run} is finished", flush=True)
+
+
+def finish(data: str, runs: Path, objective: str, seed: int, options: list[str], threads: int) -> list[Path]:
+    """Train one network, and all that is trained on its features; return the runs."""
+    common = ["--data", data, "--loop.seed", str(seed)]
+    first = runs / f"{objective}-{seed}"
+    launch("train/erm.py", first, [*common, *STAGE_ONE[objective], *SCHEDULE, *options], threads)
+    seconds = {first.with_name(f"{first.name}-{name}"): chosen for name, chosen in STAGE_TWO.items()}
+    for run, chosen in seconds.items():
+        launch("train/afg.py", run, [*common, "--from", str(first), *chosen], threads)
+    return [first, *seconds]
+
+
+def main() -> None:
+    """Read the command line and run the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="the dataset's folder")
+    parser.add_argument("runs", type=Path, help="the folder of all runs")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
+    parser.add_argument("--jobs", type=int, default=1, help="networks at a time, which share the cores (default: 1)")
+    parser.add_argument("options", nargs="*", metavar="-- OPTIONS", help="of train/erm.py")
+    asked = parser.parse_args()
+    if asked.seeds < 1 or asked.jobs < 1:
+        parser.error("--seeds and --jobs must be at least 1")
+    with user_errors_exit_2("scripts/compare_glag.py"):
+        if "val" not in open_dataset(asked.data).splits:
+            raise UserError(f"{asked.data} has no val split to choose β on; build it with --val-fraction 0.1")
+        asked.runs.mkdir(parents=True, exist_ok=True)
+        threads = max(1, len(os.sched_getaffinity(0)) // asked.jobs)
+        with ThreadPoolExecutor(asked.jobs) as pool:
+            jobs = [
+                pool.submit(finish, asked.data, asked.runs, objective, seed, asked.options, threads)
+                for seed in range(asked.seeds)
+                for objective in STAGE_ONE
+            ]
+            runs = [run for job in jobs for run in job.result()]
+        compare = [sys.executable, "-m", "analysis", "compare", *map(str, runs)]
+        for file, options in (("table.txt", []), ("table.json", ["--json"])):
+            said = subprocess.run([*compare, *options], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+            (asked.runs / file).write_text(said)
+        print((asked.runs / "table.txt").read_text())
+
+
+if __name__ == "__main__":
+    main()
