@@ -71,8 +71,8 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="the folder of all runs")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time, which share the cores (default: 1)")
-    parser.add_argument("options", nargs="*", metavar="-- OPTIONS", help="of train/erm.py")
-    asked = parser.parse_args()
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    asked, options = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
     if asked.seeds < 1 or asked.jobs < 1:
         parser.error("--seeds and --jobs must be at least 1")
     with user_errors_exit_2("scripts/compare_glag.py"):
@@ -82,14 +82,14 @@ def main() -> None:
         threads = max(1, len(os.sched_getaffinity(0)) // asked.jobs)
         with ThreadPoolExecutor(asked.jobs) as pool:
             jobs = [
-                pool.submit(finish, asked.data, asked.runs, objective, seed, asked.options, threads)
+                pool.submit(finish, asked.data, asked.runs, objective, seed, options, threads)
                 for seed in range(asked.seeds)
                 for objective in STAGE_ONE
             ]
             runs = [run for job in jobs for run in job.result()]
         compare = [sys.executable, "-m", "analysis", "compare", *map(str, runs)]
-        for file, options in (("table.txt", []), ("table.json", ["--json"])):
-            said = subprocess.run([*compare, *options], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        for file, form in (("table.txt", []), ("table.json", ["--json"])):
+            said = subprocess.run([*compare, *form], capture_output=True, text=True, check=True, cwd=ROOT).stdout
             (asked.runs / file).write_text(said)
         print((asked.runs / "table.txt").read_text())
 
