@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
 
 from pipeline.augment import Recipe
-from pipeline.batch import Batch
+from pipeline.batch import Loader, Shown
 from pipeline.distort import distort
 from pipeline.faults import faults_of
 from pipeline.plan import Draw, Plan
@@ -112,8 +112,7 @@ class _Part(NamedTuple):
     """One stream's part of a step: what the plan drew, and what is shown of it."""
 
     drawn: Draw
-    ids_B: NDArray[np.int64]
-    images_BHWC: torch.Tensor
+    shown: Shown
 
 
 class _Draws:
@@ -185,7 +184,7 @@ class _Stream:
             self._steps -= 1
             if self._steps:
                 self._pipeline.schedule_run()
-            yield _Part(drawn, shown.ids_B, images_BHWC.to(self._device))
+            yield _Part(drawn, Shown(images_BHWC, shown.ids_B))
 
     def _take(self, draw: Draw) -> tuple[torch.Tensor, Draw]:
         """Return the pictures and which draw they show."""
@@ -275,14 +274,12 @@ class _Ahead:
         self._thread.join()
 
 
-class DaliLoader:
-    """See `pipeline.loader.Loader`."""
-
-    waiting_for: str | None
+class DaliLoader(Loader):
+    """A pipeline per stream."""
 
     def __init__(self, plan: Plan, device: torch.device, threads: int, start_step: int) -> None:
-        self._plan, self._device, self._step = plan, device, start_step
-        self.faults, self.waiting_for = faults_of(plan.split), None
+        super().__init__(plan, device)
+        self._step = start_step
         reader, draws = ShardReader(plan.split), _Draws(plan, start_step)
         steps = sys.maxsize if plan.steps is None else plan.steps - start_step
         streams = [_Stream(plan, i, draws, reader, device, threads, steps) for i in range(len(plan.streams))]
@@ -292,10 +289,7 @@ class DaliLoader:
         # Also when the loader is abandoned or the interpreter ends: no thread of ours may be inside DALI then.
         self._free = weakref.finalize(self, _free, self._parts, streams, reader)
 
-    def __iter__(self) -> Iterator[dict[str, Batch]]:
-        return self
-
-    def __next__(self) -> dict[str, Batch]:
+    def _next_step(self) -> list[Shown]:
         if self._step == self._plan.steps or not self._parts:
             raise StopIteration
         try:
@@ -304,27 +298,12 @@ class DaliLoader:
                 self.waiting_for = name
                 step.append(next(parts))
             self._step += 1
-            for part in step:
-                self.faults.count(part.drawn)
-            self.faults.check()
         except BaseException:
             self.close()
             raise
-        if not any(len(part.ids_B) for part in step):  # no image of an evaluation's batch decodes
-            return next(self)
-        labels = self._plan.split.samples["label"]
-        return {
-            name: Batch(
-                part.images_BHWC, torch.from_numpy(labels[part.ids_B].astype(np.int64)).to(self._device), part.ids_B
-            )
-            for name, part in zip(self._plan.streams, step, strict=True)
-        }
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        for part in step:
+            self.faults.count(part.drawn)
+        return [part.shown for part in step]
 
     def close(self) -> None:
         """Free the pipelines with their threads and buffers."""

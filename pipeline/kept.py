@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from shards.index import Split
 
@@ -22,4 +22,4 @@ def kept_with(split: Split, name: Hashable, make: Callable[[], Thing]) -> Thing:
     shelf = _shelves[id(split)]
     if name not in shelf:
         shelf[name] = make()
-    return shelf[name]  # type: ignore[return-value]
+    return cast(Thing, shelf[name])

@@ -11,7 +11,6 @@ import itertools
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Self
 
@@ -21,10 +20,9 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from pipeline.augment import Windows
-from pipeline.batch import Batch
+from pipeline.batch import Loader, Shown, steps_from
 from pipeline.budget import free_memory
 from pipeline.distort import distort
-from pipeline.faults import faults_of
 from pipeline.kept import kept_with
 from pipeline.pictures import UndecodableError, decode
 from pipeline.plan import Draw, Plan
@@ -196,46 +194,32 @@ class _Coming(NamedTuple):
 Pictures = list[tuple[int, NDArray[np.uint8]] | UndecodableError]
 
 
-class ResidentLoader:
-    """See `pipeline.batch.Loader`."""
-
-    waiting_for: str | None
+class ResidentLoader(Loader):
+    """A buffer of decoded images, and threads that decode what is first asked for."""
 
     def __init__(
         self, plan: Plan, device: torch.device, threads: int, start_step: int, gigabytes: float | None = None
     ) -> None:
-        self._plan, self._device = plan, device
+        super().__init__(plan, device)
         self._images = decoded_of(plan.split, device, gigabytes)
-        self.faults, self.waiting_for = faults_of(plan.split), None
         self._reader = ShardReader(plan.split)
         self._threads = threads * len(plan.streams)
         self._pool = ThreadPoolExecutor(self._threads)
         self._buffers = Buffers(plan.rank_batch, plan.image_size, plan.image_size, 3)
-        self._steps: Iterator[int] = (
-            itertools.count(start_step) if plan.steps is None else iter(range(start_step, plan.steps))
-        )
+        self._steps = iter(steps_from(plan, start_step))
         self._coming: deque[_Coming] = deque()
 
-    def __iter__(self) -> Iterator[dict[str, Batch]]:
-        return self
-
     @torch.inference_mode(False)  # which threads that resize do not share
-    def __next__(self) -> dict[str, Batch]:
-        while True:
-            for step in itertools.islice(self._steps, 1 + STEPS_AHEAD - len(self._coming)):
-                draws = self._plan.draws(step)
-                shown_B = np.concatenate([self.faults.mend(self._plan, draw).ids_B for draw in draws])
-                self._coming.append(_Coming(draws, self._decode(self._images.lacking(shown_B))))
-            if not self._coming:
-                raise StopIteration
-            draws, decoding = self._coming.popleft()
-            self._keep(decoding)
-            step_batches = {name: self._batch(draw) for name, draw in zip(self._plan.streams, draws, strict=True)}
-            self.faults.check()
-            if any(
-                len(batch.ids_B) for batch in step_batches.values()
-            ):  # else no image of an evaluation's batch decodes
-                return step_batches
+    def _next_step(self) -> list[Shown]:
+        for step in itertools.islice(self._steps, 1 + STEPS_AHEAD - len(self._coming)):
+            draws = self._plan.draws(step)
+            shown_B = np.concatenate([self.faults.mend(self._plan, draw).ids_B for draw in draws])
+            self._coming.append(_Coming(draws, self._decode(self._images.lacking(shown_B))))
+        if not self._coming:
+            raise StopIteration
+        draws, decoding = self._coming.popleft()
+        self._keep(decoding)
+        return [self._show(draw) for draw in draws]
 
     def _decode(self, samples: list[int]) -> "list[Future[Pictures]]":
         share = -(-len(samples) // self._threads)
@@ -252,16 +236,15 @@ class ResidentLoader:
                 else:
                     self._images.put(*picture)
 
-    def _batch(self, draw: Draw) -> Batch:
+    def _show(self, draw: Draw) -> Shown:
         shown = self.faults.mend(self._plan, draw)
         while lacking := self._images.lacking(shown.ids_B):  # what takes a bad image's place was not asked for
             self._keep(self._decode(lacking))
             shown = self.faults.mend(self._plan, draw)
         self.faults.count(draw)
-        labels_B = torch.from_numpy(self._plan.split.samples["label"][shown.ids_B].astype(np.int64))
-        return Batch(self._show(shown), labels_B.to(self._device), shown.ids_B)
+        return Shown(self._cut(shown), shown.ids_B)
 
-    def _show(self, draw: Draw) -> torch.Tensor:
+    def _cut(self, draw: Draw) -> torch.Tensor:
         size = self._plan.image_size
         if not len(draw.ids_B):
             return torch.empty((0, size, size, 3), dtype=torch.uint8, device=self._device)
@@ -277,12 +260,6 @@ class ResidentLoader:
             images_BHWC = resize_on_gpu(windows, size)
         images_BHWC = mirror(images_BHWC, draw.flips_B)
         return images_BHWC if draw.distortions_B is None else distort(images_BHWC, draw.distortions_B)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop the threads. The decoded images stay with the split."""

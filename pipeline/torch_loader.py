@@ -1,28 +1,25 @@
 """The portable loader: PIL in a PyTorch DataLoader. The reference that tests hold the other loaders against."""
 
-import itertools
 import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.batch import Batch
-from pipeline.faults import BadImage, Faults, faults_of
+from pipeline.batch import Loader, Shown, steps_from
+from pipeline.faults import BadImage, Faults
 from pipeline.plan import Plan
 from pipeline.reader import ShardReader
 from shards.errors import UserError
 
 
 class _Step(NamedTuple):
-    """What a worker sends back: images, labels and ids of each stream, and what its `Faults` took."""
+    """What a worker sends back: each stream's images, and what its `Faults` took."""
 
-    streams: list[tuple[torch.Tensor, torch.Tensor, NDArray[np.int64]]]
+    streams: list[Shown]
     faults: tuple[dict[int, BadImage], Counter[int]]
 
 
@@ -44,8 +41,7 @@ class _Steps(Dataset[_Step | UserError]):
         for draw in self._plan.draws(step):
             images_BHWC, shown = self._faults.rescue(self._plan, self._reader, draw)
             self._faults.count(draw)
-            labels_B = self._plan.split.samples["label"][shown.ids_B].astype(np.int64)
-            streams.append((images_BHWC, torch.from_numpy(labels_B), shown.ids_B))
+            streams.append(Shown(images_BHWC, shown.ids_B))
         return _Step(streams, self._faults.take())
 
 
@@ -60,20 +56,16 @@ def _as_it_is(step: Any) -> Any:
     return step
 
 
-class TorchLoader:
-    """See `pipeline.batch.Loader`. Worker processes prepare whole steps, two ahead each."""
-
-    waiting_for: str | None
+class TorchLoader(Loader):
+    """Worker processes prepare whole steps, two ahead each."""
 
     def __init__(self, plan: Plan, device: torch.device, workers: int, start_step: int) -> None:
-        self._plan, self._device = plan, device
-        self.faults, self.waiting_for = faults_of(plan.split), None
-        steps = itertools.count(start_step) if plan.steps is None else range(start_step, plan.steps)
+        super().__init__(plan, device)
         self._steps: Iterator[_Step | UserError] = iter(
             DataLoader(
                 _Steps(plan, self.faults.limit),
                 batch_size=None,
-                sampler=steps,
+                sampler=steps_from(plan, start_step),
                 collate_fn=_as_it_is,
                 num_workers=workers,
                 multiprocessing_context=_worker_context() if workers else None,
@@ -81,25 +73,9 @@ class TorchLoader:
             )
         )
 
-    def __iter__(self) -> Iterator[dict[str, Batch]]:
-        return self
-
-    def __next__(self) -> dict[str, Batch]:
-        while (step := self._next_step()) is not None:
-            self.faults.merge(*step.faults)
-            self.faults.check()
-            if any(len(ids) for _, _, ids in step.streams):  # else no image of an evaluation's batch decodes
-                return {
-                    name: Batch(
-                        images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True), ids
-                    )
-                    for name, (images, labels, ids) in zip(self._plan.streams, step.streams, strict=True)
-                }
-        raise StopIteration
-
-    def _next_step(self) -> _Step | None:
+    def _next_step(self) -> list[Shown]:
         try:
-            step = next(self._steps, None)
+            step = next(self._steps)
         except (RuntimeError, EOFError, OSError) as error:
             # Named by the DataLoader, or met here in the middle of a worker's batch; else it is what a worker raised.
             lost = "exited unexpectedly" in str(error) or isinstance(
@@ -112,13 +88,8 @@ class TorchLoader:
             raise
         if isinstance(step, UserError):
             raise step
-        return step
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        self.faults.merge(*step.faults)
+        return step.streams
 
     def close(self) -> None:
         """Stop the worker processes."""
