@@ -15,7 +15,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run one command; a user's mistake exits with status 2."""
     comparing = Parser(description="Tabulate finished runs by method: mean and standard deviation over seeds.")
     comparing.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
-    comparing.add_argument("--json", action="store_true", help="print JSON; fractions, null where unmeasured")
+    comparing.add_argument(
+        "--baselines", action="store_true", help="also show what stage two measured itself against, where it did"
+    )
+    comparing.add_argument(
+        "--json", action="store_true", help="print JSON, baselines too; fractions, null where unmeasured"
+    )
     reporting = Parser(
         description="Write one self-contained HTML page about finished runs, averaged by method over seeds;"
         " the first run's method is the baseline."
@@ -42,11 +47,12 @@ def main(argv: list[str] | None = None) -> None:
         elif options.compare.json:
             rows = [
                 {"dataset": entry.dataset, "title": entry.title, "seeds": entry.seeds, **asdict(entry.last)}
+                | {"baselines": {name: asdict(figures) for name, figures in entry.baselines.items()}}
                 for entry in group_runs(runs)
             ]
             print(json.dumps(rows, indent=2, ensure_ascii=False))
         else:
-            print(table(group_runs(runs)))
+            print(table(group_runs(runs), options.compare.baselines))
 
 
 if __name__ == "__main__":

@@ -95,8 +95,10 @@ def percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{100 * fraction:.1f}"
 
 
-def table(entries: Sequence[Entry]) -> str:
+def table(entries: Sequence[Entry], baselines: bool = False) -> str:
     """Draw entries as plain text, a block per dataset; one method's line fits 80 columns up to a long title.
+
+    With `baselines`, what an entry's runs measured themselves against stands under it, indented.
 
     digits: %, last epoch; ± standard deviation over n runs
 
@@ -108,13 +110,18 @@ def table(entries: Sequence[Entry]) -> str:
     for dataset in dict.fromkeys(entry.dataset for entry in entries):
         mine = [entry for entry in entries if entry.dataset == dataset]
         spread = any(len(entry.runs) > 1 for entry in mine)
-        columns = [["", *(entry.title for entry in mine)]]
+        rows: list[tuple[str, Spread, int]] = []
+        for entry in mine:
+            rows.append((entry.title, entry.last, len(entry.runs)))
+            if baselines:
+                rows += [(f"  {name}", figures, len(entry.runs)) for name, figures in entry.baselines.items()]
+        columns = [["", *(title for title, _, _ in rows)]]
         for key, heading in METRICS.items():
-            spreads = ["" if entry.last.std[key] is None else f"±{percent(entry.last.std[key])}" for entry in mine]
+            spreads = ["" if figures.std[key] is None else f"±{percent(figures.std[key])}" for _, figures, _ in rows]
             width = max(map(len, spreads))
-            cells = [percent(entry.last.mean[key]) + s.ljust(width) for entry, s in zip(mine, spreads, strict=True)]
-            columns.append([heading, *cells])
-        columns.append(["n", *(str(len(entry.runs)) for entry in mine)])
+            means = [percent(figures.mean[key]) for _, figures, _ in rows]
+            columns.append([heading, *(mean + s.ljust(width) for mean, s in zip(means, spreads, strict=True))])
+        columns.append(["n", *(str(n) for _, _, n in rows)])
 
         widths = [max(map(len, column)) for column in columns]
         lines = [

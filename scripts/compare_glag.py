@@ -88,7 +88,7 @@ def main() -> None:
             ]
             runs = [run for job in jobs for run in job.result()]
         compare = [sys.executable, "-m", "analysis", "compare", *map(str, runs)]
-        for file, form in (("table.txt", []), ("table.json", ["--json"])):
+        for file, form in (("table.txt", ["--baselines"]), ("table.json", ["--json"])):
             said = subprocess.run([*compare, *form], capture_output=True, text=True, check=True, cwd=ROOT).stdout
             (asked.runs / file).write_text(said)
         print((asked.runs / "table.txt").read_text())

@@ -19,6 +19,7 @@ def test_compare_prints_a_table(make_run, capsys):
 def test_compare_prints_json(make_run, capsys):
     main(["compare", "--json", str(make_run("bbn", train_counts=[30, 7]))])
     (row,) = json.loads(capsys.readouterr().out)
+    assert row["baselines"] == {}
     assert (row["dataset"], row["title"], row["seeds"]) == ("digits", "BBN", [0])
     assert row["mean"]["many"] is None
     assert 0 < row["mean"]["few"] <= 1

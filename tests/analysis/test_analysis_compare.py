@@ -88,3 +88,18 @@ def test_datasets_with_different_class_counts_are_named(runs, make_run):
 @pytest.mark.parametrize(("value", "text"), [(None, "–"), (0, "0.0"), (1, "100.0"), (0.8425, "84.2")])
 def test_percent(value, text):
     assert percent(value) == text
+
+
+def test_baselines_stand_under_the_entry_that_measured_them(make_run):
+    figures = {"top1": 0.5, "many": 0.75, "medium": 0.5, "few": None, "balanced_accuracy": 0.5, "ece": 0.125}
+
+    def against(top1: float) -> dict:
+        rows = [{"name": name, "setting": {}, **figures, "top1": top1} for name in ("cRT", "LWS")]
+        return {"selected_on": "val", "rows": rows}
+
+    runs = [make_run(f"{seed}", title="AFG", seed=seed, baselines=against(0.25 + seed / 2)) for seed in range(2)]
+    entries = group_runs(read_runs([*runs, make_run("bbn")]))
+    plain, whole = table(entries).splitlines(), table(entries, baselines=True).splitlines()
+    assert [line.split("  ")[0] for line in plain[3:]] == ["AFG", "BBN"]
+    assert [line[:6].rstrip() for line in whole[3:]] == ["AFG", "  cRT", "  LWS", "BBN"]
+    assert whole[4].split() == ["cRT", "50.0±35.4", "75.0±0.0", "50.0±0.0", "–", "50.0±0.0", "12.5±0.0", "2"]

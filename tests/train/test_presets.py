@@ -61,6 +61,7 @@ def test_the_second_stage_takes_it(name, digits):
     if name in ("cifar100", "imagenet-lt", "inat2017", "inat2018"):
         assert (settings.optim.epochs, settings.optim.weight_decay) == (40, 5e-4)
         assert settings.method.distill == (0.5 if name.startswith("inat") else 1.0)
+        assert settings_of(name, digits, ERM).method.gradual == settings.method.distill
 
 
 CIFAR = {0: 0.02, 4: 0.1, 119: 0.1, 120: 1e-3, 159: 1e-3, 160: 1e-5, 199: 1e-5}
