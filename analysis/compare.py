@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from analysis.metrics import percent
 from analysis.runs import METRICS, Run
 
 
@@ -88,11 +89,6 @@ def mismatched_datasets(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         seen.setdefault(run.dataset, set()).add(tuple(run.train_counts_C.tolist()))
     return [dataset for dataset, counts in seen.items() if len(counts) > 1]
-
-
-def percent(fraction: float | None) -> str:
-    """Write a fraction as a percentage with one decimal; an en dash for None."""
-    return "–" if fraction is None else f"{100 * fraction:.1f}"
 
 
 def table(entries: Sequence[Entry], baselines: bool = False) -> str:

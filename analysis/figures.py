@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
-from analysis.compare import Spread, percent
+from analysis.compare import Spread
+from analysis.metrics import percent
 from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups
 
 # Name: colour on a light page, colour on a dark one; no two alike, since a figure's colours are found by value.

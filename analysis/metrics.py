@@ -120,3 +120,8 @@ def summarize(total: Tally, train_counts_C: ArrayLike) -> dict[str, float | None
         **{group: mean_recall(seen_C & (groups_C == group)) for group in GROUPS},
         "ece": float(np.abs(correct_K - confidence_K).sum() / images) if images else None,
     }
+
+
+def percent(fraction: float | None) -> str:
+    """Write a fraction as a percentage with one decimal; an en dash for None."""
+    return "–" if fraction is None else f"{100 * fraction:.1f}"

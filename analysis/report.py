@@ -14,7 +14,8 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from analysis import figures
-from analysis.compare import Entry, group_runs, mismatched_datasets, percent
+from analysis.compare import Entry, group_runs, mismatched_datasets
+from analysis.metrics import percent
 from analysis.runs import METRICS, Run
 from shards.errors import UserError
 from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups, imbalance_factor

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis.metrics import summarize
+from analysis.metrics import percent, summarize
 from train.classifiers import (
     ClassifierOptim,
     Kind,
@@ -129,8 +129,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     cells = [["classifier", "chosen", "overall", "balanced", *columns[2:]]]
     for row in rows:
         chosen = ", ".join(f"{name} {value:g}" for name, value in row["setting"].items())
-        figures = ["–" if row[column] is None else f"{100 * row[column]:.1f}" for column in columns]
-        cells.append([row["name"], chosen, *figures])
+        cells.append([row["name"], chosen, *(percent(row[column]) for column in columns)])
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = []
     for line in cells:

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from analysis.metrics import Tally, summarize, tally
+from analysis.metrics import Tally, percent, summarize, tally
 from pipeline.batch import Batch, Loader
 from pipeline.faults import faults_of
 from pipeline.plan import EvalPlan, TrainPlan
@@ -566,7 +565,6 @@ def device_name(device: torch.device) -> str:
 
 def accuracy_line(result: dict[str, Any]) -> str:
     """Return "overall 97.1, many …" in percent."""
-    percent: Callable[[float | None], str] = lambda value: "–" if value is None else f"{100 * value:.1f}"  # noqa: E731
     return f"overall {percent(result['top1'])}" + "".join(
         f", {group} {percent(result[group])}" for group in ("many", "medium", "few")
     )

@@ -5,7 +5,8 @@ import statistics
 
 import pytest
 
-from analysis.compare import Spread, group_runs, mismatched_datasets, percent, table
+from analysis.compare import Spread, group_runs, mismatched_datasets, table
+from analysis.metrics import percent
 from analysis.runs import read_runs
 
 

@@ -26,3 +26,11 @@ def image_folder() -> Callable[..., Path]:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded dataset in several shards; tests only read it."""
     return build("digits", out=tmp_path_factory.mktemp("digits") / "digits", shard_samples=150, workers=1)
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory: pytest.TempPathFactory, image_folder: Callable[..., Path]) -> Path:
+    """A source folder of 19 pictures and a file that is none."""
+    root = image_folder(tmp_path_factory.mktemp("pets"), {"cat": 9, "dog": 6, "eel": 4})
+    (root / "cat" / "text.jpg").write_text("no image")
+    return root

@@ -21,14 +21,6 @@ from shards.verify import verify
 from shards.writer import write_shard
 
 
-@pytest.fixture(scope="module")
-def pets(tmp_path_factory, image_folder):
-    """19 pictures and a file that is none."""
-    root = image_folder(tmp_path_factory.mktemp("pets"), {"cat": 9, "dog": 6, "eel": 4})
-    (root / "cat" / "text.jpg").write_text("no image")
-    return root
-
-
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 

@@ -87,14 +87,6 @@ def memory():
     return "memory://bucket/some/where"
 
 
-@pytest.fixture(scope="module")
-def pets(tmp_path_factory, image_folder):
-    """19 pictures and a file that is none."""
-    root = image_folder(tmp_path_factory.mktemp("pets"), {"cat": 9, "dog": 6, "eel": 4})
-    (root / "cat" / "text.jpg").write_text("no image")
-    return root
-
-
 def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
