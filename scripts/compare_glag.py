@@ -80,13 +80,16 @@ def main() -> None:
             raise UserError(f"{asked.data} has no val split to choose β on; build it with --val-fraction 0.1")
         asked.runs.mkdir(parents=True, exist_ok=True)
         threads = max(1, len(os.sched_getaffinity(0)) // asked.jobs)
-        with ThreadPoolExecutor(asked.jobs) as pool:
+        pool = ThreadPoolExecutor(asked.jobs)
+        try:
             jobs = [
                 pool.submit(finish, asked.data, asked.runs, objective, seed, options, threads)
                 for seed in range(asked.seeds)
                 for objective in STAGE_ONE
             ]
             runs = [run for job in jobs for run in job.result()]
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C, or one that failed, begins no more
         compare = [sys.executable, "-m", "analysis", "compare", *map(str, runs)]
         for file, form in (("table.txt", ["--baselines"]), ("table.json", ["--json"])):
             said = subprocess.run([*compare, *form], capture_output=True, text=True, check=True, cwd=ROOT).stdout
