@@ -34,11 +34,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_common import cpu_name
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.common import cpu_name
 from shards.cli import run_commands
 from shards.errors import UserError
 from shards.groups import MANY_ABOVE

@@ -31,14 +31,14 @@ from inspect import getdoc
 from pathlib import Path
 from typing import Any, Literal
 
-import gpu_sweep
 import torch
-from bench_common import ROOT, commit, environment, make_environment, write_results
-from loader_process import Load, LoaderError, LoaderProcess
-from pipeline_data import make_data, make_index
-from pipeline_ours import CONTESTANTS, make_plan
-from pipeline_peers import BATCH, PEERS
 
+from bench import gpu_sweep
+from bench.common import ROOT, commit, environment, make_environment, write_results
+from bench.loader_process import Load, LoaderError, LoaderProcess
+from bench.pipeline_data import make_data, make_index
+from bench.pipeline_ours import CONTESTANTS, make_plan
+from bench.pipeline_peers import BATCH, PEERS
 from shards.cli import run_commands
 from shards.errors import UserError
 from shards.progress import say
@@ -73,7 +73,7 @@ BARS = (
 MOST_GROWTH_MB = 16.0  # memory between a tenth of the steps and all of them
 MOST_FIRST_BATCH_SECONDS = 3.0
 MOST_IDS_MS = 0.2
-HERE = {"PYTHONPATH": str(ROOT)}  # this checkout is imported, whichever one is installed
+HERE = {"PYTHONPATH": f"{ROOT}:{ROOT}/scripts"}  # this checkout is imported, whichever one is installed
 OUTCOME = {True: "met", False: "missed", None: "not measured"}
 
 
@@ -197,7 +197,7 @@ def command(
 ) -> list[str]:
     """The command that runs a contestant: a peer with its own Python, ours and DALI with this one."""
     script = "pipeline_peers.py" if name in PEERS else "pipeline_ours.py"
-    words = [str(python or sys.executable), str(ROOT / "scripts" / script), name, str(folder), data, device]
+    words = [str(python or sys.executable), str(ROOT / "scripts/bench" / script), name, str(folder), data, device]
     return words if batch is None else [*words, str(batch)]
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_common import ROOT, commit, environment, make_environment, photographs, write_results
 from PIL import Image
 
+from bench.common import ROOT, commit, environment, make_environment, photographs, write_results
 from shards.cli import run_commands
 from shards.progress import say
 
@@ -63,7 +63,7 @@ def _measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
         except subprocess.CalledProcessError as error:
             skipped[peer] = error.stderr.strip().splitlines()[-1]
         else:
-            commands[peer] = [str(python), str(ROOT / "scripts" / "bench_peers.py"), peer, SOURCE, OUT]
+            commands[peer] = [str(python), str(ROOT / "scripts/bench/shards_peers.py"), peer, SOURCE, OUT]
 
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for i in range(rounds):

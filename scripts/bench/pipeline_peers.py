@@ -1,6 +1,6 @@
 """What bench_pipeline.py compares with: other libraries, as their users have them, with ordinary Pillow.
 
-    python pipeline_peers.py NAME FOLDER photos|small DEVICE
+    python scripts/bench/pipeline_peers.py NAME FOLDER photos|small DEVICE
 
 FOLDER holds `source`, a folder of images per class, the largest class first; whatever format a library wants is made
 from it before the clock runs. Each contestant delivers a uniform and a reversed batch per step (P(class j) ∝ 1/n_j),
@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from loader_process import Steps, serve
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
+
+from bench.loader_process import Steps, serve
 
 BATCH = {"photos": 64, "small": 128}  # images per stream and step
 SIZE = {"photos": 224, "small": 32}

@@ -1,6 +1,6 @@
 """The contestants of bench_pipeline.py that run in this project's environment: its loaders, and DALI by itself.
 
-    python pipeline_ours.py NAME FOLDER photos|small DEVICE
+    python scripts/bench/pipeline_ours.py NAME FOLDER photos|small DEVICE
 
 FOLDER holds `source`, a folder of images per class, and `dataset`, the shards that were built from it.
 """
@@ -15,12 +15,12 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from loader_process import Steps, serve
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
 from PIL import Image
-from pipeline_peers import BATCH, MEAN, SIZE, STD
 
+from bench.loader_process import Steps, serve
+from bench.pipeline_peers import BATCH, MEAN, SIZE, STD
 from pipeline.loader import LoaderKind, open_loader
 from pipeline.plan import Stream, TrainPlan
 from pipeline.reader import ShardReader

@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 
 from shards.progress import say
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # torch is taken from the environment that the script runs in: mosaicml-streaming imports it.
 WITHOUT_TORCH = "torch; python_version < '0'\ntorchvision; python_version < '0'\n"
 

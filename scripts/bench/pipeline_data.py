@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_common import photographs
-from pipeline_peers import BATCH
 
+from bench.common import photographs
+from bench.pipeline_peers import BATCH
 from shards.build import build
 from shards.index import MANIFEST
 from shards.profiles import profile_counts
