@@ -23,7 +23,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.common import cpu_name
+from bench.measuring import watched_memory
 from shards.cli import run_commands
 from shards.errors import UserError
 from shards.groups import MANY_ABOVE
@@ -346,8 +346,7 @@ def at_scale(case: Case, chunks: int) -> dict[str, Any]:
     torch.mm(left, right)
     seconds, _ = cpu_seconds(lambda: [torch.mm(left, right) for _ in range(5)])
     machine = 5 * 2 * 4096 * 2048 * 2048 / seconds
-    memory = Memory()
-    with memory:
+    with watched_memory(os.getpid(), every=0.02) as memory:
         fit_seconds, gaussians = cpu_seconds(lambda: fit(case.features_ND, case.labels_N, classes))
         head_C = head_classes(gaussians.counts_C, MANY_ABOVE)
         nearest_seconds, support = cpu_seconds(lambda: find_support(gaussians, K, head_C))
@@ -361,6 +360,7 @@ def at_scale(case: Case, chunks: int) -> dict[str, Any]:
             return sum(len(labels) for _, labels in itertools.islice(stream, chunks))
 
         seconds, samples = cpu_seconds(generated)
+    own_mb = [mb for _, mb in memory]
     # What the matrix products of a sample take: 2·D operations per number of noise, of its own class and its support.
     lengths_C = torch.tensor([noise_length(gaussians, c) for c in range(classes)]).double()
     borrowed_N = ((support.weights_NK > 0) * lengths_C[support.classes_NK]).sum(1)
@@ -394,38 +394,10 @@ def at_scale(case: Case, chunks: int) -> dict[str, Any]:
         "machine_gflops": machine / 1e9,
         "generation_gflops": rate * noise * 2 * dim / 1e9,
         "share_of_matrix_product_rate": rate * noise * 2 * dim / machine,
-        "memory_above_bank_gb": memory.most / 1e9,
+        "memory_above_bank_gb": (max(own_mb) - own_mb[0]) * 2**20 / 1e9,
         "classifier_step_seconds": step_seconds / 4,
         "generation_over_classifier_step": BATCH / rate / (step_seconds / 4),
     }
-
-
-class Memory:
-    """The most memory of its own (mapped files are the cache's) that this process takes inside, more than before."""
-
-    def __init__(self) -> None:
-        self.most = 0
-        self._before = own_memory()
-        self._ended = threading.Event()
-        self._watcher = threading.Thread(target=self._watch)
-
-    def __enter__(self) -> "Memory":
-        self._watcher.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._ended.set()
-        self._watcher.join()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.02):
-            self.most = max(self.most, own_memory() - self._before)
-
-
-def own_memory() -> int:
-    """Return this process's anonymous memory in bytes."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from bench.common import cpu_name, write_results
-from bench_shards import timed
+from bench.measuring import timed
 from shards.cli import run_commands
 from shards.index import open_dataset
 from shards.progress import say

@@ -8,14 +8,11 @@ thrown away). `images_per_second` is what counts: the same commands are also run
 of that is subtracted, with starting Python and importing libraries in it. `with_start` is of the whole commands.
 """
 
-import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from bench.common import ROOT, commit, environment, make_environment, photographs, write_results
+from bench.measuring import timed
 from shards.cli import run_commands
 from shards.progress import say
 
@@ -116,48 +114,6 @@ def run_on(command: list[str], source: Path, out: Path) -> dict[str, float]:
     result = timed([paths.get(word, word) for word in command], cwd=out.parent)
     shutil.rmtree(out)
     return result
-
-
-def timed(command: list[str], cwd: Path) -> dict[str, float]:
-    """Run a command; return its seconds, CPU seconds, and how much more memory it took after its first tenth, in MB."""
-    start = time.monotonic()
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    memory: list[tuple[float, float]] = []
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.1):
-            memory.append((time.monotonic() - start, resident_mb(process.pid)))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    before = os.times()
-    _, errors = process.communicate()
-    seconds = time.monotonic() - start
-    after = os.times()
-    ended.set()
-    watcher.join()
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {errors.strip()}")
-    early = [mb for when, mb in memory if when <= max(seconds / 10, 1)]
-    late = [mb for when, mb in memory if when > max(seconds / 10, 1)]
-    return {
-        "seconds": seconds,
-        "cpu_seconds": after.children_user + after.children_system - before.children_user - before.children_system,
-        "rss_mb": max((mb for _, mb in memory), default=0.0),
-        "rss_growth_mb": max(late, default=0.0) - max(early, default=0.0) if late else 0.0,
-    }
-
-
-def resident_mb(pid: int) -> float:
-    """Memory of a process and its descendants that is its own: without pages of mapped files, which are the cache's."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return 0.0
-    own = sum(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
-    return own + sum(resident_mb(int(child)) for child in children)
 
 
 def ratio(results: dict[str, dict[str, Any]], one: str, other: str, per: str = "second") -> float | None:
