@@ -16,15 +16,14 @@ some chunks, beside a float32 matrix product and a step of the classifier.
 """
 
 import itertools
-import json as json_files
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -37,7 +36,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.common import cpu_name
+from bench.common import header, read_counts, reason, uv, write_results
 from bench.measuring import watched_memory
 from shards.cli import run_commands
 from shards.errors import UserError
@@ -46,13 +45,12 @@ from shards.progress import say
 from train.gaussians import ClassGaussians, Support, find_support, fit, head_classes
 from train.generation import generate_chunks, noise_length
 
-ROOT = Path(__file__).parents[1]
 BETA, K = 0.4, 2
 BATCH = 512  # of the classifier
 CHUNK = 65536
 
 # What must hold: a figure of `figures` and its bound.
-BARS = [
+BARS: list[dict[str, Any]] = [
     {"figure": "times_cholesky_at_512", "at_least": 10.0},
     {"figure": "times_tailcalib_at_512", "at_least": 150.0},
     {"figure": "share_of_matrix_product_rate", "at_least": 0.4},
@@ -109,29 +107,15 @@ def bench(
         "times_tailcalib_at_512": results["imagenet-lt"]["times_slower"].get("tailcalib"),
         **{bar["figure"]: results["inat2018"][bar["figure"]] for bar in BARS[2:]},
     }
-    told = {
-        "command": " ".join(sys.orig_argv[1:]),
-        "commit": subprocess.run(
-            ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "environment": {
-            "cpu": cpu_name(),
-            "cores": len(os.sched_getaffinity(0)),
-            "threads": 1,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+    told = header(threads=1, torch=torch.__version__) | {
         "size": size,
         "results": results,
         "figures": figures,
         "bars": [bar | {"measured": figures[bar["figure"]], "reached": reached(bar, figures)} for bar in BARS],
     }
-    json.parent.mkdir(parents=True, exist_ok=True)
-    json.write_text(json_files.dumps(told, indent=1) + "\n")
+    write_results(json, told)
     for bar in told["bars"]:
         say(f"{'reached' if bar['reached'] else 'NOT REACHED'}: {bar}")
-    say(f"written: {json}")
 
 
 def reached(bar: dict[str, Any], figures: dict[str, Any]) -> bool | None:
@@ -140,17 +124,6 @@ def reached(bar: dict[str, Any], figures: dict[str, Any]) -> bool | None:
     if figure is None:
         return None
     return bool(bar.get("at_least", -math.inf) <= figure <= bar.get("at_most", math.inf))
-
-
-def read_counts(path: Path) -> list[int]:
-    """Read images per class from a JSON list."""
-    try:
-        counts = json_files.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a JSON list of images per class") from None
-    if not isinstance(counts, list) or not counts or not all(isinstance(n, int) and n > 0 for n in counts):
-        raise UserError(f"{path} must hold a JSON list of positive integers, images per class")
-    return counts
 
 
 def made_counts(classes: int, largest: int, smallest: int, total: int) -> list[int]:
@@ -296,28 +269,17 @@ def multivariate(
 
 def fetch_tailcalib(folder: Path) -> Any:
     """Return the package's class, or why there is none."""
-    uv = Path(sys.executable).with_name("uv")
-    install = [
-        str(uv) if uv.exists() else "uv",
-        "pip",
-        "install",
-        "--no-config",
-        "--no-deps",
-        "--python",
-        sys.executable,
-    ]
+    target = folder / "tailcalib"
     try:
-        subprocess.run(
-            [*install, "--target", str(folder / "tailcalib"), "tailcalib"], check=True, capture_output=True, text=True
-        )
-        sys.path.append(str(folder / "tailcalib"))
-        package = import_module("tailcalib")
-        package.torch = torch  # its last step forgets to import it
-        return package.tailcalib
+        uv("pip", "install", "--no-deps", "--python", sys.executable, "--target", target, "tailcalib")
+        sys.path.append(str(target))
+        package: Any = import_module("tailcalib")
     except subprocess.CalledProcessError as error:
-        return f"not installed: {' '.join(error.stderr.split())[-300:]}"
+        return f"not installed: {reason(error.stderr)}"
     except (OSError, ImportError) as error:
         return f"not installed: {error}"
+    package.torch = torch  # its last step forgets to import it
+    return package.tailcalib
 
 
 def run_tailcalib(tailcalib: Any, case: Case, share: float) -> None:
@@ -329,14 +291,10 @@ def run_tailcalib(tailcalib: Any, case: Case, share: float) -> None:
             counts = super().get_sample_count(*arguments)
             return {c: [n * (generator.random() < share) for n in of_class] for c, of_class in counts.items()}
 
-    with open(os.devnull, "w") as nowhere:  # it prints and draws a bar
-        shown, sys.stdout, errors, sys.stderr = sys.stdout, nowhere, sys.stderr, nowhere
-        try:
-            OnAShare("pytorch").generate(
-                case.features_ND.float(), case.labels_N, tukey_value=0.5, topk=K, extra_points=0
-            )
-        finally:
-            sys.stdout, sys.stderr = shown, errors
+    features_ND = case.features_ND.float()
+    # It prints and draws a bar.
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        OnAShare("pytorch").generate(features_ND, case.labels_N, tukey_value=0.5, topk=K, extra_points=0)
 
 
 def at_scale(case: Case, chunks: int) -> dict[str, Any]:

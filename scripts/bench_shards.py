@@ -10,23 +10,21 @@ of that is subtracted, with starting Python and importing libraries in it. `with
 
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from bench.common import ROOT, commit, environment, make_environment, photographs, write_results
+from bench.common import ROOT, header, peer_environments, write_photographs, write_results
 from bench.measuring import timed
 from shards.cli import run_commands
 from shards.progress import say
 
 SIZE = (800, 600)
 CLASSES = 20
+PEERS = {"plain": ["pillow", "webdataset"], "mosaicml": ["pillow", "mosaicml-streaming"]}
 SOURCE, OUT = "SOURCE", "OUT"  # in a command, for paths
 
 
@@ -46,22 +44,16 @@ def _measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
     sources = {images: folder / "source", images // 10: folder / "tenth"}
     say(f"making {images} JPEGs")
     for n, source in sources.items():
-        mean_bytes = make_photographs(source, n)
+        mean_bytes = write_photographs(source, (i % CLASSES for i in range(n)), lambda _: SIZE)
     ours = [sys.executable, "-m", "shards", "build", "folder", "--shorter-side", "256", "--quality", "90"]
     ours += ["--test-fraction", "0", "--val-fraction", "0", "--shard-samples", str(images // 20)]
     commands = {
         f"ours, {n} worker{'s' * (n > 1)}": [*ours, "--workers", str(n), "--source", SOURCE, "--out", OUT]
         for n in (1, 2)
     }
-    skipped = {}
-    for peer, packages in {"plain": ["pillow", "webdataset"], "mosaicml": ["pillow", "mosaicml-streaming"]}.items():
-        say(f"making an environment for {peer}")
-        try:
-            python = make_environment(folder / f"env-{peer}", packages)
-        except subprocess.CalledProcessError as error:
-            skipped[peer] = error.stderr.strip().splitlines()[-1]
-        else:
-            commands[peer] = [str(python), str(ROOT / "scripts/bench/shards_peers.py"), peer, SOURCE, OUT]
+    skipped: dict[str, str] = {}
+    for peer, python in peer_environments(folder, PEERS, skipped).items():
+        commands[peer] = [str(python), str(ROOT / "scripts/bench/shards_peers.py"), peer, SOURCE, OUT]
 
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for i in range(rounds):
@@ -70,10 +62,7 @@ def _measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
             runs[name].append(run | {f"tenth_{key}": tenth[key] for key in ("seconds", "cpu_seconds")})
             say(f"round {i + 1}, {name}: {run['seconds']:.1f} s, {tenth['seconds']:.1f} s for a tenth")
     results = {name: rates(of, images) for name, of in runs.items()}
-    return {
-        "command": " ".join(sys.orig_argv[1:]),
-        "commit": commit(),
-        "environment": environment() | {"pillow": Image.__version__},
+    return header(pillow=Image.__version__) | {
         "images": images,
         "mean_bytes": mean_bytes,
         "results": results,
@@ -84,17 +73,6 @@ def _measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
         "two_workers_over_one": ratio(results, "ours, 2 workers", "ours, 1 worker"),
         "rss_growth_mb": max(run["rss_growth_mb"] for name in runs if name.startswith("ours") for run in runs[name]),
     }
-
-
-def make_photographs(source: Path, images: int) -> float:
-    """Write windows of scikit-learn's two photographs, mirrored by turns; return the mean file size in bytes."""
-    sizes = []
-    for i, picture in enumerate(islice(photographs(lambda _: SIZE), images)):
-        path = source / f"class-{i % CLASSES:02d}" / f"{i:06d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, quality=90)
-        sizes.append(path.stat().st_size)
-    return float(np.mean(sizes))
 
 
 def rates(runs: list[dict[str, float]], images: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,9 +38,6 @@ class Load:
     seconds: float
     cpu_seconds: float
     images: int
-
-    def as_dict(self) -> dict[str, float]:  # noqa: D102
-        return asdict(self)
 
 
 class LoaderProcess:

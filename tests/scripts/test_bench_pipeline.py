@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from bench import gpu_sweep, pipeline_ours, pipeline_peers
+from bench.common import reason
 from bench.gpu_sweep import DECODING, Setting, markdown, sweep
 from bench.loader_process import LoaderError, LoaderProcess
 from bench.pipeline_data import make_data, make_index
-from bench_pipeline import BARS, HERE, bench, judge, ratio, reason
+from bench_pipeline import BARS, HERE, bench, judge, ratio
 from shards.errors import UserError
 from shards.index import open_dataset
 
