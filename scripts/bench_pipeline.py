@@ -36,13 +36,12 @@ from bench import gpu_sweep
 from bench.common import ROOT, header, peer_environments, write_results
 from bench.loader_process import Load, LoaderError, LoaderProcess
 from bench.pipeline_data import make_data, make_index
-from bench.pipeline_ours import CONTESTANTS, make_plan
+from bench.pipeline_ours import CONTESTANTS, OURS, make_plan
 from bench.pipeline_peers import BATCH, PEERS
 from shards.cli import run_commands
 from shards.errors import UserError
 from shards.progress import say
 
-OURS = ("dali", "resident", "torch")
 UNCOUNTED_STEPS = 8  # at the start of a turn; more than any contestant prefetches
 LONG_BATCH = {"photos": 16, "small": 128}
 INDEX_STEP = 512  # images per stream of a step whose ids are timed
@@ -226,12 +225,16 @@ def race(
         }
     ratios = {
         one: {
-            other: {"wall": ratio(results, one, other, "images_per_second"),
-                    "cpu": ratio(results, other, one, "cpu_us_per_image")}
-            for other in results if other != one
+            other: {
+                "wall": ratio(results, one, other, "images_per_second"),
+                "cpu": ratio(results, other, one, "cpu_us_per_image"),
+            }
+            for other in results
+            if other != one
         }
-        for one in OURS if one in results
-    }  # fmt: skip
+        for one in OURS
+        if one in results
+    }
     return {"contestants": results, "ratios": ratios}
 
 
