@@ -16,16 +16,14 @@ some chunks, beside a float32 matrix product and a step of the classifier.
 """
 
 import itertools
-import json as json_files
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -34,11 +32,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_common import cpu_name
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.common import header, read_counts, reason, uv, write_results
+from bench.measuring import watched_memory
 from shards.cli import run_commands
 from shards.errors import UserError
 from shards.groups import MANY_ABOVE
@@ -46,13 +45,12 @@ from shards.progress import say
 from train.gaussians import ClassGaussians, Support, find_support, fit, head_classes
 from train.generation import generate_chunks, noise_length
 
-ROOT = Path(__file__).parents[1]
 BETA, K = 0.4, 2
 BATCH = 512  # of the classifier
 CHUNK = 65536
 
 # What must hold: a figure of `figures` and its bound.
-BARS = [
+BARS: list[dict[str, Any]] = [
     {"figure": "times_cholesky_at_512", "at_least": 10.0},
     {"figure": "times_tailcalib_at_512", "at_least": 150.0},
     {"figure": "share_of_matrix_product_rate", "at_least": 0.4},
@@ -109,29 +107,15 @@ def bench(
         "times_tailcalib_at_512": results["imagenet-lt"]["times_slower"].get("tailcalib"),
         **{bar["figure"]: results["inat2018"][bar["figure"]] for bar in BARS[2:]},
     }
-    told = {
-        "command": " ".join(sys.orig_argv[1:]),
-        "commit": subprocess.run(
-            ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "environment": {
-            "cpu": cpu_name(),
-            "cores": len(os.sched_getaffinity(0)),
-            "threads": 1,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+    told = header(threads=1, torch=torch.__version__) | {
         "size": size,
         "results": results,
         "figures": figures,
         "bars": [bar | {"measured": figures[bar["figure"]], "reached": reached(bar, figures)} for bar in BARS],
     }
-    json.parent.mkdir(parents=True, exist_ok=True)
-    json.write_text(json_files.dumps(told, indent=1) + "\n")
+    write_results(json, told)
     for bar in told["bars"]:
         say(f"{'reached' if bar['reached'] else 'NOT REACHED'}: {bar}")
-    say(f"written: {json}")
 
 
 def reached(bar: dict[str, Any], figures: dict[str, Any]) -> bool | None:
@@ -140,17 +124,6 @@ def reached(bar: dict[str, Any], figures: dict[str, Any]) -> bool | None:
     if figure is None:
         return None
     return bool(bar.get("at_least", -math.inf) <= figure <= bar.get("at_most", math.inf))
-
-
-def read_counts(path: Path) -> list[int]:
-    """Read images per class from a JSON list."""
-    try:
-        counts = json_files.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a JSON list of images per class") from None
-    if not isinstance(counts, list) or not counts or not all(isinstance(n, int) and n > 0 for n in counts):
-        raise UserError(f"{path} must hold a JSON list of positive integers, images per class")
-    return counts
 
 
 def made_counts(classes: int, largest: int, smallest: int, total: int) -> list[int]:
@@ -296,28 +269,17 @@ def multivariate(
 
 def fetch_tailcalib(folder: Path) -> Any:
     """Return the package's class, or why there is none."""
-    uv = Path(sys.executable).with_name("uv")
-    install = [
-        str(uv) if uv.exists() else "uv",
-        "pip",
-        "install",
-        "--no-config",
-        "--no-deps",
-        "--python",
-        sys.executable,
-    ]
+    target = folder / "tailcalib"
     try:
-        subprocess.run(
-            [*install, "--target", str(folder / "tailcalib"), "tailcalib"], check=True, capture_output=True, text=True
-        )
-        sys.path.append(str(folder / "tailcalib"))
-        package = import_module("tailcalib")
-        package.torch = torch  # its last step forgets to import it
-        return package.tailcalib
+        uv("pip", "install", "--no-deps", "--python", sys.executable, "--target", target, "tailcalib")
+        sys.path.append(str(target))
+        package: Any = import_module("tailcalib")
     except subprocess.CalledProcessError as error:
-        return f"not installed: {' '.join(error.stderr.split())[-300:]}"
+        return f"not installed: {reason(error.stderr)}"
     except (OSError, ImportError) as error:
         return f"not installed: {error}"
+    package.torch = torch  # its last step forgets to import it
+    return package.tailcalib
 
 
 def run_tailcalib(tailcalib: Any, case: Case, share: float) -> None:
@@ -329,14 +291,10 @@ def run_tailcalib(tailcalib: Any, case: Case, share: float) -> None:
             counts = super().get_sample_count(*arguments)
             return {c: [n * (generator.random() < share) for n in of_class] for c, of_class in counts.items()}
 
-    with open(os.devnull, "w") as nowhere:  # it prints and draws a bar
-        shown, sys.stdout, errors, sys.stderr = sys.stdout, nowhere, sys.stderr, nowhere
-        try:
-            OnAShare("pytorch").generate(
-                case.features_ND.float(), case.labels_N, tukey_value=0.5, topk=K, extra_points=0
-            )
-        finally:
-            sys.stdout, sys.stderr = shown, errors
+    features_ND = case.features_ND.float()
+    # It prints and draws a bar.
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        OnAShare("pytorch").generate(features_ND, case.labels_N, tukey_value=0.5, topk=K, extra_points=0)
 
 
 def at_scale(case: Case, chunks: int) -> dict[str, Any]:
@@ -346,8 +304,7 @@ def at_scale(case: Case, chunks: int) -> dict[str, Any]:
     torch.mm(left, right)
     seconds, _ = cpu_seconds(lambda: [torch.mm(left, right) for _ in range(5)])
     machine = 5 * 2 * 4096 * 2048 * 2048 / seconds
-    memory = Memory()
-    with memory:
+    with watched_memory(os.getpid(), every=0.02) as memory:
         fit_seconds, gaussians = cpu_seconds(lambda: fit(case.features_ND, case.labels_N, classes))
         head_C = head_classes(gaussians.counts_C, MANY_ABOVE)
         nearest_seconds, support = cpu_seconds(lambda: find_support(gaussians, K, head_C))
@@ -361,6 +318,7 @@ def at_scale(case: Case, chunks: int) -> dict[str, Any]:
             return sum(len(labels) for _, labels in itertools.islice(stream, chunks))
 
         seconds, samples = cpu_seconds(generated)
+    own_mb = [mb for _, mb in memory]
     # What the matrix products of a sample take: 2·D operations per number of noise, of its own class and its support.
     lengths_C = torch.tensor([noise_length(gaussians, c) for c in range(classes)]).double()
     borrowed_N = ((support.weights_NK > 0) * lengths_C[support.classes_NK]).sum(1)
@@ -394,38 +352,10 @@ def at_scale(case: Case, chunks: int) -> dict[str, Any]:
         "machine_gflops": machine / 1e9,
         "generation_gflops": rate * noise * 2 * dim / 1e9,
         "share_of_matrix_product_rate": rate * noise * 2 * dim / machine,
-        "memory_above_bank_gb": memory.most / 1e9,
+        "memory_above_bank_gb": (max(own_mb) - own_mb[0]) * 2**20 / 1e9,
         "classifier_step_seconds": step_seconds / 4,
         "generation_over_classifier_step": BATCH / rate / (step_seconds / 4),
     }
-
-
-class Memory:
-    """The most memory of its own (mapped files are the cache's) that this process takes inside, more than before."""
-
-    def __init__(self) -> None:
-        self.most = 0
-        self._before = own_memory()
-        self._ended = threading.Event()
-        self._watcher = threading.Thread(target=self._watch)
-
-    def __enter__(self) -> "Memory":
-        self._watcher.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._ended.set()
-        self._watcher.join()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.02):
-            self.most = max(self.most, own_memory() - self._before)
-
-
-def own_memory() -> int:
-    """Return this process's anonymous memory in bytes."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ photographs, a few hundred of them under many names.
 """
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_common import cpu_name, write_results
-from bench_shards import timed
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from bench.common import header, read_counts, write_results
+from bench.measuring import timed
 from shards.cli import run_commands
 from shards.index import open_dataset
 from shards.progress import say
@@ -44,7 +43,7 @@ def bench(counts: Path, json: Path = Path("bench_inat.json"), workers: int = 2) 
 
 
 def _measure(folder: Path, counts: Path, workers: int) -> dict[str, Any]:
-    train_counts = json.loads(counts.read_text())
+    train_counts = read_counts(counts)
     say(f"making {sum(train_counts):,} training images of {len(train_counts):,} classes")
     make_source(folder / "source", train_counts)
     shards = [sys.executable, "-m", "shards"]
@@ -63,9 +62,7 @@ def _measure(folder: Path, counts: Path, workers: int) -> dict[str, Any]:
     assert train.class_counts.tolist() == train_counts
     names = [path for path in (folder / "out").iterdir() if path.suffix in (".npy", ".idx", ".txt")]
     size = {kind: sum(p.stat().st_size for p in names if p.name.endswith(kind)) for kind in (".npy", ".idx", ".txt")}
-    return {
-        "command": "scripts/bench_inat.py train_counts.json --json FILE",
-        "environment": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "workers": workers},
+    return header(workers=workers) | {
         "train_images": len(train),
         "test_images": len(dataset.splits["test"]),
         "classes": len(dataset.classes),

@@ -19,31 +19,29 @@ within a round.
 
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from inspect import getdoc
 from pathlib import Path
 from typing import Any, Literal
 
-import gpu_sweep
 import torch
-from bench_common import ROOT, commit, environment, make_environment, write_results
-from loader_process import Load, LoaderError, LoaderProcess
-from pipeline_data import make_data, make_index
-from pipeline_ours import CONTESTANTS, make_plan
-from pipeline_peers import BATCH, PEERS
 
+from bench import gpu_sweep
+from bench.common import ROOT, header, peer_environments, write_results
+from bench.loader_process import Load, LoaderError, LoaderProcess
+from bench.pipeline_data import make_data, make_index
+from bench.pipeline_ours import CONTESTANTS, OURS, make_plan
+from bench.pipeline_peers import BATCH, PEERS
 from shards.cli import run_commands
 from shards.errors import UserError
 from shards.progress import say
 
-OURS = ("dali", "resident", "torch")
 UNCOUNTED_STEPS = 8  # at the start of a turn; more than any contestant prefetches
 LONG_BATCH = {"photos": 16, "small": 128}
 INDEX_STEP = 512  # images per stream of a step whose ids are timed
@@ -73,7 +71,7 @@ BARS = (
 MOST_GROWTH_MB = 16.0  # memory between a tenth of the steps and all of them
 MOST_FIRST_BATCH_SECONDS = 3.0
 MOST_IDS_MS = 0.2
-HERE = {"PYTHONPATH": str(ROOT)}  # this checkout is imported, whichever one is installed
+HERE = {"PYTHONPATH": f"{ROOT}:{ROOT}/scripts"}  # this checkout is imported, whichever one is installed
 OUTCOME = {True: "met", False: "missed", None: "not measured"}
 
 
@@ -115,14 +113,16 @@ def bench(
             raise UserError(f"{option} {value} is too small; give at least {least}")
     if sweep_gpu or device == "cuda":
         gpu_sweep.require_gpu()
+    results = header(**{package: version(package) for package in ("torch", "torchvision", "nvidia-dali-cuda130")})
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if sweep_gpu:
-            write_results(json, gpu_results(folder, images, json.with_suffix(".md")))
+            write_results(json, results | gpu_results(folder, images, json.with_suffix(".md")))
             return
         chosen: list[Literal["photos", "small"]] = ["photos", "small"] if data == "both" else [data]
-        results = header() | {"device": device, "skipped": {}}
-        pythons = peer_environments(folder, [name for name in names if name in PEERS], results["skipped"])
+        results |= {"device": device, "skipped": {}}
+        peers = {name: PEERS[name][1] for name in names if name in PEERS}
+        pythons = peer_environments(folder, peers, results["skipped"])
         for kind in chosen:
             made = make_data(folder / kind, kind, images if kind == "photos" else 5 * images)
             commands = {
@@ -153,43 +153,7 @@ def gpu_results(folder: Path, images: int, table: Path) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name()
     table.parent.mkdir(parents=True, exist_ok=True)
     table.write_text(gpu_sweep.markdown(rows, gpu))
-    return header() | {"gpu": gpu, **made, "settings": rows}
-
-
-def header() -> dict[str, Any]:
-    """What every result begins with."""
-    packages = ("torch", "torchvision", "nvidia-dali-cuda130")
-    return {
-        "command": " ".join(sys.orig_argv[1:]),
-        "commit": commit(),
-        "environment": environment() | {name: version(name) for name in packages},
-    }
-
-
-def peer_environments(folder: Path, peers: Sequence[str], skipped: dict[str, str]) -> dict[str, Path]:
-    """Make an environment per set of packages; return each peer's Python. What does not install is skipped."""
-    pythons: dict[str, Path] = {}
-    made: dict[tuple[str, ...], Path | str] = {}
-    for peer in peers:
-        packages = tuple(PEERS[peer][1])
-        if packages not in made:
-            say(f"making an environment with {', '.join(packages)}")
-            try:
-                made[packages] = make_environment(folder / f"env-{peer}", list(packages))
-            except subprocess.CalledProcessError as error:
-                made[packages] = f"does not install: {reason(error.stderr)}"
-        python = made[packages]
-        if isinstance(python, Path):
-            pythons[peer] = python
-        else:
-            skipped[peer] = python
-    return pythons
-
-
-def reason(errors: str) -> str:
-    """Return the line that says what went wrong: the last that names an error, else the last."""
-    lines = [line.strip() for line in errors.strip().splitlines()]
-    return next((line for line in reversed(lines) if "Error" in line), lines[-1])
+    return {"gpu": gpu, **made, "settings": rows}
 
 
 def command(
@@ -197,7 +161,7 @@ def command(
 ) -> list[str]:
     """The command that runs a contestant: a peer with its own Python, ours and DALI with this one."""
     script = "pipeline_peers.py" if name in PEERS else "pipeline_ours.py"
-    words = [str(python or sys.executable), str(ROOT / "scripts" / script), name, str(folder), data, device]
+    words = [str(python or sys.executable), str(ROOT / "scripts/bench" / script), name, str(folder), data, device]
     return words if batch is None else [*words, str(batch)]
 
 
@@ -261,12 +225,16 @@ def race(
         }
     ratios = {
         one: {
-            other: {"wall": ratio(results, one, other, "images_per_second"),
-                    "cpu": ratio(results, other, one, "cpu_us_per_image")}
-            for other in results if other != one
+            other: {
+                "wall": ratio(results, one, other, "images_per_second"),
+                "cpu": ratio(results, other, one, "cpu_us_per_image"),
+            }
+            for other in results
+            if other != one
         }
-        for one in OURS if one in results
-    }  # fmt: skip
+        for one in OURS
+        if one in results
+    }
     return {"contestants": results, "ratios": ratios}
 
 
@@ -275,7 +243,7 @@ def described(load: Load) -> dict[str, float]:
     return {
         "images_per_second": load.images / load.seconds,
         "cpu_us_per_image": load.cpu_seconds / load.images * 1e6,
-        **load.as_dict(),
+        **asdict(load),
     }
 
 

@@ -8,27 +8,23 @@ thrown away). `images_per_second` is what counts: the same commands are also run
 of that is subtracted, with starting Python and importing libraries in it. `with_start` is of the whole commands.
 """
 
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from bench_common import ROOT, commit, environment, make_environment, photographs, write_results
 from PIL import Image
 
+from bench.common import ROOT, header, peer_environments, write_photographs, write_results
+from bench.measuring import timed
 from shards.cli import run_commands
 from shards.progress import say
 
 SIZE = (800, 600)
 CLASSES = 20
+PEERS = {"plain": ["pillow", "webdataset"], "mosaicml": ["pillow", "mosaicml-streaming"]}
 SOURCE, OUT = "SOURCE", "OUT"  # in a command, for paths
 
 
@@ -48,22 +44,16 @@ def _measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
     sources = {images: folder / "source", images // 10: folder / "tenth"}
     say(f"making {images} JPEGs")
     for n, source in sources.items():
-        mean_bytes = make_photographs(source, n)
+        mean_bytes = write_photographs(source, (i % CLASSES for i in range(n)), lambda _: SIZE)
     ours = [sys.executable, "-m", "shards", "build", "folder", "--shorter-side", "256", "--quality", "90"]
     ours += ["--test-fraction", "0", "--val-fraction", "0", "--shard-samples", str(images // 20)]
     commands = {
         f"ours, {n} worker{'s' * (n > 1)}": [*ours, "--workers", str(n), "--source", SOURCE, "--out", OUT]
         for n in (1, 2)
     }
-    skipped = {}
-    for peer, packages in {"plain": ["pillow", "webdataset"], "mosaicml": ["pillow", "mosaicml-streaming"]}.items():
-        say(f"making an environment for {peer}")
-        try:
-            python = make_environment(folder / f"env-{peer}", packages)
-        except subprocess.CalledProcessError as error:
-            skipped[peer] = error.stderr.strip().splitlines()[-1]
-        else:
-            commands[peer] = [str(python), str(ROOT / "scripts" / "bench_peers.py"), peer, SOURCE, OUT]
+    skipped: dict[str, str] = {}
+    for peer, python in peer_environments(folder, PEERS, skipped).items():
+        commands[peer] = [str(python), str(ROOT / "scripts/bench/shards_peers.py"), peer, SOURCE, OUT]
 
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for i in range(rounds):
@@ -72,10 +62,7 @@ def _measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
             runs[name].append(run | {f"tenth_{key}": tenth[key] for key in ("seconds", "cpu_seconds")})
             say(f"round {i + 1}, {name}: {run['seconds']:.1f} s, {tenth['seconds']:.1f} s for a tenth")
     results = {name: rates(of, images) for name, of in runs.items()}
-    return {
-        "command": " ".join(sys.orig_argv[1:]),
-        "commit": commit(),
-        "environment": environment() | {"pillow": Image.__version__},
+    return header(pillow=Image.__version__) | {
         "images": images,
         "mean_bytes": mean_bytes,
         "results": results,
@@ -86,17 +73,6 @@ def _measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
         "two_workers_over_one": ratio(results, "ours, 2 workers", "ours, 1 worker"),
         "rss_growth_mb": max(run["rss_growth_mb"] for name in runs if name.startswith("ours") for run in runs[name]),
     }
-
-
-def make_photographs(source: Path, images: int) -> float:
-    """Write windows of scikit-learn's two photographs, mirrored by turns; return the mean file size in bytes."""
-    sizes = []
-    for i, picture in enumerate(islice(photographs(lambda _: SIZE), images)):
-        path = source / f"class-{i % CLASSES:02d}" / f"{i:06d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, quality=90)
-        sizes.append(path.stat().st_size)
-    return float(np.mean(sizes))
 
 
 def rates(runs: list[dict[str, float]], images: int) -> dict[str, Any]:
@@ -116,48 +92,6 @@ def run_on(command: list[str], source: Path, out: Path) -> dict[str, float]:
     result = timed([paths.get(word, word) for word in command], cwd=out.parent)
     shutil.rmtree(out)
     return result
-
-
-def timed(command: list[str], cwd: Path) -> dict[str, float]:
-    """Run a command; return its seconds, CPU seconds, and how much more memory it took after its first tenth, in MB."""
-    start = time.monotonic()
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    memory: list[tuple[float, float]] = []
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.1):
-            memory.append((time.monotonic() - start, resident_mb(process.pid)))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    before = os.times()
-    _, errors = process.communicate()
-    seconds = time.monotonic() - start
-    after = os.times()
-    ended.set()
-    watcher.join()
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {errors.strip()}")
-    early = [mb for when, mb in memory if when <= max(seconds / 10, 1)]
-    late = [mb for when, mb in memory if when > max(seconds / 10, 1)]
-    return {
-        "seconds": seconds,
-        "cpu_seconds": after.children_user + after.children_system - before.children_user - before.children_system,
-        "rss_mb": max((mb for _, mb in memory), default=0.0),
-        "rss_growth_mb": max(late, default=0.0) - max(early, default=0.0) if late else 0.0,
-    }
-
-
-def resident_mb(pid: int) -> float:
-    """Memory of a process and its descendants that is its own: without pages of mapped files, which are the cache's."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return 0.0
-    own = sum(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
-    return own + sum(resident_mb(int(child)) for child in children)
 
 
 def ratio(results: dict[str, dict[str, Any]], one: str, other: str, per: str = "second") -> float | None:

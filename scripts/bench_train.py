@@ -13,13 +13,8 @@ Measured by turns, a trial of each in every round, all on 2B images a step:
 A step is forward, loss, backward and SGD. Ratios are taken within each round; their median counts.
 """
 
-import json
-import os
-import platform
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,13 +24,11 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.common import header, write_photographs, write_results
 from pipeline.batch import Loader
 from pipeline.loader import LoaderKind, open_loader
 from pipeline.plan import Stream, TrainPlan
@@ -50,7 +43,6 @@ from train.config import Loop
 from train.loop import prepare_network
 from train.networks import BilateralNetwork, build_network
 
-ROOT = Path(__file__).parents[1]
 CLASSES = 100
 ALPHA = 0.5
 WARM_STEPS = 3  # before each trial; they also empty a loader's queue, which filled while others were measured
@@ -133,11 +125,9 @@ def bench(
         raise UserError("device=cuda needs an NVIDIA GPU and there is none; use --device cpu")
     loading = Loading(loader, loader_threads, images)
     results = measure(CASES[device], MODES[device], device, rounds, seconds, loading)
-    json.parent.mkdir(parents=True, exist_ok=True)
-    json.write_text(_dumps(results))
+    write_results(json, results)
     for bar in results["bars"]:
         say(f"{bar['what']}: {bar['measured']:.3f} ({bar['bar']}): {'reached' if bar['reached'] else 'MISSED'}")
-    say(f"written: {json}")
 
 
 @dataclass(frozen=True)
@@ -161,18 +151,8 @@ def measure(
             plan = make_plan(Path(folder), case, loading.images)
             with open_loader(plan, loading.kind, device, loading.threads) as loader:
                 measured[str(case)] = measure_case(case, modes, device, rounds, seconds, loader, skipped)
-    return {
-        "command": " ".join(sys.orig_argv[1:]),
-        "commit": subprocess.run(
-            ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "environment": {
-            "cpu": cpu_name(),
-            "cores": len(os.sched_getaffinity(0)),
-            "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    return header(gpu=gpu, torch=torch.__version__) | {
         "rounds": rounds,
         "seconds": seconds,
         "loading": asdict(loading),
@@ -334,17 +314,12 @@ def _from_loader(loader: Loader) -> Iterator[tuple[Tensor, ...]]:
 
 def make_plan(folder: Path, case: Case, images: int) -> TrainPlan:
     """Make a dataset of photographs' windows and BBN's plan for it: 32x32 as PNG, larger ones 340x256 as JPEG."""
-    generator = np.random.default_rng(0)
-    photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
-    size, suffix = ((32, 32), "png") if case.size <= 64 else ((340, 256), "jpg")
-    for i in range(images):
-        left, top = (int(generator.integers(0, room)) for room in (640 - 340, 427 - 256))
-        path = folder / "source" / f"class-{i % CLASSES:02d}" / f"{i:06d}.{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture = photographs[i % 2].crop((left, top, left + 340, top + 256))
-        picture.resize(size, Image.Resampling.BILINEAR).save(path, quality=90)
+    small = case.size <= 64
+    labels = (i % CLASSES for i in range(images))
+    size = (32, 32) if small else (340, 256)
+    write_photographs(folder / "source", labels, lambda _: size, "png" if small else "jpg")
     out = build("folder", source=folder / "source", out=folder / "data", test_fraction=0.0, val_fraction=0.0, workers=1)
-    augment = "cifar" if case.size <= 64 else "imagenet"
+    augment = "cifar" if small else "imagenet"
     streams = (Stream("uniform", q=1.0, augment=augment), Stream("reversed", q=-1.0, augment=augment))
     return TrainPlan(open_dataset(out).splits["train"], streams, case.batch, case.size, seed=0, epochs=1)
 
@@ -386,18 +361,6 @@ def ratio(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 def _bar(what: str, bar: str, measured: float, reached: bool) -> dict[str, Any]:
     return {"what": what, "bar": bar, "measured": measured, "reached": reached}
-
-
-def cpu_name() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def _dumps(results: dict[str, Any]) -> str:
-    return json.dumps(results, indent=1) + "\n"
 
 
 if __name__ == "__main__":

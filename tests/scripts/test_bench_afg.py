@@ -1,32 +1,19 @@
 """The benchmark of the feature generator, made small: it measures what it says."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import bench_afg
 from shards.errors import UserError
+from train.gaussians import find_support, fit
+from train.generation import _sample
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
-
-@pytest.fixture
-def bench_afg(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    threads = torch.get_num_threads()
-    import bench_afg
-
+def test_it_writes_every_figure_and_judges_the_bars(tmp_path, monkeypatch):
     # The package would come over the network.
     monkeypatch.setattr(bench_afg, "fetch_tailcalib", lambda folder: "not installed: a test")
-    yield bench_afg
-    torch.set_num_threads(threads)
-    for name in ("bench_afg", "bench_shards"):
-        sys.modules.pop(name, None)
-
-
-def test_it_writes_every_figure_and_judges_the_bars(bench_afg, tmp_path):
     bench_afg.bench(json=tmp_path / "made/bench.json", size=0.02, chunks=1, peers=0.1)
     told = json.loads((tmp_path / "made/bench.json").read_text())
     compared = told["results"]["imagenet-lt"]
@@ -43,29 +30,27 @@ def test_it_writes_every_figure_and_judges_the_bars(bench_afg, tmp_path):
     assert by_figure["memory_above_bank_gb"]["reached"] is True
 
 
-def test_made_counts_have_the_size_they_stand_for(bench_afg):
+def test_made_counts_have_the_size_they_stand_for():
     counts = bench_afg.made_counts(8142, 1000, 2, 437_513)
     assert (len(counts), counts[0], min(counts)) == (8142, 1000, 2)
     assert sum(counts) == pytest.approx(437_513, rel=0.01)
 
 
-def test_all_samplers_draw_from_the_same_gaussians(bench_afg, tmp_path):
+def test_all_samplers_draw_from_the_same_gaussians(tmp_path):
     """The peers' explicit mean and covariance of a parent are those of our samples."""
     case = bench_afg.make_case(tmp_path, "small", [60, 40, 5], 4)
-    gaussians = bench_afg.fit(case.features_ND, case.labels_N, 3)
-    support = bench_afg.find_support(gaussians, 2)
+    gaussians = fit(case.features_ND, case.labels_N, 3)
+    support = find_support(gaussians, 2)
     parent = torch.tensor([100])
     means_1D, spread_1DD = bench_afg.calibrated(gaussians, support, bench_afg.covariances(gaussians), parent)
     beta, generator = torch.tensor([0.0, 0.0, bench_afg.BETA]), torch.Generator().manual_seed(0)
-    from train.generation import _sample
-
     samples_MD = _sample(gaussians, support, parent.expand(20_000), beta, generator)
     error_D = (spread_1DD[0].diagonal() / 20_000).sqrt()
     assert ((samples_MD.mean(0) - means_1D[0]).abs() < 4 * error_D).all()
     torch.testing.assert_close(samples_MD.T.cov(), spread_1DD[0], rtol=0.1, atol=0.01)
 
 
-def test_wrong_arguments_are_told(bench_afg, tmp_path):
+def test_wrong_arguments_are_told(tmp_path):
     with pytest.raises(UserError, match="peers and size must lie in"):
         bench_afg.bench(peers=0)
     with pytest.raises(UserError, match="cannot be read"):

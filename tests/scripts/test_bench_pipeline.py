@@ -12,19 +12,16 @@ import numpy as np
 import pytest
 import torch
 
+from bench import gpu_sweep, pipeline_ours, pipeline_peers
+from bench.common import reason
+from bench.gpu_sweep import DECODING, Setting, markdown, sweep
+from bench.loader_process import LoaderError, LoaderProcess
+from bench.pipeline_data import make_data, make_index
+from bench_pipeline import BARS, HERE, bench, judge, ratio
+from shards.errors import UserError
+from shards.index import open_dataset
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import gpu_sweep  # noqa: E402
-import pipeline_ours  # noqa: E402
-import pipeline_peers  # noqa: E402
-from bench_pipeline import BARS, bench, judge, ratio, reason  # noqa: E402
-from gpu_sweep import DECODING, Setting, markdown, sweep  # noqa: E402
-from loader_process import LoaderError, LoaderProcess  # noqa: E402
-from pipeline_data import make_data, make_index  # noqa: E402
-
-from shards.errors import UserError  # noqa: E402
-from shards.index import open_dataset  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +33,8 @@ def small(tmp_path_factory):
 
 def contestant(code: str) -> LoaderProcess:
     """A process that serves steps from `open_steps`, which the code defines."""
-    serve = "from loader_process import serve\nserve(open_steps, 'cpu', dict)"
-    return LoaderProcess([sys.executable, "-c", f"{code}\n{serve}"], {"PYTHONPATH": str(ROOT / "scripts")})
+    serve = "from bench.loader_process import serve\nserve(open_steps, 'cpu', dict)"
+    return LoaderProcess([sys.executable, "-c", f"{code}\n{serve}"], HERE)
 
 
 def comes_to(pid: str, state: str) -> bool:

@@ -2,20 +2,14 @@
 
 import copy
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import bench_train  # noqa: E402
-from bench_train import Case, Loading, Mode, bbn, bench, judge, measure, one_pass, two_passes  # noqa: E402
-
-from shards.errors import UserError  # noqa: E402
-from train.networks import build_network  # noqa: E402
+import bench_train
+from bench_train import Case, Loading, Mode, bbn, bench, judge, measure, one_pass, two_passes
+from shards.errors import UserError
+from train.networks import build_network
 
 TINY = Case("resnet32", 8, 4)
 

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import compare_glag
 import pytest
 
+import compare_glag
 from shards.build import build
 from shards.errors import UserError
 
@@ -37,10 +37,14 @@ def finish(runs: Path, *options: str) -> list[Path]:
 
 def test_one_network_and_all_that_is_trained_on_its_features(tmp_path, launched):
     runs = finish(tmp_path, "--optim.epochs", "20")
-    assert [run.name for run in runs] == [f"gradual-2{end}" for end in ("", "-afg", "-adaptive", "-fixed", "-undistilled")]
+    assert [run.name for run in runs] == [
+        f"gradual-2{end}" for end in ("", "-afg", "-adaptive", "-fixed", "-undistilled")
+    ]
     first, *seconds = (" ".join(map(str, command[1:])) for command in launched.commands)
     assert "train/erm.py" in first
-    assert first.endswith("--method.objective gradual --optim.schedule cosine --optim.weight_decay 5e-4 --optim.epochs 20")
+    assert first.endswith(
+        "--method.objective gradual --optim.schedule cosine --optim.weight_decay 5e-4 --optim.epochs 20"
+    )
     assert all("train/afg.py" in second and f"--from {runs[0]}" in second for second in seconds)
     assert all("--data data/x --loop.seed 2" in command for command in (first, *seconds))
     assert ["--method.baselines false" in second for second in seconds] == [False, True, True, True]
@@ -64,7 +68,9 @@ def test_what_was_cut_off_goes_on(tmp_path, launched):
 
 def test_a_run_that_fails_is_named_with_what_it_said(tmp_path, launched):
     launched.fails["gradual-2-adaptive"] = "the disk is full"
-    with pytest.raises(UserError, match=r"train/afg.py ended with 1; .*gradual-2-adaptive.log says why: the disk is full"):
+    with pytest.raises(
+        UserError, match=r"train/afg.py ended with 1; .*gradual-2-adaptive.log says why: the disk is full"
+    ):
         finish(tmp_path)
 
 
@@ -98,7 +104,9 @@ def test_every_seed_of_both_objectives_then_tables(tmp_path, digits, monkeypatch
         return SimpleNamespace(stdout="a table\n")
 
     monkeypatch.setattr(compare_glag.subprocess, "run", run)
-    monkeypatch.setattr(sys, "argv", ["compare_glag.py", str(digits.root), str(tmp_path / "runs"), "--seeds", "2", "--jobs", "2"])
+    monkeypatch.setattr(
+        sys, "argv", ["compare_glag.py", str(digits.root), str(tmp_path / "runs"), "--seeds", "2", "--jobs", "2"]
+    )
     compare_glag.main()
     names = [Path(run).name for run in compared[0][compared[0].index("compare") + 1 : -1]]
     assert [name for name in names if name.count("-") == 1] == ["ce-0", "gradual-0", "ce-1", "gradual-1"]

@@ -1,6 +1,6 @@
 """The contestants of bench_pipeline.py that run in this project's environment: its loaders, and DALI by itself.
 
-    python pipeline_ours.py NAME FOLDER photos|small DEVICE
+    python scripts/bench/pipeline_ours.py NAME FOLDER photos|small DEVICE
 
 FOLDER holds `source`, a folder of images per class, and `dataset`, the shards that were built from it.
 """
@@ -11,16 +11,16 @@ from functools import partial
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
-from loader_process import Steps, serve
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
 from PIL import Image
-from pipeline_peers import BATCH, MEAN, SIZE, STD
 
+from bench.loader_process import Steps, serve
+from bench.pipeline_peers import BATCH, MEAN, SIZE, STD
 from pipeline.loader import LoaderKind, open_loader
 from pipeline.plan import Stream, TrainPlan
 from pipeline.reader import ShardReader
@@ -28,6 +28,7 @@ from pipeline.sampling import class_probabilities
 from shards.errors import UserError
 from shards.index import Split, open_dataset
 
+OURS: tuple[LoaderKind, ...] = ("dali", "resident", "torch")
 RECIPE = {"photos": "imagenet", "small": "cifar"}
 THREADS = 1  # per stream: like the peers, two workers in all decode
 PREPARED = 32  # steps that are drawn beforehand where drawing shall not count
@@ -40,11 +41,10 @@ def make_plan(folder: Path, data: str, batch: int | None = None) -> TrainPlan:
     return TrainPlan(split, streams, batch or BATCH[data], SIZE[data], seed=0, epochs=90)
 
 
-def ours(kind: str, folder: Path, data: str, device: str, batch: int | None = None) -> Steps:
+def ours(kind: LoaderKind, folder: Path, data: str, device: str, batch: int | None = None) -> Steps:
     """One of this project's loaders."""
-    if kind not in get_args(LoaderKind):
-        raise UserError(f"open_loader knows no kind {kind!r}")
-    with open_loader(make_plan(folder, data, batch), kind, device, 2 if kind == "torch" else THREADS) as loader:  # type: ignore[arg-type]
+    threads = 2 * THREADS if kind == "torch" else THREADS  # torch's workers load both streams
+    with open_loader(make_plan(folder, data, batch), kind, device, threads) as loader:
         for step in loader:
             yield [(batch.images_BHWC, batch.labels_B) for batch in step.values()]
 
@@ -162,8 +162,7 @@ def _repeating_indexes(split: Split, q: float, folder: Path) -> list[str]:
     written = []
     for shard, path in enumerate(split.shard_paths):
         lines = path.with_suffix(".idx").read_text().splitlines()[1:]
-        repeated = [line for line, times in zip(lines, times_N[split.samples["shard"] == shard], strict=True)
-                    for _ in range(times)]  # fmt: skip
+        repeated = np.repeat(lines, times_N[split.samples["shard"] == shard])
         target = folder / f"{path.stem}.idx"
         target.write_text("\n".join([f"v1.2 {len(repeated)}", *repeated]) + "\n")
         written.append(str(target))
@@ -171,7 +170,7 @@ def _repeating_indexes(split: Split, q: float, folder: Path) -> list[str]:
 
 
 CONTESTANTS: dict[str, Callable[[Path, str, str], Steps]] = {
-    **{kind: partial(ours, kind) for kind in ("dali", "resident", "torch")},
+    **{kind: partial(ours, kind) for kind in OURS},
     "decode-only": decode_only,
     "dali-textbook": dali_textbook,
 }

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pipeline_ours import make_plan, prepared_feeds
 
+from bench.pipeline_ours import make_plan, prepared_feeds
 from pipeline.dali_loader import build_pipeline
 from shards.errors import UserError
 from shards.progress import say

@@ -1,6 +1,6 @@
 """What bench_pipeline.py compares with: other libraries, as their users have them, with ordinary Pillow.
 
-    python pipeline_peers.py NAME FOLDER photos|small DEVICE
+    python scripts/bench/pipeline_peers.py NAME FOLDER photos|small DEVICE
 
 FOLDER holds `source`, a folder of images per class, the largest class first; whatever format a library wants is made
 from it before the clock runs. Each contestant delivers a uniform and a reversed batch per step (P(class j) ∝ 1/n_j),
@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from loader_process import Steps, serve
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
+
+from bench.loader_process import Steps, serve
 
 BATCH = {"photos": 64, "small": 128}  # images per stream and step
 SIZE = {"photos": 224, "small": 32}
@@ -32,6 +33,7 @@ class Pictures(Dataset[tuple[torch.Tensor, int]]):
 
     Attributes:
         labels: of each image; by them the counts n_j.
+        weights: of each image, drawn by which the classes come by reversed probability: (1/n_j)/n_j.
     """
 
     def __init__(self, folder: Path, data: str) -> None:
@@ -39,6 +41,7 @@ class Pictures(Dataset[tuple[torch.Tensor, int]]):
         classes = sorted({path.parent.name for path in self.paths})
         self.labels = [classes.index(path.parent.name) for path in self.paths]
         self.counts = np.bincount(self.labels)
+        self.weights = (1 / self.counts**2)[self.labels]
         self.transform = transform(data)
         self.decoded = [] if data == "photos" else [np.asarray(Image.open(path)) for path in self.paths]
 
@@ -91,6 +94,11 @@ def _endless(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
+def _endless_steps(loaders: list[Any]) -> Steps:
+    for step in zip(*map(_endless, loaders), strict=True):
+        yield [tuple(stream) for stream in step]
+
+
 def papers(folder: Path, data: str) -> Steps:
     """The papers' way: one map-style dataset that returns two images, in a DataLoader."""
     dataset = DualPictures(folder, data)
@@ -101,12 +109,10 @@ def papers(folder: Path, data: str) -> Steps:
 def two_samplers(folder: Path, data: str) -> Steps:
     """Two DataLoaders, the reversed one with a WeightedRandomSampler."""
     dataset = Pictures(folder, data)
-    # An image of class j is to be drawn with probability (1/n_j)/n_j.
-    weights = [1 / dataset.counts[label] ** 2 for label in dataset.labels]
-    samplers: list[Sampler[int]] = [Permutations(len(dataset)), WeightedRandomSampler(weights, LONG)]
+    weighted = WeightedRandomSampler(dataset.weights.tolist(), LONG)
+    samplers: list[Sampler[int]] = [Permutations(len(dataset)), weighted]
     loaders = [DataLoader(dataset, BATCH[data], sampler=sampler, num_workers=1) for sampler in samplers]
-    for step in zip(*map(_endless, loaders), strict=True):
-        yield [tuple(stream) for stream in step]
+    return _endless_steps(loaders)
 
 
 def webdataset(folder: Path, data: str) -> Steps:
@@ -141,12 +147,13 @@ def webdataset(folder: Path, data: str) -> Steps:
     loaders = []
     for stream in streams:
         decoded = stream.compose(
-            wds.decode("pilrgb"), wds.to_tuple("jpg;png", "cls"), wds.map_tuple(transform(data)),
+            wds.decode("pilrgb"),
+            wds.to_tuple("jpg;png", "cls"),
+            wds.map_tuple(transform(data)),
             wds.batched(BATCH[data]),
-        )  # fmt: skip
+        )
         loaders.append(wds.WebLoader(decoded, batch_size=None, num_workers=1))
-    for step in zip(*map(_endless, loaders), strict=True):
-        yield [tuple(stream) for stream in step]
+    return _endless_steps(loaders)
 
 
 def mosaicml(folder: Path, data: str) -> Steps:
@@ -167,7 +174,7 @@ def mosaicml(folder: Path, data: str) -> Steps:
                 for path, label in zip(pictures.paths, pictures.labels, strict=True):
                     if label == j:
                         writer.write({"image": Image.open(path), "label": label})
-    loaders = []
+    loaders: list[Any] = []
     for q in (1, -1):
         weights = pictures.counts.astype(float) ** q
         streams = [
@@ -176,8 +183,7 @@ def mosaicml(folder: Path, data: str) -> Steps:
         ]
         dataset = Transformed(streams=streams, shuffle=True, batch_size=BATCH[data], epoch_size=LONG)
         loaders.append(DataLoader(dataset, BATCH[data], num_workers=1))
-    for step in zip(*map(_endless, loaders), strict=True):
-        yield [tuple(stream) for stream in step]
+    return _endless_steps(loaders)
 
 
 def ffcv(folder: Path, data: str, normalised: bool = False) -> Steps:
@@ -206,10 +212,9 @@ def ffcv(folder: Path, data: str, normalised: bool = False) -> Steps:
         image = RGBImageField("jpg" if data == "photos" else "raw", jpeg_quality=87)
         DatasetWriter(str(file), {"image": image, "label": IntField()}, num_workers=1).from_indexed_dataset(Raw())
     generator = np.random.default_rng(0)
-    weights = np.asarray([1 / pictures.counts[label] ** 2 for label in pictures.labels])
     orders = [
         np.concatenate([generator.permutation(len(pictures)) for _ in range(LONG // len(pictures))]),
-        generator.choice(len(pictures), LONG, p=weights / weights.sum()),
+        generator.choice(len(pictures), LONG, p=pictures.weights / pictures.weights.sum()),
     ]
     normalise = [NormalizeImage(255 * np.asarray(MEAN), 255 * np.asarray(STD), np.float32)] if normalised else []
     loaders = []
@@ -233,8 +238,7 @@ def ffcv(folder: Path, data: str, normalised: bool = False) -> Steps:
                 },
             )
         )
-    for step in zip(*map(_endless, loaders), strict=True):
-        yield [tuple(stream) for stream in step]
+    return _endless_steps(loaders)
 
 
 def simplejpeg(folder: Path, data: str) -> Steps:
@@ -269,7 +273,7 @@ PEERS: dict[str, tuple[Callable[[Path, str], Steps], list[str]]] = {
 
 def versions(name: str) -> dict[str, str]:
     """Of the peer's packages, and of torch."""
-    found = {"torch": torch.__version__}
+    found: dict[str, str] = {"torch": torch.__version__}
     for package in PEERS[name][1]:
         try:
             found[package] = version(package)

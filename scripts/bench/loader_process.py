@@ -17,8 +17,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,9 +39,6 @@ class Load:
     cpu_seconds: float
     images: int
 
-    def as_dict(self) -> dict[str, float]:  # noqa: D102
-        return asdict(self)
-
 
 class LoaderProcess:
     """Starts `command`, which must call `serve`; use it in a with block.
@@ -54,21 +51,20 @@ class LoaderProcess:
     """
 
     def __init__(self, command: list[str], environment: dict[str, str] | None = None) -> None:
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            command,
-            env={**os.environ, **(environment or {})},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            start_new_session=True,
-        )
-        try:
+        with ExitStack() as opened:
+            self._errors = opened.enter_context(tempfile.TemporaryFile("w+"))
+            self._process = subprocess.Popen(
+                command,
+                env={**os.environ, **(environment or {})},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                start_new_session=True,
+            )
+            opened.callback(self._end)
             self.about: dict[str, Any] = self._answer()
-        except BaseException:
-            self.close()
-            raise
+            self._opened = opened.pop_all()  # closed here only if there was no answer
 
     def load(self, steps: int) -> Load:
         """Take steps, and measure."""
@@ -91,13 +87,13 @@ class LoaderProcess:
     def memory_mb(self) -> float:
         """Its own memory, shared pages counted once; without mapped files, which are the page cache's."""
         kilobytes = 0
-        for pid in self._session():
+        for pid, _ in self._session():
             with suppress(OSError):
                 lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
                 kilobytes += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
         return kilobytes / 1024
 
-    def close(self) -> None:
+    def _end(self) -> None:
         """End it, and what it started: first as it would end by itself, for it may have shared memory to free."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -110,13 +106,12 @@ class LoaderProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._process.stdout.close()
-        self._errors.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self._opened.close()
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
@@ -130,25 +125,18 @@ class LoaderProcess:
             raise LoaderError(lines[-1] if lines else f"ended with status {self._process.returncode}")
         return json.loads(answer)
 
-    def _session(self) -> list[str]:
-        return [pid for pid, fields in _processes() if int(fields[3]) == self._process.pid]
+    def _session(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield the id of each of its processes, and the fields of /proc/PID/stat behind the name."""
+        for path in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                fields = (path / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) == self._process.pid:
+                    yield path.name, fields
 
     def _cpu_seconds(self) -> float:
         # User and system time of each process and of its children that have ended.
-        ticks = sum(
-            sum(int(field) for field in fields[11:15])
-            for _, fields in _processes()
-            if int(fields[3]) == self._process.pid
-        )
+        ticks = sum(int(field) for _, fields in self._session() for field in fields[11:15])
         return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _processes() -> Iterator[tuple[str, list[str]]]:
-    """Yield each process's id and its fields of /proc/PID/stat behind the name."""
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            with suppress(OSError):
-                yield path.name, (path / "stat").read_text().rpartition(")")[2].split()
 
 
 def serve(open_steps: Callable[[], Steps], device: str, versions: Callable[[], dict[str, str]]) -> None:

@@ -1,6 +1,6 @@
 """What bench_shards.py compares with. Runs in an environment of its own, with ordinary Pillow.
 
-    python bench_peers.py plain|mosaicml SOURCE OUT
+    python scripts/bench/shards_peers.py plain|mosaicml SOURCE OUT
 
 Both shrink each image to a shorter side of 256 pixels, antialiased, and store a JPEG of quality 90, as a person would
 write it who has not heard of drafts.
