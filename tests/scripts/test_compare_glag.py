@@ -27,8 +27,7 @@ def launched(monkeypatch):
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(compare_glag.subprocess, "run", run)
-    commands_and_fails = SimpleNamespace(commands=commands, fails=fails)
-    return commands_and_fails
+    return SimpleNamespace(commands=commands, fails=fails)
 
 
 def finish(runs: Path, *options: str) -> list[Path]:
