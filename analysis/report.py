@@ -14,7 +14,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from analysis import figures
-from analysis.compare import Entry, group_runs, mismatched_datasets
+from analysis.compare import Entry, Spread, group_runs, mismatched_datasets
 from analysis.metrics import percent
 from analysis.runs import METRICS, Run
 from shards.errors import UserError
@@ -105,7 +105,7 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
         "entries": views,
         "several": len(runs) > len(entries),
         "stages": sorted({view["stage"] for view in views}),
-        "best": _best(entries),
+        "best": _best([entry.last for entry in entries]),
         "classes": len(counts_C),
         "images": int(counts_C.sum()),
         "counts": counts_C,
@@ -137,6 +137,7 @@ def _view(entry: Entry, colour: str) -> dict[str, Any]:
         "seeds": _seeds(entry),
         "last": entry.last,
         "baselines": entry.baselines,
+        "best": _best([entry.last, *entry.baselines.values()]),
         "epochs": _range([summary["epochs"] for summary in summaries], "–"),
         "selected": entry.selected,
         "selected_on": _and(sorted({str(summary["selected_on"]) for summary in selected})),
@@ -206,12 +207,12 @@ def _and(parts: list[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
 
 
-def _best(entries: list[Entry]) -> dict[str, float | None]:
-    """Return each figure's best mean over several entries; a single entry has none."""
+def _best(rows: list[Spread]) -> dict[str, float | None]:
+    """Return each figure's best mean over the rows of a table; a single row has none."""
     best: dict[str, float | None] = {}
     for key in METRICS:
-        found = [mean for entry in entries if (mean := entry.last.mean[key]) is not None]
-        best[key] = None if len(entries) < 2 or not found else min(found) if key == "ece" else max(found)
+        found = [mean for row in rows if (mean := row.mean[key]) is not None]
+        best[key] = None if len(rows) < 2 or not found else min(found) if key == "ece" else max(found)
     return best
 
 

@@ -399,6 +399,10 @@ def test_what_a_run_measured_itself_against_is_a_table(make_run):
     table = page[page.index("against other classifiers") : page.index("Head, middle and tail")]
     assert table.count("<tr>") == 4
     assert "25.0" in table
+    # The best of a column stands out: of ECE the lowest. All columns have one, and few's is the run's alone.
+    assert table.count("<strong>") == 6
+    assert "<strong>6.2</strong>" in table
+    assert "<strong>25.0</strong>" not in table
     assert "±0.0" in table
 
 
