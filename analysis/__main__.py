@@ -2,10 +2,9 @@
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
-from analysis.compare import group_runs, mismatched_datasets, table
+from analysis.compare import group_runs, json_row, mismatched_datasets, table
 from analysis.runs import read_runs
 from shards.cli import Parser
 from shards.errors import user_errors_exit_2
@@ -45,11 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 
             print(write_report(runs, options.report.out))
         elif options.compare.json:
-            rows = [
-                {"dataset": entry.dataset, "title": entry.title, "seeds": entry.seeds, **asdict(entry.last)}
-                | {"baselines": {name: asdict(figures) for name, figures in entry.baselines.items()}}
-                for entry in group_runs(runs)
-            ]
+            rows = [json_row(entry) for entry in group_runs(runs)]
             print(json.dumps(rows, indent=2, ensure_ascii=False))
         else:
             print(table(group_runs(runs), options.compare.baselines))

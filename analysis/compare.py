@@ -2,7 +2,8 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from analysis.metrics import percent
 from analysis.runs import METRICS, Run
@@ -89,6 +90,13 @@ def mismatched_datasets(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         seen.setdefault(run.dataset, set()).add(tuple(run.train_counts_C.tolist()))
     return [dataset for dataset, counts in seen.items() if len(counts) > 1]
+
+
+def json_row(entry: Entry) -> dict[str, Any]:
+    """Return an entry ready for JSON: `mean` and `std` of its last figures, and of its `baselines` by name."""
+    baselines = {name: asdict(figures) for name, figures in entry.baselines.items()}
+    known = {"dataset": entry.dataset, "title": entry.title, "seeds": entry.seeds}
+    return known | asdict(entry.last) | {"baselines": baselines}
 
 
 def table(entries: Sequence[Entry], baselines: bool = False) -> str:

@@ -15,8 +15,12 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
+from analysis.compare import group_runs, json_row, table
+from analysis.runs import read_runs
+from bench.common import header, write_results
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import open_dataset
 
@@ -90,10 +94,10 @@ def main() -> None:
             runs = [run for job in jobs for run in job.result()]
         finally:
             pool.shutdown(cancel_futures=True)  # Ctrl-C, or one that failed, begins no more
-        compare = [sys.executable, "-m", "analysis", "compare", *map(str, runs)]
-        for file, form in (("table.txt", ["--baselines"]), ("table.json", ["--json"])):
-            said = subprocess.run([*compare, *form], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-            (asked.runs / file).write_text(said)
+        entries = group_runs(read_runs(runs))
+        (asked.runs / "table.txt").write_text(table(entries, baselines=True) + "\n")
+        rows = [json_row(entry) for entry in entries]
+        write_results(asked.runs / "table.json", header(torch=version("torch")) | {"rows": rows})
         print((asked.runs / "table.txt").read_text())
 
 

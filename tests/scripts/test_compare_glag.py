@@ -1,5 +1,7 @@
 """The comparison: which runs it starts, and that it goes on where it was cut off. No network is trained here."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +16,11 @@ from shards.errors import UserError
 @pytest.fixture
 def launched(monkeypatch):
     """Stand in for processes: each leaves a finished run, or what `fails` says of it. The commands, as they come."""
-    commands, fails = [], {}
+    commands, fails, really_run = [], {}, subprocess.run
 
     def run(command, stdout=None, **options):
+        if "--run" not in command:
+            return really_run(command, stdout=stdout, **options)
         commands.append(command)
         folder = Path(command[command.index("--run") + 1])
         if folder.name in fails:
@@ -26,7 +30,7 @@ def launched(monkeypatch):
         (folder / "summary.json").write_text("{}")
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(compare_glag.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     return SimpleNamespace(commands=commands, fails=fails)
 
 
@@ -94,21 +98,11 @@ def test_wrong_arguments_are_named(tmp_path, monkeypatch, capsys, launched):
 
 def test_every_seed_of_both_objectives_then_tables(tmp_path, digits, monkeypatch, launched):
     compared = []
-    launch = compare_glag.subprocess.run
-
-    def run(command, **options):
-        if "analysis" not in command:
-            return launch(command, **options)
-        compared.append(command)
-        return SimpleNamespace(stdout="a table\n")
-
-    monkeypatch.setattr(compare_glag.subprocess, "run", run)
-    monkeypatch.setattr(
-        sys, "argv", ["compare_glag.py", str(digits.root), str(tmp_path / "runs"), "--seeds", "2", "--jobs", "2"]
-    )
+    monkeypatch.setattr(compare_glag, "read_runs", lambda runs: compared.extend(runs) or [])
+    arguments = [str(digits.root), str(tmp_path / "runs"), "--seeds", "2", "--jobs", "2"]
+    monkeypatch.setattr(sys, "argv", ["compare_glag.py", *arguments])
     compare_glag.main()
-    names = [Path(run).name for run in compared[0][compared[0].index("compare") + 1 : -1]]
-    assert [name for name in names if name.count("-") == 1] == ["ce-0", "gradual-0", "ce-1", "gradual-1"]
-    assert len(names) == 20 == len(launched.commands)
-    assert compared[0][-1] == "--baselines"
-    assert (tmp_path / "runs/table.txt").read_text() == (tmp_path / "runs/table.json").read_text() == "a table\n"
+    assert [run.name for run in compared if run.name.count("-") == 1] == ["ce-0", "gradual-0", "ce-1", "gradual-1"]
+    assert len(compared) == 20 == len(launched.commands)
+    assert (tmp_path / "runs/table.txt").exists()
+    assert json.loads((tmp_path / "runs/table.json").read_text())["rows"] == []
