@@ -210,9 +210,11 @@ def unit_of(mixture: Mixture) -> float:
 
 
 def title(settings: Settings) -> str:
-    """Return what tables call the stage: AFG, and where β or distillation are not the default's, how."""
+    """Return what tables call the stage: AFG, and where β, distillation or the head are not the default's, how."""
     beta = {"select": "", "adaptive": ", adaptive β"}.get(str(settings.beta), f", β={settings.beta}")
-    return f"AFG{beta}" + (", no distillation" if settings.distill == 0 else "")
+    distillation = ", no distillation" if settings.distill == 0 else ""
+    head = f", head above {settings.head_above}" if settings.head_above != MANY_ABOVE else ""
+    return f"AFG{beta}{distillation}{head}"
 
 
 @dataclass(frozen=True)

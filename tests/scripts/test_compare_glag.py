@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import compare_glag
@@ -35,13 +36,14 @@ def launched(monkeypatch):
 
 
 def finish(runs: Path, *options: str) -> list[Path]:
-    return compare_glag.finish("data/x", runs, "gradual", 2, list(options), threads=1)
+    dataset = SimpleNamespace(place="data/x", train_counts=np.array([504, 70, 9]))
+    return compare_glag.finish(dataset, runs, "gradual", 2, list(options), threads=1)
 
 
 def test_one_network_and_all_that_is_trained_on_its_features(tmp_path, launched):
     runs = finish(tmp_path, "--optim.epochs", "20")
     assert [run.name for run in runs] == [
-        f"gradual-2{end}" for end in ("", "-afg", "-adaptive", "-fixed", "-undistilled")
+        f"gradual-2{end}" for end in ("", "-afg", "-adaptive", "-fixed", "-undistilled", "-fifth")
     ]
     first, *seconds = (" ".join(map(str, command[1:])) for command in launched.commands)
     assert "train/erm.py" in first
@@ -50,7 +52,8 @@ def test_one_network_and_all_that_is_trained_on_its_features(tmp_path, launched)
     )
     assert all("train/afg.py" in second and f"--from {runs[0]}" in second for second in seconds)
     assert all("--data data/x --loop.seed 2" in command for command in (first, *seconds))
-    assert ["--method.baselines false" in second for second in seconds] == [False, True, True, True]
+    assert ["--method.baselines false" in second for second in seconds] == [False, True, True, True, True]
+    assert "--method.head_above 100" in seconds[-1]
 
 
 def test_what_is_finished_is_not_begun_again(tmp_path, launched):
@@ -65,7 +68,7 @@ def test_what_was_cut_off_goes_on(tmp_path, launched):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text("")
     finish(tmp_path)
-    assert ["--resume" in command for command in launched.commands] == [True, False, False, False, False]
+    assert ["--resume" in command for command in launched.commands] == [True, False, False, False, False, False]
     assert not (tmp_path / "gradual-2-afg/config.yaml").exists()  # begun anew
 
 
@@ -103,6 +106,6 @@ def test_every_seed_of_both_objectives_then_tables(tmp_path, digits, monkeypatch
     monkeypatch.setattr(sys, "argv", ["compare_glag.py", *arguments])
     compare_glag.main()
     assert [run.name for run in compared if run.name.count("-") == 1] == ["ce-0", "gradual-0", "ce-1", "gradual-1"]
-    assert len(compared) == 20 == len(launched.commands)
+    assert len(compared) == 24 == len(launched.commands)
     assert (tmp_path / "runs/table.txt").exists()
     assert json.loads((tmp_path / "runs/table.json").read_text())["rows"] == []

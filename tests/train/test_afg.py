@@ -108,6 +108,19 @@ def test_baselines_can_be_left_out(here, capsys):
     assert "cRT" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "AFG"),
+        ({"beta": "adaptive"}, "AFG, adaptive β"),
+        ({"beta": 0.6}, "AFG, β=0.6"),
+        ({"distill": 0.0, "head_above": 900}, "AFG, no distillation, head above 900"),
+    ],
+)
+def test_tables_tell_runs_of_other_settings_apart(settings, expected):
+    assert afg.title(afg.Settings(**settings)) == expected
+
+
 def test_adaptive_beta_runs_beside_its_control(here, capsys):
     run([*SHORT, "--run", "runs/afg", "--method.beta", "adaptive", "--method.baselines", "false"])
     rows = [json.loads(line) for line in (here / "runs/afg/metrics.jsonl").read_text().splitlines()]
