@@ -7,7 +7,8 @@ Stage one is trained with CE and with GraLoss, on a cosine and with the weight d
 features of each, AFG is trained with β selected, adaptive and the paper's, without distillation, and with a smaller
 head: where classes have thousands of images, more than 100 is not yet head, so a fifth of the largest class decides, as
 100 of 500 do in the paper's CIFAR-100-LT. The first is held against all of train/baselines.py. `RUNS/table.txt` and
-`table.json` hold means and spreads over seeds. Given again, the command goes on where it was cut off.
+`table.json` hold means and spreads over seeds, the latter each run's figures, too. Given again, the command goes on
+where it was cut off.
 """
 
 import argparse
@@ -101,10 +102,16 @@ def main() -> None:
             runs = [run for job in jobs for run in job.result()]
         finally:
             pool.shutdown(cancel_futures=True)  # Ctrl-C, or one that failed, begins no more
-        entries = group_runs(read_runs(runs))
+        finished = read_runs(runs)
+        entries = group_runs(finished)
         (asked.runs / "table.txt").write_text(table(entries, baselines=True) + "\n")
-        rows = [json_row(entry) for entry in entries]
-        write_results(asked.runs / "table.json", header(torch=version("torch")) | {"rows": rows})
+        told = {
+            "rows": [json_row(entry) for entry in entries],
+            "runs": {
+                run.name: {key: run.summary.get(key) for key in ("last", "beta", "baselines")} for run in finished
+            },
+        }
+        write_results(asked.runs / "table.json", header(torch=version("torch")) | told)
         print((asked.runs / "table.txt").read_text())
 
 
