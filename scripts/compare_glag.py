@@ -77,7 +77,11 @@ def finish(dataset: Dataset, runs: Path, objective: str, seed: int, options: lis
 
 def main() -> None:
     """Read the command line and run the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [-h] [--seeds SEEDS] [--jobs JOBS] data runs [-- OPTIONS OF STAGE ONE]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("data", help="the dataset's folder")
     parser.add_argument("runs", type=Path, help="the folder of all runs")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
