@@ -112,7 +112,9 @@ def main() -> None:
         told = {
             "rows": [json_row(entry) for entry in entries],
             "runs": {
-                run.name: {key: run.summary.get(key) for key in ("last", "beta", "baselines")} for run in finished
+                run.name: {"commit": run.summary["environment"].get("commit")}
+                | {key: run.summary.get(key) for key in ("last", "beta", "baselines")}
+                for run in finished
             },
         }
         write_results(asked.runs / "table.json", header(torch=version("torch")) | told)
