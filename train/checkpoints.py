@@ -14,7 +14,6 @@ import os
 import pickle
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,9 @@ def save_checkpoint(run: Path, network: torch.nn.Module, states: dict[str, Any],
     """Write a checkpoint and then remove all but the newest `keep`. `states` holds state dicts by name."""
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    temporary = folder / ".partial"  # always this name, so that the next attempt clears what a kill left
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
         state = io.BytesIO()
         torch.save({"counters": vars(counters), **states}, state)
@@ -77,8 +78,7 @@ def save_checkpoint(run: Path, network: torch.nn.Module, states: dict[str, Any],
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     older = [path for path in _found(run) if path.name < target.name]
-    partial = [path for path in folder.iterdir() if path.name.startswith(".partial-")]
-    for path in older[keep - 1 :] + partial:
+    for path in older[keep - 1 :]:
         shutil.rmtree(path, ignore_errors=True)
 
 

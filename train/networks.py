@@ -16,7 +16,7 @@ import copy
 import json
 import os
 import pickle
-import tempfile
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -342,11 +342,16 @@ def save_model(network: Network, folder: Path | str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors refuses channels_last tensors.
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    with tempfile.TemporaryDirectory(prefix=".model-", dir=folder) as temporary:
-        save_file(state, Path(temporary, WEIGHTS_FILE))
-        Path(temporary, SPEC_FILE).write_text(json.dumps(network.spec, indent=2) + "\n", encoding="utf-8")
+    temporary = folder / ".model.partial"  # always this name, so that the next attempt clears what a kill left
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        save_file(state, temporary / WEIGHTS_FILE)
+        (temporary / SPEC_FILE).write_text(json.dumps(network.spec, indent=2) + "\n", encoding="utf-8")
         for name in (WEIGHTS_FILE, SPEC_FILE):
-            os.replace(Path(temporary, name), folder / name)
+            os.replace(temporary / name, folder / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_model(folder: Path | str) -> PlainNetwork | BilateralNetwork:

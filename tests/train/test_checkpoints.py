@@ -90,7 +90,7 @@ def test_a_failed_save_leaves_the_old_one_and_no_rest(tmp_path, monkeypatch):
 
 
 def test_what_a_kill_left_is_cleared_away(tmp_path):
-    (tmp_path / "checkpoints/.partial-x").mkdir(parents=True)
+    (tmp_path / "checkpoints/.partial/x").mkdir(parents=True)
     save(tmp_path, 1)
     assert names(tmp_path) == ["step-00000001"]
 

@@ -291,6 +291,24 @@ def test_save_and_load(kind, tmp_path):
     torch.testing.assert_close(loaded.predict(images(2)), network.eval().predict(images(2)))
 
 
+def test_what_a_kill_left_of_a_save_is_gone_after_the_next(plain, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        """Nothing cleans up after it, as nothing does after kill -9."""
+
+    def half_write(state, path):
+        path.write_bytes(b"half")
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "save_file", half_write)
+        patched.setattr(module.shutil, "rmtree", lambda *a, **o: None)
+        with pytest.raises(Killed):
+            save_model(plain, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    save_model(plain, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+
+
 def test_a_failed_save_leaves_the_old_model(plain, tmp_path, monkeypatch):
     save_model(plain, tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
