@@ -23,7 +23,7 @@ from safetensors.torch import save
 
 from shards.errors import UserError
 from train.networks import load_weights
-from train.runs import write_json
+from train.runs import partial_folder, write_json
 
 FOLDER = "checkpoints"
 SUMS = "sums.json"
@@ -58,10 +58,7 @@ def save_checkpoint(run: Path, network: torch.nn.Module, states: dict[str, Any],
     """Write a checkpoint and then remove all but the newest `keep`. `states` holds state dicts by name."""
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
-    temporary = folder / ".partial"  # always this name, so that the next attempt clears what a kill left
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with partial_folder(folder / ".partial") as temporary:
         state = io.BytesIO()
         torch.save({"counters": vars(counters), **states}, state)
         files = {"model.safetensors": _weights(network), "state.pt": state.getvalue()}
@@ -74,9 +71,6 @@ def save_checkpoint(run: Path, network: torch.nn.Module, states: dict[str, Any],
         target = folder / f"step-{counters.step:08d}"
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     older = [path for path in _found(run) if path.name < target.name]
     for path in older[keep - 1 :]:
         shutil.rmtree(path, ignore_errors=True)

@@ -16,7 +16,6 @@ import copy
 import json
 import os
 import pickle
-import shutil
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from shards.errors import UserError
 from train.batch_norm import split_statistics, use_stream_batch_norm
+from train.runs import partial_folder
 
 WEIGHTS_FILE = "model.safetensors"
 SPEC_FILE = "model.json"
@@ -342,16 +342,11 @@ def save_model(network: Network, folder: Path | str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors refuses channels_last tensors.
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    temporary = folder / ".model.partial"  # always this name, so that the next attempt clears what a kill left
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with partial_folder(folder / ".model.partial") as temporary:
         save_file(state, temporary / WEIGHTS_FILE)
         (temporary / SPEC_FILE).write_text(json.dumps(network.spec, indent=2) + "\n", encoding="utf-8")
         for name in (WEIGHTS_FILE, SPEC_FILE):
             os.replace(temporary / name, folder / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_model(folder: Path | str) -> PlainNetwork | BilateralNetwork:

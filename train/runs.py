@@ -14,8 +14,11 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,20 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder, whose files are to be moved to their places when they are whole; what is left of it goes.
+
+    A kill may leave it. The path is always the same, so that the next attempt clears it.
+    """
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,7 +1,9 @@
 import multiprocessing
 from multiprocessing import forkserver
+from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 # Processes of tests are forked from a server that has imported everything. A session has one such server, so it starts
@@ -24,3 +26,19 @@ def workplace(tmp_path, monkeypatch, digits):
     (tmp_path / "data" / "digits").symlink_to(digits.root)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def make_method():
+    """Make a method with settings of its own for small images: make_method(BBN, train_counts_C, q=0.0)."""
+
+    def make(method_class, train_counts_C, **settings):
+        torch.manual_seed(0)
+        config = SimpleNamespace(
+            input=SimpleNamespace(augment="cifar"),
+            model=SimpleNamespace(backbone="resnet32", weights=None),
+            method=method_class.Settings(**settings),
+        )
+        return method_class(config, train_counts_C)
+
+    return make

@@ -1,7 +1,6 @@
 """BBN's own mathematics: Table 4's adaptors, Eq. 3's loss, Table 3's streams."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +9,8 @@ import torch
 from pipeline.batch import Batch
 from train.bbn import ADAPTORS, BBN, adaptor_alpha, bbn_loss
 from train.method import Progress
+
+COUNTS = np.array([9, 5, 2, 1])
 
 
 @pytest.mark.parametrize(
@@ -61,25 +62,15 @@ def test_loss_is_equation_3():
     torch.testing.assert_close(bbn_loss(logits, conventional, reverse, 0.0), e_r)
 
 
-def make_method(**settings) -> BBN:
-    torch.manual_seed(0)
-    config = SimpleNamespace(
-        input=SimpleNamespace(augment="cifar"),
-        model=SimpleNamespace(backbone="resnet32", weights=None),
-        method=BBN.Settings(**settings),
-    )
-    return BBN(config, np.array([9, 5, 2, 1]))
-
-
 @pytest.mark.parametrize("q", [-1.0, 0.0, 1.0])
-def test_samplers_of_table_3_are_exponents_of_the_second_stream(q):
-    uniform, second = make_method(q=q).streams
+def test_samplers_of_table_3_are_exponents_of_the_second_stream(make_method, q):
+    uniform, second = make_method(BBN, COUNTS, q=q).streams
     assert (uniform.name, uniform.q) == ("uniform", 1.0)
     assert (second.name, second.q) == ("reversed", q)
 
 
-def test_a_step_is_equations_1_and_3_on_both_streams():
-    method = make_method(alpha_epochs=8)
+def test_a_step_is_equations_1_and_3_on_both_streams(make_method):
+    method = make_method(BBN, COUNTS, alpha_epochs=8)
     method.network.eval()  # so that a second pass gives the same features
     images = torch.randint(0, 256, (2, 3, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[0, 1, 2], [3, 3, 2]])
@@ -94,8 +85,8 @@ def test_a_step_is_equations_1_and_3_on_both_streams():
     torch.testing.assert_close(result.loss, bbn_loss(logits, labels[0], labels[1], alpha))
 
 
-def test_prediction_weighs_both_branches_alike():
-    method = make_method()
+def test_prediction_weighs_both_branches_alike(make_method):
+    method = make_method(BBN, COUNTS)
     method.network.eval()
     images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(method.predict(images), method.network(images, images, 0.5))

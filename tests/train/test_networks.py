@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import warnings
 
 import pytest
@@ -301,7 +302,7 @@ def test_what_a_kill_left_of_a_save_is_gone_after_the_next(plain, tmp_path, monk
 
     with monkeypatch.context() as patched:
         patched.setattr(module, "save_file", half_write)
-        patched.setattr(module.shutil, "rmtree", lambda *a, **o: None)
+        patched.setattr(shutil, "rmtree", lambda *a, **o: None)
         with pytest.raises(Killed):
             save_model(plain, tmp_path)
     assert len(list(tmp_path.iterdir())) == 1

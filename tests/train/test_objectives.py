@@ -1,7 +1,6 @@
 """Objectives of a single branch, by hand, and how train/erm.py goes over them."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,16 +47,6 @@ def test_without_adjustment_it_is_cross_entropy_even_where_a_class_has_no_images
     assert (z.grad[:, 2] == 0).all()  # a class that cannot occur is pushed nowhere
 
 
-def method_of(**settings) -> ERM:
-    torch.manual_seed(0)
-    config = SimpleNamespace(
-        input=SimpleNamespace(augment="cifar"),
-        model=SimpleNamespace(backbone="resnet32", weights=None),
-        method=ERM.Settings(**settings),
-    )
-    return ERM(config, COUNTS)
-
-
 @pytest.mark.parametrize(
     ("settings", "title", "taus"),
     [
@@ -68,8 +57,8 @@ def method_of(**settings) -> ERM:
         ({"objective": "gradual", "gradual": 0.5, "gradual_base": 4.0, "q": 0.5}, "GraLoss, q=0.5", (0, 0.5, 1.5)),
     ],
 )
-def test_a_step_adjusts_by_its_epoch(settings, title, taus):
-    method = method_of(**settings)
+def test_a_step_adjusts_by_its_epoch(make_method, settings, title, taus):
+    method = make_method(ERM, COUNTS, **settings)
     method.network.eval()
     assert method.title == title
     images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
