@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
@@ -78,13 +78,13 @@ class BBN(Method):
 
         Attributes:
             adaptor: how α goes over the epochs (Table 4).
-            alpha_epochs: T_max of the adaptor (default: the run's epochs; the authors used 100 for their 90-epoch
-                and 200 for their 180-epoch runs).
+            alpha_span: T_max of the adaptor over the run's epochs; the authors' code has 100 for 90 epochs and 200
+                for 180, so that α does not reach 0 there.
             q: the sampling exponent of the re-balancing stream (Table 3): -1 reversed, 0 balanced, 1 uniform.
         """
 
         adaptor: Adaptor = "parabolic_decay"
-        alpha_epochs: PositiveInt | None = None
+        alpha_span: PositiveFloat = 1.0
         q: Exponent = -1.0
 
     def __init__(self, config: Any, train_counts_C: NDArray[np.int64]) -> None:
@@ -101,7 +101,7 @@ class BBN(Method):
         alpha = adaptor_alpha(
             self._settings.adaptor,
             progress.epoch,
-            self._settings.alpha_epochs or progress.epochs,
+            max(1, round(self._settings.alpha_span * progress.epochs)),
             progress.seed,
             progress.step,
         )

@@ -84,7 +84,9 @@ class Optim:
         schedule: step (times `decay` at each milestone), cosine (to 0), or constant.
         warmup_epochs: epochs at the start over which the rate rises linearly. Without any, BBN stays stuck at a
             rate of 0.1: its doubled features make the first steps too large.
-        milestones: after which shares of the epochs the rate drops (so that drops scale with `epochs`).
+        warmup_start: the share of the rate that warm-up starts from, at epoch 0, before the first; BBN's is a third.
+        milestones: at which shares of the epochs the rate drops (so that drops scale with `epochs`): 0.6 of 200 makes
+            epoch 120 the first one with the lower rate, as BBN's code does.
         decay: the factor of each drop.
         accumulate: in how many parts a process works through its share of a batch, to need less memory. Batch norm
             sees the parts one by one.
@@ -100,6 +102,7 @@ class Optim:
     weight_decay: NonNegativeFloat = 2e-4
     schedule: Literal["step", "cosine", "constant"] = "step"
     warmup_epochs: NonNegativeInt = 5
+    warmup_start: ClosedUnitInterval = 1 / 3
     milestones: list[ClosedUnitInterval] = field(default_factory=lambda: [0.6, 0.8])
     decay: PositiveFloat = 0.01
     accumulate: PositiveInt = 1

@@ -270,7 +270,7 @@ class Training:
         log: dict[str, float] = {}
         while counters.step < last_step:
             within = counters.step % plan.steps_per_epoch
-            lr = config.optim.lr * lr_factor(config.optim, counters.step / plan.steps_per_epoch)
+            lr = config.optim.lr * lr_factor(config.optim, epoch)
             batch = next(batches)
             progress = Progress(epoch, config.optim.epochs, within, config.loop.seed)
             loss, log = self._step(batch, progress, lr)
@@ -527,18 +527,19 @@ def evaluate(method: Method, split: Split, input: Input, accelerator: Accelerato
     return Tally.from_vector(accelerator.reduce(vector, "sum").cpu().numpy(), len(split.class_counts))
 
 
-def lr_factor(optim: Optim, epoch: float) -> float:
-    """Return the learning rate's factor at a time counted in epochs from 0 (fractions within an epoch).
+def lr_factor(optim: Optim, epoch: int) -> float:
+    """Return the learning rate's factor in an epoch counted from 1, as the papers' codes count.
 
-    Warm-up rises linearly, an epoch a stair, as in BBN's code; drops and cosine count whole epochs too.
+    Warm-up rises linearly from `warmup_start`, reached at epoch 0, to 1 at its last epoch, a stair an epoch; a drop
+    counts from its milestone's epoch on. Both are BBN's (lib/utils/lr_scheduler.py, stepped before each epoch).
     """
-    whole = math.floor(epoch)
-    if whole < optim.warmup_epochs:
-        return (whole + 1) / optim.warmup_epochs
+    if epoch <= optim.warmup_epochs:
+        return optim.warmup_start + (1 - optim.warmup_start) * epoch / optim.warmup_epochs
     if optim.schedule == "step":
-        return optim.decay ** sum(whole >= round(share * optim.epochs) for share in optim.milestones)
+        return optim.decay ** sum(epoch >= round(share * optim.epochs) for share in optim.milestones)
     if optim.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (whole - optim.warmup_epochs) / (optim.epochs - optim.warmup_epochs)))
+        gone = (epoch - 1 - optim.warmup_epochs) / (optim.epochs - optim.warmup_epochs)
+        return 0.5 * (1 + math.cos(math.pi * gone))
     return 1.0
 
 

@@ -219,21 +219,26 @@ def test_bf16_trains(workplace):
 
 def test_learning_rate_warms_up_and_drops_at_shares_of_the_epochs():
     optim = Optim(epochs=200, warmup_epochs=5, milestones=[0.6, 0.8], decay=0.01)
-    factors = [lr_factor(optim, epoch) for epoch in range(200)]
-    np.testing.assert_allclose(factors[:5], [0.2, 0.4, 0.6, 0.8, 1.0])
-    assert set(factors[5:120]) == {1.0}
-    np.testing.assert_allclose(factors[120:160], 0.01)
-    np.testing.assert_allclose(factors[160:], 0.0001)
+    factors = {epoch: lr_factor(optim, epoch) for epoch in range(1, 201)}
+    np.testing.assert_allclose([factors[epoch] for epoch in range(1, 6)], np.array([7, 9, 11, 13, 15]) / 15)
+    assert {factors[epoch] for epoch in range(5, 120)} == {1.0}
+    np.testing.assert_allclose([factors[epoch] for epoch in range(120, 160)], 0.01)
+    np.testing.assert_allclose([factors[epoch] for epoch in range(160, 201)], 0.0001)
     inat = Optim(epochs=90, warmup_epochs=0, milestones=[0.6667, 0.8889], decay=0.1)
-    assert [round(lr_factor(inat, epoch), 6) for epoch in (59, 60, 79, 80)] == [1, 0.1, 0.1, 0.01]
+    assert [round(lr_factor(inat, epoch), 6) for epoch in (1, 59, 60, 79, 80)] == [1, 1, 0.1, 0.1, 0.01]
+
+
+def test_warm_up_from_zero_is_an_even_stair():
+    optim = Optim(epochs=200, warmup_epochs=5, warmup_start=0.0)
+    np.testing.assert_allclose([lr_factor(optim, epoch) for epoch in range(1, 6)], [0.2, 0.4, 0.6, 0.8, 1.0])
 
 
 def test_cosine_and_constant_schedules():
     cosine = Optim(epochs=10, warmup_epochs=1, schedule="cosine")
-    assert lr_factor(cosine, 1) == 1.0
-    assert lr_factor(cosine, 5.5) == pytest.approx(0.5 * (1 + np.cos(np.pi * 4 / 9)))
-    assert {lr_factor(Optim(epochs=10, warmup_epochs=0, schedule="constant"), e) for e in range(10)} == {1.0}
-    assert lr_factor(Optim(epochs=1, warmup_epochs=5), 0) == 0.2
+    assert lr_factor(cosine, 2) == 1.0
+    assert lr_factor(cosine, 6) == pytest.approx(0.5 * (1 + np.cos(np.pi * 4 / 9)))
+    assert {lr_factor(Optim(epochs=10, warmup_epochs=0, schedule="constant"), e) for e in range(1, 11)} == {1.0}
+    assert lr_factor(Optim(epochs=1, warmup_epochs=5), 1) == pytest.approx(7 / 15)
 
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda p: p.stem)
@@ -251,7 +256,6 @@ def test_inaturalist_has_a_longer_variant(year, digits):
     dataset = type(digits)(digits.root, {**digits.manifest, "preset": f"inat{year}"}, digits.splits)
     settings = {variant: preset(dataset, "training", "bbn", variant=variant) for variant in (None, "2x")}
     assert [settings[variant]["optim"].pop("epochs") for variant in (None, "2x")] == [90, 180]
-    assert [settings[variant]["method"].pop("alpha_epochs") for variant in (None, "2x")] == [100, 200]
     assert settings[None] == settings["2x"]
 
 
