@@ -263,6 +263,18 @@ def test_bf16_autocast(bilateral):
     assert torch.isfinite(bilateral.trunk.conv1.weight.grad).all()
 
 
+@pytest.mark.parametrize("kind", ["plain", "bilateral"])
+def test_logits_do_not_tie_under_autocast(kind):
+    network = build_network(kind, "resnet32", 2000).eval()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        logits_BC = network.predict(images(32))
+        trained_BC = network(*[images(32)] * (2 if kind == "bilateral" else 1), *[0.5] * (kind == "bilateral"))
+    assert logits_BC.dtype == trained_BC.dtype == torch.float32
+    two_B2 = logits_BC.topk(2).values
+    assert (two_B2[:, 0] > two_B2[:, 1]).all()
+    assert len(logits_BC[0].unique()) > 1990  # bfloat16 has some hundred values there
+
+
 def test_forward_works_under_ddp(bilateral, tmp_path):
     alone = copy.deepcopy(bilateral)
     streams = images(4), images(4, seed=1)
