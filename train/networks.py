@@ -244,7 +244,7 @@ class Network(nn.Module):
 
         Of 8,142 classes the two best tie on one image in forty, and a tie goes to the first of them: to the head.
         """
-        with torch.autocast(features_BD.device.type, enabled=False):
+        with torch.autocast("cuda" if features_BD.is_cuda else "cpu", enabled=False):
             return self.classifier(features_BD.float())
 
     def _trunk_maps(self, images_BHWC: Tensor) -> Tensor:
