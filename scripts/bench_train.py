@@ -37,11 +37,11 @@ from shards.cli import run_commands
 from shards.errors import UserError
 from shards.index import open_dataset
 from shards.progress import say
-from train.batch_norm import split_statistics
 from train.bbn import bbn_loss
-from train.config import Loop
-from train.loop import prepare_network
-from train.networks import BilateralNetwork, build_network
+from train.engine.config import Loop
+from train.engine.loop import prepare_network
+from train.networks.batch_norm import split_statistics
+from train.networks.networks import BilateralNetwork, build_network
 
 CLASSES = 100
 ALPHA = 0.5

@@ -12,7 +12,7 @@ Adaptive Feature Generation", section 4.2) on the frozen network of a finished r
                         scales ⊙ (W·f + b), from stage one's W and b
                         loss = CE + α(t)·KL(stage one ‖ now) on head classes
 
-Beside it, on the same features, it trains and prints what is simpler (train/baselines.py).
+Beside it, on the same features, it trains and prints what is simpler (train/features/candidates.py).
 
 Measured on BBN's digits, three seeds: 94.0 ± 1.1 overall, 87.6 ± 2.6 on few-shot classes, against BBN's 93.6 and 88.5:
 136 validation images, all recognised, cannot choose β. CIFAR-10-LT after 20 epochs, three seeds: 60.6 ± 2.6 after CE
@@ -39,16 +39,17 @@ from pipeline.loader import LoaderKind
 from shards.errors import UserError, user_errors_exit_2
 from shards.groups import MANY_ABOVE
 from shards.index import Dataset
-from train import runs
-from train.baselines import Bank, Judge, baselines, table
-from train.classifiers import ClassifierOptim, Distillation, ScaledLinear, measure, train_classifier
-from train.config import Input, find_dataset, make_parser, parse, peek, plain_sections, preset
-from train.feature_files import check_feature_file, write_features
-from train.features import feature_bank
-from train.gaussians import find_support, fit, head_classes, inverse_tukey, tukey
-from train.loop import collect_faults, device_name, epoch_line, make_accelerator, test_split, write_results
-from train.mixing import Batches, Mixture, mixed_epoch
-from train.networks import load_model, save_model
+from train.engine import runs
+from train.engine.config import Input, find_dataset, make_parser, parse, peek, plain_sections, preset
+from train.engine.evaluation import collect_faults, device_name, epoch_line, test_split, write_results
+from train.engine.launch import make_accelerator
+from train.features.bank import feature_bank
+from train.features.candidates import Bank, Judge, baselines, table
+from train.features.classifiers import ClassifierOptim, Distillation, ScaledLinear, measure, train_classifier
+from train.features.files import check_feature_file, write_features
+from train.features.gaussians import find_support, fit, head_classes, inverse_tukey, tukey
+from train.features.mixing import Batches, Mixture, mixed_epoch
+from train.networks.model_files import load_model, save_model
 
 # Adaptive β: where it starts, how far a step goes, and the bound.
 BETA_START, BETA_STEP, BETA_MOST = 0.6, 0.05, 0.9
@@ -93,7 +94,7 @@ class Settings:
         classifier: scaled (learnable scales and weights, from stage one's), lws (scales only), or linear (fresh).
         distill: s of α(t) = s·(c^(t/T) − 1), the weight of distillation; 0 switches it off.
         distill_base: c.
-        baselines: whether to train and show what AFG is held against (see `train.baselines`), which takes about as
+        baselines: whether to train and show what AFG is held against (see `train.features.candidates`), which takes about as
             long as AFG itself.
     """
 

@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from pipeline.batch import Batch
 from pipeline.plan import Stream
 from pipeline.sampling import Exponent, random_generator
-from train.loop import run
-from train.method import Method, Progress, StepResult, unwrapped
-from train.networks import build_network
+from train.engine.launch import run
+from train.engine.method import Method, Progress, StepResult, unwrapped
+from train.networks.networks import build_network
 
 Adaptor = Literal["equal", "beta", "parabolic_increment", "linear_decay", "cosine_decay", "parabolic_decay"]
 ADAPTORS: tuple[Adaptor, ...] = get_args(Adaptor)

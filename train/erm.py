@@ -8,7 +8,8 @@ Published, ResNet-32, 200 epochs: CIFAR-10-LT 70.4, CIFAR-100-LT 38.3 (imbalance
 
 q chooses the sampler, P(class j) ∝ n_j^q: 1 instance-balanced (the plain baseline), 0.5 square-root, 0 class-balanced,
 -1 reversed, or progressive (Kang et al., "Decoupling Representation and Classifier", ICLR 2020, section 3). The
-objectives are those of train/objectives.py; `gradual` (GraLoss) is stage one of GLAG, whose stage two is train/afg.py.
+objectives are those of train/networks/objectives.py; `gradual` (GraLoss) is stage one of GLAG, whose stage two is
+train/afg.py.
 """
 
 from dataclasses import dataclass
@@ -22,10 +23,10 @@ from numpy.typing import NDArray
 from pipeline.batch import Batch
 from pipeline.plan import Stream
 from pipeline.sampling import Exponent
-from train.loop import run
-from train.method import Method, Progress, StepResult, unwrapped
-from train.networks import build_network
-from train.objectives import Objective, adjusted_cross_entropy, gradual_weight, log_prior
+from train.engine.launch import run
+from train.engine.method import Method, Progress, StepResult, unwrapped
+from train.networks.networks import build_network
+from train.networks.objectives import Objective, adjusted_cross_entropy, gradual_weight, log_prior
 
 
 class ERM(Method):

@@ -15,7 +15,7 @@ from pipeline.resident_loader import decoded_of
 from shards.errors import UserError
 from train.afg import run as run_stage_two
 from train.bbn import BBN
-from train.loop import run
+from train.engine.launch import run
 
 pytestmark = pytest.mark.gpu
 

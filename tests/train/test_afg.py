@@ -19,15 +19,15 @@ from shards.errors import UserError
 from shards.index import open_dataset
 from train import afg
 from train.afg import BETA_MOST, BETA_START, Settings, choose_beta, run, train_afg
-from train.baselines import Judge
-from train.classifiers import ClassifierOptim
-from train.config import PRESETS
+from train.engine.config import PRESETS
+from train.engine.launch import run as run_stage_one
 from train.erm import ERM
-from train.feature_files import write_features
-from train.gaussians import find_support, fit, head_classes, tukey
-from train.loop import run as run_stage_one
-from train.mixing import Mixture
-from train.networks import load_model
+from train.features.candidates import Judge
+from train.features.classifiers import ClassifierOptim
+from train.features.files import write_features
+from train.features.gaussians import find_support, fit, head_classes, tukey
+from train.features.mixing import Mixture
+from train.networks.model_files import load_model
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,9 +9,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from train import networks
-from train.batch_norm import StreamBatchNorm2d, split_statistics, use_stream_batch_norm
-from train.networks import build_network
+from train.networks import networks
+from train.networks.batch_norm import StreamBatchNorm2d, split_statistics, use_stream_batch_norm
+from train.networks.networks import build_network
 
 
 def made_maps(*shape: int, seed: int = 0) -> Tensor:

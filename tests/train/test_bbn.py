@@ -8,7 +8,7 @@ import torch
 
 from pipeline.batch import Batch
 from train.bbn import ADAPTORS, BBN, adaptor_alpha, bbn_loss
-from train.method import Progress
+from train.engine.method import Progress
 
 COUNTS = np.array([9, 5, 2, 1])
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from shards.errors import UserError
-from train import checkpoints
-from train.checkpoints import Counters, load_checkpoint, save_checkpoint
+from train.engine import checkpoints
+from train.engine.checkpoints import Counters, load_checkpoint, save_checkpoint
 
 
 def save(folder, step: int, keep: int = 2) -> None:

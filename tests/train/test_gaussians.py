@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from shards.errors import UserError
-from train import gaussians as module
-from train import generation
-from train.gaussians import ClassGaussians, Support, find_support, fit, inverse_tukey, tukey
-from train.generation import generate_chunks
+from train.features import gaussians as module
+from train.features import generation
+from train.features.gaussians import ClassGaussians, Support, find_support, fit, inverse_tukey, tukey
+from train.features.generation import generate_chunks
 
 
 def make(counts: list[int], dim: int, lam: float = 0.5, seed: int = 0) -> tuple[ClassGaussians, list[Tensor]]:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from shards.errors import UserError
-from train import generation
-from train.gaussians import ClassGaussians, find_support, fit, head_classes
-from train.generation import combine, generate, generate_chunks, noise_length
+from train.features import generation
+from train.features.gaussians import ClassGaussians, find_support, fit, head_classes
+from train.features.generation import combine, generate, generate_chunks, noise_length
 
 SIZES = [(dim, count) for dim in (64, 512) for count in (1, 2, dim - 1, dim + 1, 10 * dim)]
 

@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 
 from shards.build import build
 from shards.index import open_dataset
-from train import loop as loop_module
-from train import runs as runs_module
 from train.bbn import BBN
-from train.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
+from train.engine import launch as launch_module
+from train.engine import runs as runs_module
+from train.engine.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
+from train.engine.launch import run
+from train.engine.loop import lr_factor
 from train.erm import ERM
-from train.loop import lr_factor, run
-from train.networks import load_model
+from train.networks.model_files import load_model
 
 SHORT = ["--optim.epochs", "2", "--input.batch_size", "64", "--loop.eval_every", "1", "--optim.lr", "0.02",
          "--input.image_size", "8"]  # fmt: skip
@@ -98,7 +99,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(workplace, monkeypatch, sto
 
 def test_resume_without_a_name_takes_the_newest_unfinished_run(workplace, monkeypatch, capsys):
     run(BBN, [*SHORT, "--run", "runs/finished"])
-    monkeypatch.setattr(loop_module, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(launch_module, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(BBN, [*SHORT, "--run", "runs/cut"])
     monkeypatch.undo()

@@ -13,17 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from train import networks as module
-from train.networks import (
-    BilateralNetwork,
-    Normalize,
-    PlainNetwork,
-    build_network,
-    load_model,
-    load_weights,
-    make_backbone,
-    save_model,
-)
+from train.networks import model_files as module
+from train.networks.backbones import Normalize, make_backbone
+from train.networks.model_files import load_model, load_weights, save_model
+from train.networks.networks import BilateralNetwork, PlainNetwork, build_network
 
 
 def images(batch: int, size: int = 16, seed: int = 0) -> Tensor:

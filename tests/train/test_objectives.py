@@ -8,10 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.batch import Batch
+from train.engine.launch import run
+from train.engine.method import Progress
 from train.erm import ERM
-from train.loop import run
-from train.method import Progress
-from train.objectives import adjusted_cross_entropy, gradual_weight, log_prior
+from train.networks.objectives import adjusted_cross_entropy, gradual_weight, log_prior
 
 COUNTS = np.array([60, 30, 10])
 

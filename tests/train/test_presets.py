@@ -12,9 +12,9 @@ from shards.errors import UserError
 from shards.index import SAMPLE, Dataset, Split
 from train import afg
 from train.bbn import BBN
-from train.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
+from train.engine.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
+from train.engine.loop import lr_factor
 from train.erm import ERM
-from train.loop import lr_factor
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from train.bbn import BBN
-from train.interrupts import EXIT_STATUS, Consensus
-from train.loop import Training, run
+from train.engine.interrupts import EXIT_STATUS, Consensus
+from train.engine.launch import run
+from train.engine.loop import Training
 
 ROOT = Path(__file__).parents[2]
 # Unset, accelerate warns on every rank.

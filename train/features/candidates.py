@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.metrics import percent, summarize
-from train.classifiers import (
+from train.features.classifiers import (
     ClassifierOptim,
     Kind,
     ScaledLinear,
@@ -30,7 +30,7 @@ from train.classifiers import (
     tau_normalized,
     train_classifier,
 )
-from train.mixing import Mixture, Sampling, real_epoch
+from train.features.mixing import Mixture, Sampling, real_epoch
 
 Bank = tuple[Tensor, Tensor]
 # Factors of optim.lr, and τ: what the held-out split chooses from. The first is taken where there is none.

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from train.gaussians import ClassGaussians, Support, tukey
-from train.generation import generate_chunks, take_turns
+from train.features.gaussians import ClassGaussians, Support, tukey
+from train.features.generation import generate_chunks, take_turns
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 Sampling = Literal["each-once", "oversampled", "class-balanced"]

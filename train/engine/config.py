@@ -20,9 +20,9 @@ from pipeline.loader import LoaderKind, open_loader
 from pipeline.plan import Plan
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
-from train.tracking import Tracker
+from train.engine.tracking import Tracker
 
-PRESETS = Path(__file__).parent / "presets"
+PRESETS = Path(__file__).parents[1] / "presets"
 DATA = Path("data")
 
 
@@ -145,6 +145,17 @@ class Loop:
     keep_checkpoints: PositiveInt = 2
     stall_minutes: PositiveFloat = 10.0
     track: Tracker = "none"
+
+
+@dataclass
+class Config:
+    """A training run's settings; `method` is the method's own Settings."""
+
+    input: Input
+    model: Model
+    method: Any
+    optim: Optim
+    loop: Loop
 
 
 class _ConfigFile(ActionConfigFile):

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from shards.atomic import partial_folder, write_json
 from shards.errors import UserError
-from train.networks import load_weights
-from train.runs import partial_folder, write_json
+from train.networks.model_files import load_weights
 
 FOLDER = "checkpoints"
 SUMS = "sums.json"

@@ -1,7 +1,7 @@
 """Features drawn from calibrated Gaussians, exactly and without a covariance: every sample is a sum of real features.
 
-The second half of the Adaptive Feature Generator of "GLAG", section 4.2, after `train.gaussians`. A parent x̂ of class
-c with its support S and weights ω (summing to 1) gives (Eq. 8 and 9)
+The second half of the Adaptive Feature Generator of "GLAG", section 4.2, after `train.features.gaussians`. A parent x̂
+of class c with its support S and weights ω (summing to 1) gives (Eq. 8 and 9)
 
     x ~ N( (1−β)·x̂ + β·Σ_S ω_j μ_j ,  (1−β)²·Σ_c + β²·Σ_S ω_j Σ_j + γ )
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from shards.errors import UserError
 from shards.groups import MANY_ABOVE
-from train.gaussians import ClassGaussians, Support, find_support, fit, head_classes, inverse_tukey_
+from train.features.gaussians import ClassGaussians, Support, find_support, fit, head_classes, inverse_tukey_
 
 # Numbers in one block of weights and of products: bounds on memory.
 BLOCK_VALUES = 2**24

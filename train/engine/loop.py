@@ -2,172 +2,31 @@
 
 import copy
 import math
-import os
 import sys
 import time
-from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from analysis.metrics import Tally, percent, summarize, tally
+from analysis.metrics import summarize
 from pipeline.batch import Batch, Loader
-from pipeline.faults import faults_of
-from pipeline.plan import EvalPlan, TrainPlan
-from shards.errors import UserError, user_errors_exit_2
-from shards.index import Dataset, Split
-from train import runs
-from train.batch_norm import use_stream_batch_norm
-from train.checkpoints import Counters, load_checkpoint, read_selected, save_checkpoint, save_selected
-from train.config import Input, Loop, Model, Optim, find_dataset, make_parser, parse, peek, plain_sections, preset
-from train.guards import LossGuard, StallGuard, check_devices, told_in_one_line
-from train.interrupts import EXIT_STATUS, Consensus, Interrupted, Interrupts
-from train.method import Method, Progress, unwrapped
-from train.networks import Normalize, load_weights, save_model
-from train.tracking import Tracking
-
-
-@dataclass
-class Config:
-    """A training run's settings; `method` is the method's own Settings."""
-
-    input: Input
-    model: Model
-    method: Any
-    optim: Optim
-    loop: Loop
-
-
-def run(method_class: type[Method], argv: list[str] | None = None) -> None:
-    """Run a method from its command line: the whole of what a launchable file does.
-
-    Exits with 2 for a user's mistake, told in one line.
-    """
-    program = f"train/{method_class.name}.py"
-    with user_errors_exit_2(program):
-        _run(method_class, program, argv)
-
-
-def _run(method_class: type[Method], program: str, argv: list[str] | None) -> None:
-    description = (sys.modules[method_class.__module__].__doc__ or "").split("\n")[0]
-    parser = make_parser(
-        program, description, input=Input, model=Model, method=method_class.Settings, optim=Optim, loop=Loop
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with --run, or with the newest unfinished run")
-    parser.add_argument("--variant", type=str | None, help="of the dataset's preset, such as 2x: twice the epochs")
-
-    asked = peek(parser, argv)
-    resumed = None
-    if asked.resume:
-        resumed = Path(asked.run) if asked.run else runs.newest_run({1}, method=method_class.name, finished=False)
-    if resumed is not None and (resumed / "config.yaml").exists():
-        saved = runs.read_config(resumed)
-        about = saved.pop("about", {})
-        if about.get("method") != method_class.name:
-            raise UserError(f"{resumed} is a run of {about.get('method')}, not of {method_class.name}; name another")
-        dataset = find_dataset(asked.data or about["data"])
-        defaults = saved
-    else:
-        dataset = find_dataset(asked.data)
-        defaults = preset(dataset, "training", method_class.name, variant=asked.variant)
-    settings = parse(parser, argv, defaults)
-    chosen = parser.instantiate(settings)
-    config = Config(chosen.input, chosen.model, chosen.method, chosen.optim, chosen.loop)
-
-    accelerator = make_accelerator(config.loop.precision, config.loop.device)
-    with told_in_one_line(resumed):
-        _train_and_finish(
-            method_class, config, dataset, resumed, asked.run, plain_sections(parser, settings), accelerator
-        )
-
-
-def _train_and_finish(
-    method_class: type[Method],
-    config: Config,
-    dataset: Dataset,
-    resumed: Path | None,
-    named: str | None,
-    sections: dict[str, Any],
-    accelerator: Accelerator,
-) -> None:
-    set_seed(config.loop.seed)
-    method = method_class(config, dataset.train_counts)
-    plan = TrainPlan(
-        dataset.splits["train"],
-        method.streams,
-        config.input.batch_size,
-        config.input.image_size,
-        config.loop.seed,
-        config.optim.epochs,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    if plan.rank_batch % config.optim.accumulate:
-        raise UserError(
-            f"optim.accumulate={config.optim.accumulate} does not divide the {plan.rank_batch} images per stream of"
-            " each process; choose a divisor"
-        )
-    test_split(dataset)  # tells early where there is none
-    tracking = Tracking(config.loop.track)
-    # Whatever can fail comes before the folder is made or touched.
-    restored = load_checkpoint(resumed, method.network) if resumed else None
-    counters = restored[1] if restored else Counters()
-    if resumed and counters.epochs >= config.optim.epochs and (resumed / "summary.json").exists():
-        accelerator.print(f"{resumed} is finished: it has its {counters.epochs} epochs (more with --optim.epochs)")
-        return
-    if counters.step // plan.steps_per_epoch != counters.epochs:
-        raise UserError(
-            f"{resumed} did {counters.step} steps in {counters.epochs} epochs, and an epoch has {plan.steps_per_epoch}"
-            " now: resume with the dataset and input.batch_size that it began with"
-        )
-    (first_step,) = broadcast_object_list([counters.step])
-    if first_step != counters.step:
-        raise UserError(
-            f"process {accelerator.process_index} finds a checkpoint of step {counters.step} in {resumed}, the first"
-            f" process one of step {first_step}; put the run on a file system that all machines share"
-        )
-    loader = config.input.open_loader(plan, accelerator.device, counters.step)
-    folder: list[Path | None] = [None]
-    if accelerator.is_main_process:
-        if resumed or named:
-            folder = [runs.use_run(resumed or Path(str(named)), bool(resumed))]
-        else:
-            folder = [runs.new_run(f"{dataset.name}-{method.name}")]
-    (run_folder,) = broadcast_object_list(folder)
-    assert run_folder is not None
-    if accelerator.is_main_process:
-        about = {"method": method.name, "dataset": dataset.name, "data": dataset.place}
-        runs.write_config(run_folder, {"about": about, **sections})
-        runs.truncate_rows(run_folder, counters.epochs)
-        (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
-        tracking.open(run_folder, counters.step)
-    if restored:
-        within = counters.step - counters.epochs * plan.steps_per_epoch
-        where = f" and {within} of {plan.steps_per_epoch} steps" if within else ""
-        accelerator.print(f"resuming {run_folder} after epoch {counters.epochs}{where}")
-    with loader, told_in_one_line(run_folder):
-        training = Training(method, config, dataset, plan, run_folder, accelerator, counters, tracking)
-        if restored:
-            training.restore(restored[0])
-        try:
-            training.run(loader)
-        except Interrupted as interrupted:
-            accelerator.print(
-                f"stopped by {interrupted.signal} after step {counters.step}, with a checkpoint; go on with:"
-                f" train/{method.name}.py --run {run_folder} --resume",
-                flush=True,
-            )
-            sys.exit(EXIT_STATUS)
-        finally:
-            tracking.close()
-        finish(training.evaluated, config, dataset, run_folder, accelerator, counters)
+from pipeline.plan import TrainPlan
+from shards.index import Dataset
+from train.engine import runs
+from train.engine.checkpoints import Counters, read_selected, save_checkpoint, save_selected
+from train.engine.config import Config, Loop, Optim
+from train.engine.evaluation import epoch_line, evaluate, test_split
+from train.engine.guards import LossGuard, StallGuard
+from train.engine.interrupts import Consensus, Interrupted, Interrupts
+from train.engine.method import Method, Progress, unwrapped
+from train.engine.tracking import Tracking
+from train.networks.backbones import Normalize
+from train.networks.batch_norm import use_stream_batch_norm
 
 
 class Training:
@@ -418,115 +277,6 @@ def split_batch(batch: dict[str, Batch], parts: int) -> list[dict[str, Batch]]:
     return [{name: part(of, number) for name, of in batch.items()} for number in range(parts)]
 
 
-def finish(
-    method: Method, config: Config, dataset: Dataset, run_folder: Path, accelerator: Accelerator, counters: Counters
-) -> None:
-    """Evaluate the last and the selected weights on the test split and write the run's results."""
-    network, test = unwrapped(method.network), test_split(dataset)
-    final = evaluate(method, test, config.input, accelerator)
-    last, selected = summarize(final, dataset.train_counts), None
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        save_model(network, run_folder)
-    chosen = read_selected(run_folder) if config.loop.select else None
-    if chosen is not None:
-        path, epoch, _ = chosen
-        load_weights(network, path)
-        measured = summarize(evaluate(method, test, config.input, accelerator), dataset.train_counts)
-        selected = {"epoch": epoch, **measured}
-    summary = {
-        "method": method.name,
-        "title": method.title,
-        "stage": 1,
-        "from": None,
-        "dataset": dataset.name,
-        "seed": config.loop.seed,
-        "epochs": config.optim.epochs,
-        "last": last,
-        "selected": selected,
-        "selected_on": "val" if selected else None,
-        "evaluated_on": test.name,
-        "images_per_second": counters.images / counters.training_seconds if counters.training_seconds else None,
-        "seconds": counters.seconds,
-        "evaluation_seconds": counters.evaluation_seconds,
-        "faults": collect_faults(dataset, accelerator),
-        "environment": runs.environment(device_name(accelerator.device), accelerator.num_processes),
-        "command": runs.command(),
-    }
-    if accelerator.is_main_process:
-        write_results(run_folder, summary, final, dataset)
-
-
-def write_results(run_folder: Path, summary: dict[str, Any], final: Tally, dataset: Dataset) -> None:
-    """Write per_class.json, then summary.json, and say where they are."""
-    runs.write_json(
-        run_folder / "per_class.json",
-        {
-            "split": summary["evaluated_on"],
-            "classes": dataset.classes,
-            "train_counts": dataset.train_counts.tolist(),
-            "correct": final.correct_C.tolist(),
-            "total": final.total_C.tolist(),
-        },
-    )
-    runs.write_json(run_folder / "summary.json", summary)
-    print(f"{summary['title']}, last epoch, on {summary['evaluated_on']}: {accuracy_line(summary['last'])}")
-    print(f"wrote {run_folder}/summary.json; for a page with figures: python -m analysis report {run_folder}")
-
-
-def make_accelerator(precision: str, device: str = "auto") -> Accelerator:
-    """Make the Accelerator, or say in one line what stands in its way here."""
-    check_devices(os.environ, device, torch.cuda.device_count())
-    cpu = device == "cpu" or not torch.cuda.is_available()
-    if cpu and precision == "fp16":
-        raise UserError("loop.precision=fp16 needs a GPU; use --loop.precision bf16, or no")
-    try:
-        with told_in_one_line():
-            # Unless it is told about CPUs, several processes on them would each think itself alone.
-            return Accelerator(mixed_precision=None if precision == "auto" else precision, cpu=cpu)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"loop.precision={precision}: {' '.join(str(error).split())}") from None
-
-
-def test_split(dataset: Dataset) -> Split:
-    """Return the split that results are reported on: test, else val."""
-    for name in ("test", "val"):
-        if name in dataset.splits and len(dataset.splits[name]):
-            return dataset.splits[name]
-    raise UserError(f"{dataset.root} has neither a test nor a val split; build it again with --test-fraction 0.25")
-
-
-@torch.inference_mode()
-def evaluate(method: Method, split: Split, input: Input, accelerator: Accelerator) -> Tally:
-    """Evaluate `method.predict` on every image of a split exactly once over all ranks."""
-    network = unwrapped(method.network)
-    was_training = network.training
-    network.eval()
-    plan = EvalPlan(
-        split,
-        input.batch_size,
-        input.image_size,
-        input.eval_augment,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    total = Tally.zeros(len(split.class_counts))
-    with input.open_loader(plan, accelerator.device) as loader:
-        for batch in loader:
-            with accelerator.autocast():
-                logits_BC = method.predict(batch["eval"].images_BHWC)
-            try:
-                total = total + tally(logits_BC.float().cpu().numpy(), batch["eval"].labels_B.cpu().numpy())
-            except ValueError as error:
-                raise UserError(f"on {split.name}, {error}") from None
-    network.train(was_training)
-    # Through float64, which the counts fit exactly.
-    vector = torch.from_numpy(total.to_vector()).to(accelerator.device)
-    return Tally.from_vector(accelerator.reduce(vector, "sum").cpu().numpy(), len(split.class_counts))
-
-
 def lr_factor(optim: Optim, epoch: int) -> float:
     """Return the learning rate's factor in an epoch counted from 1, as the papers' codes count.
 
@@ -541,41 +291,3 @@ def lr_factor(optim: Optim, epoch: int) -> float:
         gone = (epoch - 1 - optim.warmup_epochs) / (optim.epochs - optim.warmup_epochs)
         return 0.5 * (1 + math.cos(math.pi * gone))
     return 1.0
-
-
-def collect_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str, Any]]:
-    """Return a row per image that did not decode, in whichever process, and say how many there are."""
-    mine = [{"split": name} | row for name, split in dataset.splits.items() for row in faults_of(split).rows()]
-    found, times = {}, Counter[tuple[str, int]]()
-    for row in gather_object(mine):
-        image = row["split"], row["sample"]
-        found[image] = row
-        times[image] += row["times"]
-    if found:
-        accelerator.print(
-            f"{len(found)} images did not decode and were replaced or left out, {times.total()} times in all:"
-            f" see summary.json, and run: python -m shards verify {dataset.place}"
-        )
-    return [row | {"times": times[image]} for image, row in sorted(found.items())]
-
-
-def device_name(device: torch.device) -> str:
-    """Return what a person calls the device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def accuracy_line(result: dict[str, Any]) -> str:
-    """Return "overall 97.1, many …" in percent."""
-    return f"overall {percent(result['top1'])}" + "".join(
-        f", {group} {percent(result[group])}" for group in ("many", "medium", "few")
-    )
-
-
-def epoch_line(row: dict[str, Any], epochs: int) -> str:
-    """Return the one line that an epoch leaves on the screen."""
-    parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", f"loss {row['loss']:.4f}", f"lr {row['lr']:.2g}"]
-    parts += [f"alpha {row['alpha']:.3f}"] if "alpha" in row else []
-    parts += [f"{row['images_per_second']:,.0f} images/s"]
-    if "eval" in row:
-        parts.append(f"{row['eval']['split']}: {accuracy_line(row['eval'])}")
-    return "  ".join(parts)

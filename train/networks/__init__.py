@@ -1,0 +1,1 @@
+"""What is computed: backbones, networks, objectives, and how they are stored."""
