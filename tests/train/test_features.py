@@ -154,7 +154,7 @@ from accelerate import Accelerator
 from shards.index import open_dataset
 from train.features import bank as features
 from train.engine.config import Input
-from train.networks.networks import load_model
+from train.networks.model_files import load_model
 
 features.BATCHES_PER_SYNC = 2
 take, left = features._features, [5]

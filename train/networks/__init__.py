@@ -1,1 +1,1 @@
-"""What is computed: backbones, networks, objectives, and how they are stored."""
+"""What is computed: backbones, networks, objectives; and trained models as files."""
