@@ -256,7 +256,8 @@ class Contender:
 
 def bbn(network: BilateralNetwork, images_c: Tensor, images_r: Tensor, labels_c: Tensor, labels_r: Tensor) -> Tensor:
     """BBN's loss, as `train/bbn.py` has it."""
-    return bbn_loss(network(images_c, images_r, ALPHA), labels_c, labels_r, ALPHA)
+    logits_c_BC, logits_r_BC = network(images_c, images_r)
+    return bbn_loss(ALPHA * logits_c_BC + (1 - ALPHA) * logits_r_BC, labels_c, labels_r, ALPHA)
 
 
 def one_pass(

@@ -234,6 +234,11 @@ def test_warm_up_from_zero_is_an_even_stair():
     np.testing.assert_allclose([lr_factor(optim, epoch) for epoch in range(1, 6)], [0.2, 0.4, 0.6, 0.8, 1.0])
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_the_first_epoch_has_the_whole_rate_however_short_the_run(epochs):
+    assert lr_factor(Optim(epochs=epochs, warmup_epochs=0), 1) == 1.0
+
+
 def test_cosine_and_constant_schedules():
     cosine = Optim(epochs=10, warmup_epochs=1, schedule="cosine")
     assert lr_factor(cosine, 2) == 1.0

@@ -20,6 +20,9 @@ from train.engine.config import Config, Input
 from train.engine.method import Method, unwrapped
 from train.networks.model_files import load_weights, save_model
 
+# What a line says of an epoch in its own way, or leaves to metrics.jsonl; everything else that is logged follows.
+SAID = {"epoch", "step", "loss", "lr", "images_per_second", "eval", "eval_seconds", "seconds"}
+
 
 def test_split(dataset: Dataset) -> Split:
     """Return the split that results are reported on: test, else val."""
@@ -62,7 +65,7 @@ def finish(
     method: Method, config: Config, dataset: Dataset, run_folder: Path, accelerator: Accelerator, counters: Counters
 ) -> None:
     """Evaluate the last and the selected weights on the test split and write the run's results."""
-    network, test = unwrapped(method.network), test_split(dataset)
+    network, test = method.model, test_split(dataset)
     final = evaluate(method, test, config.input, accelerator)
     last, selected = summarize(final, dataset.train_counts), None
     accelerator.wait_for_everyone()
@@ -145,7 +148,7 @@ def accuracy_line(result: dict[str, Any]) -> str:
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """Return the one line that an epoch leaves on the screen."""
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", f"loss {row['loss']:.4f}", f"lr {row['lr']:.2g}"]
-    parts += [f"alpha {row['alpha']:.3f}"] if "alpha" in row else []
+    parts += [f"{name} {value:.4g}" for name, value in row.items() if name not in SAID and isinstance(value, float)]
     parts += [f"{row['images_per_second']:,.0f} images/s"]
     if "eval" in row:
         parts.append(f"{row['eval']['split']}: {accuracy_line(row['eval'])}")

@@ -4,6 +4,7 @@ import copy
 import math
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -71,13 +72,14 @@ class Training:
             self.evaluated = copy.copy(method)
             self.evaluated.network = self._average.module
         optimizer = torch.optim.SGD(
-            method.network.parameters(),
+            method.parameter_groups(),
             lr=config.optim.lr,
             momentum=config.optim.momentum,
             nesterov=config.optim.nesterov and config.optim.momentum > 0,
             weight_decay=config.optim.weight_decay,
         )
         method.network, self._optimizer = accelerator.prepare(method.network, optimizer)
+        self._sums = Sums(accelerator.device)
         self._network = unwrapped(method.network)
         # A dataset without a test split reports on val, which must not choose an epoch then.
         self._watched = dataset.splits.get("val") or test_split(dataset)
@@ -115,42 +117,38 @@ class Training:
         stalls = StallGuard(loader, plan.streams, accelerator.process_index, 60 * config.loop.stall_minutes)
         with self._bar, stalls, Interrupts() as self._interrupts:
             while counters.epochs < config.optim.epochs:
-                log = self._epoch(stalls)
-                self._end_of_epoch(log)
+                self._epoch(stalls)
+                self._end_of_epoch()
             self._consensus.wait()
 
-    def _epoch(self, batches: StallGuard) -> dict[str, float]:
-        """Take the steps of an epoch that are left; return what the last one logged."""
+    def _epoch(self, batches: StallGuard) -> None:
+        """Take the steps of an epoch that are left."""
         config, plan, counters = self._config, self._plan, self._counters
         epoch, last_step = counters.epochs + 1, (counters.epochs + 1) * plan.steps_per_epoch
         self._network.train()
         began = time.perf_counter() - counters.epoch_seconds
-        loss_sum = torch.full((), counters.loss_sum, dtype=torch.float64, device=self._accelerator.device)
-        log: dict[str, float] = {}
         while counters.step < last_step:
             within = counters.step % plan.steps_per_epoch
             lr = config.optim.lr * lr_factor(config.optim, epoch)
             batch = next(batches)
             progress = Progress(epoch, config.optim.epochs, within, config.loop.seed)
-            loss, log = self._step(batch, progress, lr)
+            loss = self._step(batch, progress, lr)
             self._losses.seen(loss, {"epoch": epoch, "step": counters.step + 1, "lr": lr}, batch)
-            loss_sum += loss
             counters.step += 1
             self._bar.update()
             signal, due = self._consensus(self._interrupts.received, self._is_due())
             if (signal or due) and counters.step < last_step:
-                self._gather(loss_sum, began)
+                self._gather(began)
                 self._save()
                 if signal:
                     raise Interrupted(signal)
-        self._gather(loss_sum, began)
-        return log
+        self._gather(began)
 
-    def _step(self, batch: dict[str, Batch], progress: Progress, lr: float) -> tuple[torch.Tensor, dict[str, float]]:
-        """Make one step of the optimiser; return the loss, detached, and what the method logs."""
+    def _step(self, batch: dict[str, Batch], progress: Progress, lr: float) -> torch.Tensor:
+        """Make one step of the optimiser and add to the epoch's sums; return the loss, detached."""
         accelerator, optim = self._accelerator, self._config.optim
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         loss = torch.zeros((), device=accelerator.device)
         parts = split_batch(batch, optim.accumulate)
         for number, part in enumerate(parts, start=1):
@@ -160,13 +158,14 @@ class Training:
                     result = self._method.step(part, progress)
                 accelerator.backward(result.loss / len(parts))
             loss += result.loss.detach() / len(parts)
+            self._sums.add({"loss": result.loss, **result.sums})
         if optim.clip_norm is not None:
             accelerator.clip_grad_norm_(self._method.network.parameters(), optim.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self._average is not None:
             self._average.update_parameters(self._network)
-        return loss, result.log
+        return loss
 
     def _is_due(self) -> bool:
         """Return whether a checkpoint is wanted at this step, in mid-epoch."""
@@ -176,22 +175,24 @@ class Training:
         late = time.perf_counter() - self._saved > 60 * loop.checkpoint_minutes
         return by_steps or (late and self._accelerator.is_main_process)
 
-    def _gather(self, loss_sum: torch.Tensor, began: float) -> None:
-        """Bring the counters of the epoch under way up to date."""
+    def _gather(self, began: float) -> None:
+        """Bring what is known of the epoch under way up to date."""
         self._losses.check()
-        # Every rank goes on from the mean, so that the mean over ranks stays what it is.
-        self._counters.loss_sum = float(self._accelerator.reduce(loss_sum, "mean"))
-        loss_sum.fill_(self._counters.loss_sum)
+        self._sums.gather(self._accelerator)
         self._counters.epoch_seconds = time.perf_counter() - began
 
-    def _end_of_epoch(self, log: dict[str, float]) -> None:
+    def _end_of_epoch(self) -> None:
         """Evaluate, write the row, keep what is to be kept."""
         config, plan, counters, accelerator = self._config, self._plan, self._counters, self._accelerator
         epochs, epoch, took = config.optim.epochs, counters.epochs + 1, counters.epoch_seconds
         images = plan.steps_per_epoch * plan.batch_size * len(plan.streams)
         row: dict[str, Any] = {"epoch": epoch, "step": counters.step}
-        row |= {"loss": counters.loss_sum / plan.steps_per_epoch, "lr": self._optimizer.param_groups[0]["lr"]}
-        row |= {"images_per_second": images / took, **log}
+        means = self._sums.means(plan.steps_per_epoch * config.optim.accumulate * accelerator.num_processes)
+        row |= {"loss": means.pop("loss"), "lr": config.optim.lr * lr_factor(config.optim, epoch)}
+        row |= {"images_per_second": images / took, **means}
+        progress = Progress(epoch, epochs, plan.steps_per_epoch, config.loop.seed)
+        row |= self._method.end_of_epoch(self._sums.totals(), progress)
+        self._sums.clear()
         if epoch % config.loop.eval_every == 0 or epoch == epochs:
             began = time.perf_counter()
             tally = evaluate(self.evaluated, self._watched, config.input, accelerator)
@@ -203,10 +204,10 @@ class Training:
             if self._selecting and score is not None and score > self._best:
                 self._best = score
                 if accelerator.is_main_process:
-                    save_selected(self._run_folder, unwrapped(self.evaluated.network), epoch, score)
+                    save_selected(self._run_folder, self.evaluated.model, epoch, score)
         counters.epochs, counters.images = epoch, counters.images + images
         counters.training_seconds += took
-        counters.loss_sum = counters.epoch_seconds = 0.0
+        counters.epoch_seconds = 0.0
         row["seconds"] = counters.seconds = time.perf_counter() - self._started
         if accelerator.is_main_process:
             runs.append_row(self._run_folder, row)
@@ -231,6 +232,7 @@ class Training:
     def _states(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the network and the counters."""
         states = {"optimizer": self._optimizer.state_dict(), "random": torch.get_rng_state()}
+        states |= {"method": self._method.state_dict(), "sums": self._sums.totals()}
         if self._accelerator.device.type == "cuda":
             states["random_cuda"] = torch.cuda.get_rng_state(self._accelerator.device)
         if self._accelerator.scaler is not None:
@@ -243,12 +245,51 @@ class Training:
         """Undo `_states`; what the checkpoint lacks, because the run was set otherwise, begins anew."""
         self._optimizer.load_state_dict(states["optimizer"])
         torch.set_rng_state(states["random"])
+        self._method.load_state_dict(states["method"])
+        if self._accelerator.is_main_process:
+            self._sums.add(states["sums"])
         if self._accelerator.device.type == "cuda" and "random_cuda" in states:
             torch.cuda.set_rng_state(states["random_cuda"], self._accelerator.device)
         if self._accelerator.scaler is not None and "scaler" in states:
             self._accelerator.scaler.load_state_dict(states["scaler"])
         if self._average is not None and "average" in states:
             self._average.load_state_dict(states["average"])
+
+
+class Sums:
+    """What the steps of an epoch add up: named tensors in float64, each rank's share until they are gathered."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, torch.Tensor] = {}
+        self._gathered: dict[str, torch.Tensor] = {}
+
+    def add(self, values: Mapping[str, torch.Tensor | float]) -> None:
+        """Add to the sums of these names, which begin at 0; nothing waits for a GPU here."""
+        for name, value in values.items():
+            part = torch.as_tensor(value).detach().to(self._device, torch.float64)
+            self._sums[name] = self._sums[name] + part if name in self._sums else part.clone()
+
+    def gather(self, accelerator: Accelerator) -> None:
+        """Give the totals over ranks to the first one, and nothing to the others, which is as much as before."""
+        if accelerator.num_processes > 1:
+            self._gathered = {name: accelerator.reduce(value, "sum") for name, value in sorted(self._sums.items())}
+            keep = 1.0 if accelerator.is_main_process else 0.0
+            self._sums = {name: value * keep for name, value in self._gathered.items()}
+        else:
+            self._gathered = self._sums
+
+    def totals(self) -> dict[str, torch.Tensor]:
+        """Return the totals over ranks as of the last `gather`, on the CPU."""
+        return {name: value.cpu().clone() for name, value in self._gathered.items()}
+
+    def means(self, number: int) -> dict[str, float]:
+        """Return those totals that are scalars, divided by how many were added."""
+        return {name: float(value) / number for name, value in self._gathered.items() if value.ndim == 0}
+
+    def clear(self) -> None:
+        """Begin an epoch."""
+        self._sums, self._gathered = {}, {}
 
 
 def prepare_network(network: torch.nn.Module, loop: Loop) -> None:
@@ -286,7 +327,8 @@ def lr_factor(optim: Optim, epoch: int) -> float:
     if epoch <= optim.warmup_epochs:
         return optim.warmup_start + (1 - optim.warmup_start) * epoch / optim.warmup_epochs
     if optim.schedule == "step":
-        return optim.decay ** sum(epoch >= round(share * optim.epochs) for share in optim.milestones)
+        # Not the first one: a run of an epoch or two would never have the rate that was asked for.
+        return optim.decay ** sum(epoch >= max(2, round(share * optim.epochs)) for share in optim.milestones)
     if optim.schedule == "cosine":
         gone = (epoch - 1 - optim.warmup_epochs) / (optim.epochs - optim.warmup_epochs)
         return 0.5 * (1 + math.cos(math.pi * gone))

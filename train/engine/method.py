@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.batch import Batch
 from pipeline.plan import Stream
+from train.networks.networks import Network
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Progress:
     Attributes:
         epoch: T, counted from 1 as in the papers.
         epochs: T_max.
-        step: the step within the epoch, counted from 0.
+        step: the step within the epoch, counted from 0; at the end of an epoch the number of its steps.
         seed: the run's seed, for methods that draw random numbers by (seed, epoch, step).
     """
 
@@ -33,19 +35,26 @@ class Progress:
 class StepResult:
     """What a step gives back.
 
+    The loop may take a step in parts and on several ranks, all of the same size: a step's loss and sums are those of
+    the whole step's batch.
+
     Attributes:
-        loss: scalar tensor to minimise.
-        logits: shape (B, C), of the step's images.
-        log: numbers for metrics.jsonl, such as {"alpha": 0.9}; the epoch's last ones are kept.
+        loss: scalar tensor to minimise; the step's is the mean over parts and ranks. (A class-weighted mean divides by
+            the mean weight of the whole step: see `pipeline.batch.Batch.step_counts_C`.)
+        sums: what is added up over parts, ranks and the steps of an epoch, and handed to `Method.end_of_epoch`: tensors
+            of any shape, or numbers, under the same names in every step. The mean over parts, ranks and steps of those
+            that are scalars is logged.
     """
 
-    loss: torch.Tensor
-    logits: torch.Tensor
-    log: dict[str, float] = field(default_factory=dict)
+    loss: Tensor
+    sums: dict[str, Tensor | float] = field(default_factory=dict)
 
 
 class Method(ABC):
     """A training method: made from the run's configuration and n_j, the training images of each class, shape (C,).
+
+                        streams          step                       end_of_epoch
+        configuration ─────────> batch ────────> loss, sums ─(epoch)──────────────> numbers to log, state
 
     Attributes:
         name: the launchable file's name, as in summary.json.
@@ -68,9 +77,31 @@ class Method(ABC):
     def step(self, batch: dict[str, Batch], progress: Progress) -> StepResult:
         """Compute the loss of one step from a batch of each stream; one forward of the network, as DDP wants."""
 
-    @abstractmethod
-    def predict(self, images_BHWC: torch.Tensor) -> torch.Tensor:
+    @property
+    def model(self) -> Network:
+        """What is evaluated and exported: the trained network, or the part of it that is left when training ends."""
+        network: Network = unwrapped(self.network)
+        return network
+
+    def predict(self, images_BHWC: Tensor) -> Tensor:
         """Return logits of shape (B, C) as they are used at test time, for uint8 images."""
+        return self.model.predict(images_BHWC)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the optimiser's groups of parameters; `lr_scale` in one multiplies its learning rate."""
+        return [{"params": [p for p in self.network.parameters() if p.requires_grad]}]
+
+    def end_of_epoch(self, sums: dict[str, Tensor], progress: Progress) -> dict[str, float]:
+        """Take an epoch's sums, float64 on the CPU and alike on every rank; return further numbers to log."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the method itself keeps from step to step, alike on every rank: tensors and plain data."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned, when a run is resumed."""
+        assert not state, state.keys()
 
 
 def unwrapped(network: torch.nn.Module) -> Any:

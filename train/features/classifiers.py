@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from analysis.metrics import Tally, tally
 from shards.errors import UserError
+from train.engine.objectives import gradual_weight
 from train.features.mixing import Batches
-from train.networks.objectives import gradual_weight
 
 Kind = Literal["scaled", "lws", "linear"]
 # Features that are evaluated at once: a bound on memory.

@@ -92,7 +92,7 @@ def generate_chunks(
         for parents_M in parents_T[rank::world_size][:share].split(chunk) if share else ():
             samples_MD = _sample(gaussians, support, parents_M, beta_C, noise)
             if gamma:
-                samples_MD += gamma**0.5 * _noise(*samples_MD.shape, noise)
+                samples_MD += gamma**0.5 * _noise(len(samples_MD), samples_MD.shape[1], noise)
             inverse_tukey_(samples_MD, gaussians.lam)
             labels_M = gaussians.labels_N[parents_M]
             yield samples_MD, labels_M

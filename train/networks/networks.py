@@ -4,9 +4,9 @@ Every network takes images_BHWC, uint8, RGB, as the loaders hand them over; norm
 
               plain                                     bilateral (BBN, Figure 3)
 
-    images ─ trunk ─ branch ─ pool ─ W·f+b    images_c ─ trunk ─ conventional ─ pool ─ 2α·f_c ────┐
-                                                           ‖ (one trunk, one pass)                ├─ W·[;]+b
-                                              images_r ─ trunk ─ rebalancing ── pool ─ 2(1−α)·f_r ┘
+    images ─ trunk ─ branch ─ pool ─ W·f+b    images_c ─ trunk ─ conventional ─ pool ─ 2·W_c·f_c+b
+                                                           ‖ (one trunk, one pass)
+                                              images_r ─ trunk ─ rebalancing ── pool ─ 2·W_r·f_r+b
 
 The trunk is a ResNet up to its last residual block, and a branch is that last block
 (Zhou et al., "BBN: Bilateral-Branch Network with Cumulative Learning", 2020, section 4.2).
@@ -15,6 +15,7 @@ The trunk is a ResNet up to its last residual block, and a branch is that last b
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shards.errors import UserError
@@ -58,11 +59,16 @@ class Network(nn.Module):
 
         Of 8,142 classes the two best tie on one image in forty, and a tie goes to the first of them: to the head.
         """
-        with torch.autocast("cuda" if features_BD.is_cuda else "cpu", enabled=False):
+        with full_precision(features_BD):
             return self.classifier(features_BD.float())
 
     def _trunk_maps(self, images_BHWC: Tensor) -> Tensor:
         return self.trunk(self.normalize(images_BHWC))
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """Switch autocast off where the tensor is."""
+    return torch.autocast("cuda" if tensor.is_cuda else "cpu", enabled=False)
 
 
 def _pool(maps_BDHW: Tensor) -> Tensor:
@@ -100,22 +106,18 @@ class BilateralNetwork(Network):
         self.conventional = backbone.make_branch()
         self.rebalancing = backbone.make_branch()
 
-    def forward(self, images_c_BHWC: Tensor, images_r_BHWC: Tensor, alpha: float) -> Tensor:
-        """Mix the two streams: z = W·[2α·f_c ; 2(1−α)·f_r] + b (BBN Eq. 1).
+    def forward(self, images_c_BHWC: Tensor, images_r_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each branch's logits, z_c = 2·W_c·f_c + b and z_r = 2·W_r·f_r + b, both (B, C), float32.
 
-        The factor 2 keeps the scale of a single branch, and the bias is the authors' code's. In training each
-        stream has its own batch statistics, and both update the running ones, the reversed one last. All in one
-        forward, as distributed training demands.
+        W = [W_c W_r] and b are the one classifier's. The method mixes them: α·z_c + (1−α)·z_r is
+        W·[2α·f_c ; 2(1−α)·f_r] + b (BBN Eq. 1, and the authors' code, whose are the bias and the factor 2 that keeps
+        the scale of a single branch). In training each stream has its own batch statistics, and both update the running
+        ones, the re-balancing one last. All in one forward, as distributed training demands.
 
         Args:
             images_c_BHWC: the conventional (instance-balanced) stream, uint8.
             images_r_BHWC: the re-balancing (reversed) stream, uint8; the same shape.
-            alpha: α in [0, 1], the conventional branch's share (BBN Eq. 5).
-
-        Returns:
-            logits_BC.
         """
-        assert 0 <= alpha <= 1, alpha
         assert images_c_BHWC.shape == images_r_BHWC.shape, (images_c_BHWC.shape, images_r_BHWC.shape)
         if images_c_BHWC.is_cpu and self._trunk_weights < CPU_WEIGHTS_PER_VALUE * images_c_BHWC.numel():
             maps_c_BDHW, maps_r_BDHW = self._trunk_maps(images_c_BHWC), self._trunk_maps(images_r_BHWC)
@@ -124,12 +126,17 @@ class BilateralNetwork(Network):
                 maps_c_BDHW, maps_r_BDHW = self._trunk_maps(torch.cat([images_c_BHWC, images_r_BHWC])).chunk(2)
         features_c_BD = _pool(self.conventional(maps_c_BDHW))
         features_r_BD = _pool(self.rebalancing(maps_r_BDHW))
-        return self.classify(torch.cat([2 * alpha * features_c_BD, 2 * (1 - alpha) * features_r_BD], dim=1))
+        weight_c_CD, weight_r_CD = self.classifier.weight.chunk(2, dim=1)
+        with full_precision(features_c_BD):
+            return (
+                F.linear(2 * features_c_BD, weight_c_CD, self.classifier.bias),
+                F.linear(2 * features_r_BD, weight_r_CD, self.classifier.bias),
+            )
 
     def features(self, images_BHWC: Tensor) -> Tensor:
         """Return [f_c ; f_r] of the same images, shape (B, 2D), float32, >= 0.
 
-        `predict` is therefore `forward` with both streams alike and α = 1/2 (BBN section 4.4).
+        `predict` is therefore the mean of both branches' logits: α = 1/2 (BBN section 4.4).
         """
         maps_BDHW = self._trunk_maps(images_BHWC)
         return torch.cat([_pool(self.conventional(maps_BDHW)), _pool(self.rebalancing(maps_BDHW))], dim=1)
