@@ -1,3 +1,4 @@
+import hashlib
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.augment import DISTORTION
+from pipeline.mix import CutMix, Mixup, Remix
 from pipeline.plan import Draw, EvalPlan, Stream, TrainPlan
 from pipeline.sampling import epoch_order
 from shards.errors import UserError
@@ -23,6 +25,9 @@ EVERY_KIND = (
     Stream("windowed", augment="none", shard_window=3),
     Stream("view", augment="imagenet", repeats="uniform"),
     Stream("other view", augment="strong", repeats="reversed"),
+    Stream("mixed", augment="cifar", mix=Mixup()),
+    Stream("cut", -1.0, mix=CutMix(per_image=True, probability=0.5)),
+    Stream("mixed with another", mix=Remix(partner="reversed", hidden=True)),
 )
 
 
@@ -47,26 +52,27 @@ def epoch_ids(plan: TrainPlan, epoch: int, stream: int = 0) -> np.ndarray:
     return np.concatenate([plan.draws(first + step)[stream].ids_B for step in range(plan.steps_per_epoch)])
 
 
+ARRAYS = ("ids_B", "windows_B4", "flips_B", "distortions_B", "mixing_B")
+
+
 def assert_same(ours: list[Draw], theirs: list[Draw]) -> None:
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
-        for name in ("ids_B", "windows_B4", "flips_B"):
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-        assert (one.distortions_B is None) == (other.distortions_B is None)
-        if one.distortions_B is not None:
-            np.testing.assert_array_equal(one.distortions_B, other.distortions_B)
+        assert one.mix == other.mix
+        for name in ARRAYS:
+            array, expected = getattr(one, name), getattr(other, name)
+            assert (array is None) == (expected is None)
+            if array is not None:
+                assert array.dtype == expected.dtype
+                np.testing.assert_array_equal(array, expected)
 
 
 def joined(parts: list[list[Draw]]) -> list[Draw]:
     """The global batch of each stream, from the draws of all ranks in turn."""
     together = []
     for draws in zip(*parts, strict=True):
-        distorted = None if draws[0].distortions_B is None else np.concatenate([d.distortions_B for d in draws])
-        together.append(
-            Draw(
-                *(np.concatenate([getattr(d, n) for d in draws]) for n in ("ids_B", "windows_B4", "flips_B")), distorted
-            )
-        )
+        arrays = {n: [getattr(d, n) for d in draws] for n in ARRAYS if getattr(draws[0], n) is not None}
+        together.append(Draw(**{n: np.concatenate(a) for n, a in arrays.items()}, mix=draws[0].mix))
     return together
 
 
@@ -78,6 +84,28 @@ def test_ranks_of_any_number_share_the_same_global_batches_of_every_kind_of_stre
         whole = alone.draws(step)
         assert all(len(draw.ids_B) == 16 for draw in whole)
         assert_same(joined([plan.draws(step) for plan in ranks]), whole)
+
+
+@pytest.mark.parametrize(
+    ("stream", "digests"),
+    [
+        ("uniform", ["5a70965e8d08b85c", "f58efbd298124d00"]),
+        ("reversed", ["358045d6054ae582", "9cf6ce12ab113245"]),
+        ("progressive", ["7dfe9e8e87926701", "2ab95169ff9301cf"]),
+        ("chosen", ["5618dae4dd88e4d6", "cdc7a5b0c4f9cb92"]),
+        ("independent", ["bdfb2acc45cfaab4", "d84613e8e2e64644"]),
+        ("windowed", ["5ab0aef3812ecd1e", "34038327cf2a2bb5"]),
+        ("view", ["0a0afb5ad82efc69", "4d74fe36f93d88af"]),
+        ("other view", ["649b53f233d655da", "d4cbc834e493f76a"]),
+    ],
+)
+def test_draws_stay_what_they_were(stream, digests):
+    """A run of an earlier version resumes with the images that it would have seen."""
+    plan = make_plan()
+    for step, expected in zip((0, 30), digests, strict=True):
+        draw = plan.draws(step)[plan.streams.index(stream)]
+        arrays = [getattr(draw, name) for name in ARRAYS[:4] if getattr(draw, name) is not None]
+        assert hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16] == expected
 
 
 def test_a_run_may_go_on_with_another_number_of_ranks_at_any_step():
