@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.boxes import boxes_around, inside
 from shards.errors import UserError
 
 
@@ -160,22 +161,14 @@ class CutMix(Mix):
     def draw(self, generator: np.random.Generator, count: int, image_size: int) -> NDArray[np.void]:  # noqa: D102
         rows_B = super().draw(generator, count, image_size)
         drawn = count if self.per_image else min(1, count)
-        centres_B2 = generator.integers(image_size, size=(drawn, 2))
-        # Rounded down twice, as in the authors' code: an odd side covers one pixel less.
-        half_B1 = (image_size * np.sqrt(1.0 - rows_B["share"][:drawn, None])).astype(np.int64) // 2
-        corners_B4 = np.concatenate([centres_B2 - half_B1, centres_B2 + half_B1], axis=1)
-        rows_B["box"] = np.clip(corners_B4, 0, image_size)
+        sides_B = (image_size * np.sqrt(1.0 - rows_B["share"][:drawn])).astype(np.int64)
+        rows_B["box"] = boxes_around(generator.integers(image_size, size=(drawn, 2)), sides_B, image_size)
         top_B, left_B, bottom_B, right_B = rows_B["box"].T
         rows_B["share"] = 1 - (bottom_B - top_B) * (right_B - left_B) / image_size**2
         return rows_B
 
     def blend(self, images_BHWC: torch.Tensor, partners_BHWC: torch.Tensor, rows_B: NDArray[np.void]) -> torch.Tensor:  # noqa: D102
-        boxes_4B = torch.from_numpy(rows_B["box"].T.copy()).to(images_BHWC.device)
-        top_B11, left_B11, bottom_B11, right_B11 = boxes_4B.view(4, -1, 1, 1)
-        row_H1, column_W = (torch.arange(size, device=images_BHWC.device) for size in images_BHWC.shape[1:3])
-        row_H1 = row_H1.unsqueeze(1)
-        inside_BHW = (row_H1 >= top_B11) & (row_H1 < bottom_B11) & (column_W >= left_B11) & (column_W < right_B11)
-        return torch.where(inside_BHW.unsqueeze(-1), partners_BHWC, images_BHWC)
+        return torch.where(inside(rows_B["box"], images_BHWC), partners_BHWC, images_BHWC)
 
 
 MIXES: dict[str, type[Mix]] = {mix.name: mix for mix in (Mixup, CutMix, Remix)}

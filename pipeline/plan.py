@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.augment import Flips, Recipe, Windows, draw_distortions, find_recipe
+from pipeline.augment import Flips, Recipe, Windows, find_recipe
 from pipeline.mix import Mix
 from pipeline.sampling import (
     Exponent,
@@ -36,7 +36,7 @@ class Stream:
     Attributes:
         name: how the method finds the stream's batch; also part of the stream's random seed.
         q: the sampling exponent of P(class j) ∝ n_j^q, or "progressive"; q = 1 visits each image once per epoch.
-        augment: the name of a recipe of `pipeline.augment`.
+        augment: a recipe of `pipeline.augment`, such as "imagenet+rand(2,9)".
         probabilities: P(class j), one for each class, in place of q.
         replacement: draw independently with q = 1 too, as all other samplers do anyway.
         shard_window: for storage with slow random reads: an epoch of q = 1 reads this many shards at a time (see
@@ -92,8 +92,8 @@ class Draw:
         ids_B: sample ids, shape (B,), int64.
         windows_B4: top, left, height, width in pixels of the stored image, shape (B, 4), int32.
         flips_B: mirror left to right, shape (B,), bool.
-        distortions_B: what `pipeline.distort` then does to the pictures, shape (B,), dtype
-            `pipeline.augment.DISTORTION`; None for a recipe that leaves colours alone.
+        distortions_B: what `pipeline.distort` then does to the pictures, shape (B,), a field for each distortion of
+            the recipe; None for a recipe without.
         mix: how the pictures are then mixed; None where they are not.
         mixing_B: what it drew, shape (B,), dtype `mix.row`; None as mix.
     """
@@ -338,5 +338,5 @@ def _draw(
     # The field before the rows: indexing whole records costs ten times as much.
     heights_B, widths_B = (split.samples[axis][ids_B].astype(np.int64) for axis in ("height", "width"))
     windows_B4, flips_B = recipe.draw(generator, heights_B, widths_B, image_size)
-    distortions_B = draw_distortions(generator, len(ids_B)) if recipe.distorts else None
+    distortions_B = recipe.draw_distortions(generator, len(ids_B), image_size)
     return Draw(ids_B, windows_B4, flips_B, distortions_B)

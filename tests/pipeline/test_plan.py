@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.augment import DISTORTION
+from pipeline.distortions.strong import DISTORTION
 from pipeline.mix import CutMix, Mixup, Remix
 from pipeline.plan import Draw, EvalPlan, Stream, TrainPlan
 from pipeline.sampling import epoch_order
@@ -178,7 +178,7 @@ def test_a_second_view_has_the_same_ids_and_windows_flips_and_distortions_of_its
         np.testing.assert_array_equal(first.ids_B, second.ids_B)
         assert (first.windows_B4 != second.windows_B4).any(axis=1).mean() > 0.9
         assert (first.flips_B != second.flips_B).any()
-        assert (first.distortions_B["order"] != second.distortions_B["order"]).any()
+        assert (first.distortions_B["strong"]["order"] != second.distortions_B["strong"]["order"]).any()
 
 
 def test_a_second_view_may_come_before_the_first_and_changes_nothing_for_it():
@@ -259,7 +259,7 @@ def test_a_stream_that_repeats_none_is_told(streams, message):
 def test_only_strong_recipes_distort():
     for stream, draw in zip(EVERY_KIND, make_plan().draws(0), strict=True):
         if stream.augment.startswith("strong"):
-            assert draw.distortions_B.dtype == DISTORTION
+            assert draw.distortions_B.dtype == [("strong", DISTORTION)]
             assert draw.distortions_B.shape == (16,)
         else:
             assert draw.distortions_B is None
