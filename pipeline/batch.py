@@ -20,7 +20,14 @@ class Batch:
     """One stream's part of a step on one rank. All tensors are on the loader's device.
 
     A stream with a `pipeline.mix.Mix` has partners: the loss of an image is
-    shares_B · loss(labels_B) + (1 - shares_B) · loss(partners_B).
+
+        shares_B · loss(labels_B) + (1 - shares_B) · loss(partners_B)
+
+    and where the method mixes hidden maps h itself (`Mix.hidden`), it goes on with
+
+        hidden_shares_B · h + (1 - hidden_shares_B) · h'[hidden_partners_B]
+
+    h' being h, or the maps of the stream that is mixed in.
 
     Attributes:
         images_BHWC: 0 … 255, RGB, H = W = the plan's image_size; uint8, or float32 where shares of pictures add up.
@@ -28,9 +35,8 @@ class Batch:
         ids_B: the ids of the samples shown, int64, NumPy; labels_B are theirs.
         partners_B: the labels of the images mixed in, int64; None in a stream that is not mixed.
         shares_B: the weight of labels_B, 0 … 1, float32; None as partners_B.
-        hidden_partners_B: where the method is to mix hidden maps (`Mix.hidden`), each image's partner: its row in this
-            batch or in that of the stream that is mixed in, int64; else None.
-        hidden_shares_B: the weight of an image's own map there, float32; the partner's has the rest. Else None.
+        hidden_partners_B: each image's partner, as a row of h', int64; None where no hidden maps are mixed.
+        hidden_shares_B: the weight of an image's own map, 0 … 1, float32; None as hidden_partners_B.
     """
 
     images_BHWC: torch.Tensor

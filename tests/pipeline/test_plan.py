@@ -25,6 +25,7 @@ EVERY_KIND = (
     Stream("windowed", augment="none", shard_window=3),
     Stream("view", augment="imagenet", repeats="uniform"),
     Stream("other view", augment="strong", repeats="reversed"),
+    Stream("composed", augment="imagenet+rand(2,9)+autoaugment+trivial+cutout(6)"),
     Stream("mixed", augment="cifar", mix=Mixup()),
     Stream("cut", -1.0, mix=CutMix(per_image=True, probability=0.5)),
     Stream("mixed with another", mix=Remix(partner="reversed", hidden=True)),
@@ -256,11 +257,13 @@ def test_a_stream_that_repeats_none_is_told(streams, message):
         make_plan(*streams)
 
 
-def test_only_strong_recipes_distort():
+def test_rows_have_a_field_for_each_distortion():
     for stream, draw in zip(EVERY_KIND, make_plan().draws(0), strict=True):
         if stream.augment.startswith("strong"):
             assert draw.distortions_B.dtype == [("strong", DISTORTION)]
             assert draw.distortions_B.shape == (16,)
+        elif stream.name == "composed":
+            assert draw.distortions_B.dtype.names == ("rand(2,9)", "autoaugment", "trivial", "cutout(6)")
         else:
             assert draw.distortions_B is None
 
