@@ -242,7 +242,7 @@ class ResidentLoader(Loader):
             self._keep(self._decode(lacking))
             shown = self.faults.mend(self._plan, draw)
         self.faults.count(draw)
-        return Shown(self._cut(shown), shown.ids_B)
+        return Shown(self._cut(shown), shown)
 
     def _cut(self, draw: Draw) -> torch.Tensor:
         size = self._plan.image_size

@@ -49,7 +49,7 @@ def decoded(monkeypatch) -> list[int]:
     return samples
 
 
-@pytest.mark.parametrize("augment", ["cifar", "shift", "none"])
+@pytest.mark.parametrize("augment", ["cifar", "shift", "none", "cifar+trivial+cutout(4)"])
 def test_pictures_that_need_no_resize_are_the_references_bit_by_bit(fresh, augment):
     plan = two_streams(fresh["digits"], augment, image_size=16)
     with open_loader(plan, "resident") as resident, open_loader(plan, "torch", threads=0) as reference:

@@ -312,8 +312,7 @@ def split_batch(batch: dict[str, Batch], parts: int) -> list[dict[str, Batch]]:
 
     def part(of: Batch, number: int) -> Batch:
         size = len(of.ids_B) // parts
-        mine = slice(number * size, (number + 1) * size)
-        return Batch(of.images_BHWC[mine], of.labels_B[mine], of.ids_B[mine])
+        return of.part(slice(number * size, (number + 1) * size))
 
     return [{name: part(of, number) for name, of in batch.items()} for number in range(parts)]
 
