@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from analysis.compare import group_runs, json_row, mismatched_datasets, table
-from analysis.runs import read_runs
+from analysis.compare import group_runs, json_row, mismatched_datasets, repeated_runs, table
+from analysis.runs import read_finished_runs
 from shards.cli import Parser
 from shards.errors import user_errors_exit_2
 
@@ -36,7 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     with user_errors_exit_2("python -m analysis"):
-        runs = read_runs(options[options.command].runs)
+        runs, notes = read_finished_runs(options[options.command].runs)
+        entries = group_runs(runs)
+        for note in notes + repeated_runs(entries):
+            print(f"note: {note}", file=sys.stderr)
         for dataset in mismatched_datasets(runs):
             print(f"note: the runs on {dataset} were trained on different class counts", file=sys.stderr)
         if options.command == "report":
@@ -44,10 +47,10 @@ def main(argv: list[str] | None = None) -> None:
 
             print(write_report(runs, options.report.out))
         elif options.compare.json:
-            rows = [json_row(entry) for entry in group_runs(runs)]
+            rows = [json_row(entry) for entry in entries]
             print(json.dumps(rows, indent=2, ensure_ascii=False))
         else:
-            print(table(group_runs(runs), options.compare.baselines))
+            print(table(entries, options.compare.baselines))
 
 
 if __name__ == "__main__":

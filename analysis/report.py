@@ -14,7 +14,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from analysis import figures
-from analysis.compare import Entry, Spread, group_runs, mismatched_datasets
+from analysis.compare import Entry, Spread, group_runs, mismatched_datasets, repeated_runs
 from analysis.metrics import percent
 from analysis.runs import METRICS, Run
 from shards.errors import UserError
@@ -103,7 +103,7 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
         "evaluated_on": first.summary["evaluated_on"],
         "headline": _headline(entries[0], entries[-1], first.summary["evaluated_on"]),
         "entries": views,
-        "several": len(runs) > len(entries),
+        "several": any(len(entry.replicates) > 1 for entry in entries),
         "stages": sorted({view["stage"] for view in views}),
         "best": _best([entry.last for entry in entries]),
         "classes": len(counts_C),
@@ -146,9 +146,11 @@ def _view(entry: Entry, colour: str) -> dict[str, Any]:
 
 
 def _seeds(entry: Entry) -> str:
-    """Say over how many seeds an entry is averaged; empty for a single run."""
-    n = len(entry.runs)
-    return "" if n == 1 else f"{n} {'seeds' if len(set(entry.seeds)) == n else 'runs'}"
+    """Say over how many seeds an entry is averaged, and over how many runs where seeds repeat; empty for one."""
+    runs, seeds = len(entry.runs), len(entry.replicates)
+    if runs == seeds:
+        return "" if runs == 1 else f"{seeds} seeds"
+    return f"{runs} runs of {'one seed' if seeds == 1 else f'{seeds} seeds'}"
 
 
 def _range(numbers: list[int], to: str) -> str:
@@ -217,19 +219,13 @@ def _best(rows: list[Spread]) -> dict[str, float | None]:
 
 
 def _notes(entries: list[Entry]) -> list[str]:
-    notes = []
+    notes = [f"{note}." for note in repeated_runs(entries)]
     if mismatched_datasets([run for entry in entries for run in entry.runs]):
         notes.append(
             "These runs were trained on different class counts, so their figures are not directly"
             f" comparable; the class counts shown are those of {entries[0].runs[0].name}."
         )
     for entry in entries:
-        epochs = [run.summary["epochs"] for run in entry.runs]
-        if len(set(epochs)) > 1:
-            notes.append(
-                f"{entry.title}: settings differ, its runs trained for {_range(epochs, ' to ')} epochs;"
-                " its curves show the epochs that all of them have."
-            )
         for run in entry.runs:
             bad = sum(not np.isfinite(loss) for loss in _values(run.epochs, "loss"))
             if bad:

@@ -7,8 +7,33 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from analysis.metrics import Tally, summarize
+
+
+def write_config(
+    path: Path, epochs: int, summary: dict[str, Any], settings: dict[str, Any], changed: list[str] | None
+) -> None:
+    """Write a configuration in the form of training's, of the run's own stage."""
+    config: dict[str, Any] = {
+        "about": {"method": "bbn", "dataset": "digits", "data": f"data/{path.name}"},
+        "input": {"image_size": 16, "batch_size": 16, "loader": "auto", "augment": "shift", "threads": 2},
+        "model": {"backbone": "resnet32", "weights": None},
+        "method": {"adaptor": "parabolic_decay", "q": -1.0},
+        "optim": {"epochs": epochs, "lr": 0.1, "milestones": [0.6, 0.8], "ema": None},
+        "loop": {"seed": summary.get("seed", 0), "device": "auto", "track": "none"},
+    }
+    if summary.get("stage") == 2:
+        config["about"] |= {"method": "afg", "from": f"runs/{summary['from']}"}
+        config["method"] = {"beta": "select", "baselines": True}
+        del config["model"]
+    if changed is not None:
+        config["about"]["changed"] = changed
+    for key, value in settings.items():
+        section, name = key.split(".")
+        config[section][name] = value
+    (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
 def write_run(
@@ -20,9 +45,14 @@ def write_run(
     epochs: int = 3,
     alpha: bool = True,
     test_images_per_class: int = 20,
+    settings: dict[str, Any] | None = None,
+    changed: list[str] | None = None,
     **summary: Any,
 ) -> Path:
-    """Write one run folder whose recall falls toward the tail from 1 to about `recall`."""
+    """Write one run folder whose recall falls toward the tail from 1 to about `recall`.
+
+    `settings` come over the configuration by dotted key; `changed` are the keys that differ from the preset.
+    """
     counts_C = np.array(train_counts or [500, 101, 100, 20, 19, 3])
     size_C = np.log(counts_C) / np.log(counts_C.max()) if counts_C.max() > 1 else np.ones(len(counts_C))
     rng = np.random.default_rng(summary.get("seed", 0))
@@ -31,7 +61,7 @@ def write_run(
     last = summarize(Tally(correct_C, total_C, np.zeros((3, 15))), counts_C) | {"ece": 0.0625}
 
     path.mkdir(parents=True)
-    (path / "config.yaml").write_text("optim:\n  epochs: 3\n", encoding="utf-8")
+    write_config(path, epochs, summary, settings or {}, changed)
     with (path / "metrics.jsonl").open("w", encoding="utf-8") as lines:
         for epoch in range(1, epochs + 1):
             t = epoch / epochs

@@ -35,7 +35,8 @@ def test_runs_of_a_method_are_averaged_over_seeds(runs):
 def test_selected_figures_are_averaged_over_the_runs_that_selected(make_run):
     figures = dict.fromkeys(("top1", "many", "medium", "few", "balanced_accuracy", "ece"), 0.5)
     paths = [
-        make_run(f"{i}", selected={**figures, "few": few, "epoch": i}) for i, few in enumerate((0.2, 0.4), start=1)
+        make_run(f"{i}", seed=i, selected={**figures, "few": few, "epoch": i})
+        for i, few in enumerate((0.2, 0.4), start=1)
     ]
     (entry,) = group_runs(read_runs([*paths, make_run("3", selected=None, selected_on=None)]))
     assert entry.selected.mean["few"] == pytest.approx(0.3)
@@ -64,11 +65,11 @@ def test_the_table_to_the_letter(runs):
     one = spread_of((0.86, 0.981, None, 0.704, 0.86, 0.05), (None,) * 6)
     ce = group_runs(runs)[0]
     rows = [
-        dataclasses.replace(ce, runs=runs[:2], last=two),
-        dataclasses.replace(ce, title="BBN + AFG", runs=runs[:1], last=one),
+        dataclasses.replace(ce, replicates={0: runs[:1], 1: runs[1:2]}, last=two),
+        dataclasses.replace(ce, title="BBN + AFG", replicates={0: runs[:1]}, last=one),
     ]
     assert table(rows) == (
-        "digits: %, last epoch; ± standard deviation over n runs\n"
+        "digits: %, last epoch; ± standard deviation over n seeds\n"
         "\n"
         "            overall        many  medium       few  balanced      ECE  n\n"
         "CE         84.2±0.5  100.0±10.2       –  61.0±1.2  84.2±0.5  6.1±0.3  2\n"
