@@ -1,11 +1,13 @@
 """The commands `python -m analysis compare` and `python -m analysis report`."""
 
-import json
 import sys
 from pathlib import Path
+from typing import Literal
 
-from analysis.compare import group_runs, json_row, mismatched_datasets, repeated_runs, table
+from analysis.compare import group_runs, mismatched_datasets, repeated_runs
+from analysis.predictions import differences
 from analysis.runs import read_finished_runs
+from analysis.tables import FORMATS, blocks, json_text
 from shards.cli import Parser
 from shards.errors import user_errors_exit_2
 
@@ -18,8 +20,12 @@ def main(argv: list[str] | None = None) -> None:
         "--baselines", action="store_true", help="also show what stage two measured itself against, where it did"
     )
     comparing.add_argument(
-        "--json", action="store_true", help="print JSON, baselines too; fractions, null where unmeasured"
+        "--format",
+        type=Literal["table", "markdown", "csv", "latex", "html", "json"],
+        default="table",
+        help="csv and json hold fractions, html is a page with sortable columns, json has baselines always",
     )
+    comparing.add_argument("--json", action="store_true", help="the same as --format json")
     reporting = Parser(
         description="Write one self-contained HTML page about finished runs, averaged by method over seeds;"
         " the first run's method is the baseline."
@@ -46,11 +52,14 @@ def main(argv: list[str] | None = None) -> None:
             from analysis.report import write_report  # matplotlib loads slowly, and a table needs none
 
             print(write_report(runs, options.report.out))
-        elif options.compare.json:
-            rows = [json_row(entry) for entry in entries]
-            print(json.dumps(rows, indent=2, ensure_ascii=False))
         else:
-            print(table(entries, options.compare.baselines))
+            versus, notes = differences(entries)
+            for note in notes:
+                print(f"note: {note}", file=sys.stderr)
+            if options.compare.json or options.compare.format == "json":
+                print(json_text(entries, versus))
+            else:
+                print(FORMATS[options.compare.format](blocks(entries, options.compare.baselines, versus)))
 
 
 if __name__ == "__main__":

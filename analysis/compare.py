@@ -1,11 +1,9 @@
-"""Tables over runs: each method's mean and spread over its seeds."""
+"""Runs by experiment: each one's mean and spread over its seeds."""
 
 import statistics
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from analysis.metrics import percent
 from analysis.runs import METRICS, Run
 from analysis.settings import Experiment, distinct_titles, experiment
 
@@ -123,48 +121,3 @@ def mismatched_datasets(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         seen.setdefault(run.dataset, set()).add(tuple(run.train_counts_C.tolist()))
     return [dataset for dataset, counts in seen.items() if len(counts) > 1]
-
-
-def json_row(entry: Entry) -> dict[str, Any]:
-    """Return an entry ready for JSON: `mean` and `std` of its last figures, and of its `baselines` by name."""
-    baselines = {name: asdict(figures) for name, figures in entry.baselines.items()}
-    known = {"dataset": entry.dataset, "title": entry.title, "seeds": entry.seeds, "n": len(entry.replicates)}
-    return known | asdict(entry.last) | {"baselines": baselines}
-
-
-def table(entries: Sequence[Entry], baselines: bool = False) -> str:
-    """Draw entries as plain text, a block per dataset; one method's line fits 80 columns up to a long title.
-
-    With `baselines`, what an entry's runs measured themselves against stands under it, indented.
-
-    digits: %, last epoch; ± standard deviation over n seeds
-
-                overall      many    medium       few  balanced       ECE  n
-    CE         84.2±0.5  98.9±0.2  88.1±0.4  61.0±1.2  84.2±0.5   6.1±0.3  3
-    BBN            86.0      98.1      89.3      70.4      86.0       5.0  1
-    """
-    blocks = []
-    for dataset in dict.fromkeys(entry.dataset for entry in entries):
-        mine = [entry for entry in entries if entry.dataset == dataset]
-        spread = any(len(entry.replicates) > 1 for entry in mine)
-        rows: list[tuple[str, Spread, int]] = []
-        for entry in mine:
-            rows.append((entry.title, entry.last, len(entry.replicates)))
-            if baselines:
-                rows += [(f"  {name}", figures, len(entry.replicates)) for name, figures in entry.baselines.items()]
-        columns = [["", *(title for title, _, _ in rows)]]
-        for key, heading in METRICS.items():
-            spreads = ["" if figures.std[key] is None else f"±{percent(figures.std[key])}" for _, figures, _ in rows]
-            width = max(map(len, spreads))
-            means = [percent(figures.mean[key]) for _, figures, _ in rows]
-            columns.append([heading, *(mean + s.ljust(width) for mean, s in zip(means, spreads, strict=True))])
-        columns.append(["n", *(str(n) for _, _, n in rows)])
-
-        widths = [max(map(len, column)) for column in columns]
-        lines = [
-            "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip()
-            for cells in zip(*columns, strict=True)
-        ]
-        note = "; ± standard deviation over n seeds" if spread else ""
-        blocks.append("\n".join([f"{dataset}: %, last epoch{note}", "", *lines]))
-    return "\n\n".join(blocks)

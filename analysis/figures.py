@@ -19,30 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from analysis.compare import Spread
 from analysis.metrics import percent
+from analysis.page import LIGHT
 from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups
-
-# Name: colour on a light page, colour on a dark one; no two alike, since a figure's colours are found by value.
-# The entries' are those of Okabe and Ito, told apart by colour-blind eyes, behind a grey for the baseline.
-PALETTE = {
-    "paper": ("#ffffff", "#14171c"),
-    "panel": ("#f6f7f9", "#1c2027"),
-    "ink": ("#1b1f27", "#e9ebef"),
-    "muted": ("#5f6774", "#9ba3b0"),
-    "rule": ("#dfe2e7", "#333a45"),
-    "many": ("#45408a", "#8f88e0"),
-    "medium": ("#8a84cc", "#645db0"),
-    "few": ("#cbc7ee", "#453f80"),
-    "entry0": ("#78808d", "#a3abb8"),
-    "entry1": ("#0072b2", "#4aa8e0"),
-    "entry2": ("#d55e00", "#f08541"),
-    "entry3": ("#009e73", "#2fc498"),
-    "entry4": ("#cc79a7", "#dd93bb"),
-    "entry5": ("#b58900", "#e0b23a"),
-    "entry6": ("#2aa5c9", "#7fd0ea"),
-    "entry7": ("#7a2e1f", "#c9705c"),
-}
-MAX_ENTRIES = sum(name.startswith("entry") for name in PALETTE)
-LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from analysis import figures
 from analysis.compare import Entry, Spread, group_runs, mismatched_datasets, repeated_runs
 from analysis.metrics import percent
+from analysis.page import MAX_ENTRIES, template, write_file
 from analysis.runs import METRICS, Run
 from shards.errors import UserError
 from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups, imbalance_factor
@@ -38,16 +38,7 @@ def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
     if out is None:
         folders = [run.path.resolve() for run in runs]
         out = Path(os.path.commonpath([f if len(runs) == 1 else f.parent for f in folders])) / "report.html"
-    page = render(runs)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(page, encoding="utf-8")
-        unfinished.replace(out)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}); name a file with --out") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return out
+    return write_file(out, render(runs).encode("utf-8"))
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -57,21 +48,11 @@ def render(runs: Sequence[Run]) -> str:
         UserError: more titles on one dataset than there are colours, or runs of one dataset with different
             classes.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "points": _points, "duration": _duration}
     entries = group_runs(runs)
     datasets = dict.fromkeys(entry.dataset for entry in entries)
     sections = [_section([entry for entry in entries if entry.dataset == dataset]) for dataset in datasets]
-    page = environment.get_template("report.html.j2")
-    return page.render(
+    return template("report.html.j2").render(
         sections=sections,
-        palette=figures.PALETTE,
         metrics=METRICS,
         groups=GROUPS,
         many_above=MANY_ABOVE,
@@ -83,10 +64,10 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
     """Gather what the template shows of one dataset's entries."""
     runs = [run for entry in entries for run in entry.runs]
     first = runs[0]
-    if len(entries) > figures.MAX_ENTRIES:
+    if len(entries) > MAX_ENTRIES:
         raise UserError(
             f"{len(entries)} titles on {first.dataset} are too many for one report; name runs of at most"
-            f" {figures.MAX_ENTRIES}, or tabulate all with: python -m analysis compare"
+            f" {MAX_ENTRIES}, or tabulate all with: python -m analysis compare"
         )
     for run in runs:
         if run.classes != first.classes:
@@ -279,19 +260,3 @@ def _series(runs: list[list[dict[str, Any]]], key: str) -> tuple[list[int], list
     """Return (epochs_E, values_NE) over the epochs for which all of an entry's runs have a row."""
     shared = set.intersection(*({row["epoch"] for row in rows} for rows in runs))
     return sorted(shared), [_values([row for row in rows if row["epoch"] in shared], key) for rows in runs]
-
-
-def _points(value: float | None, baseline: float | None) -> str:
-    """Write a change in percentage points with its sign; empty where there is none to tell."""
-    if value is None or baseline is None:
-        return ""
-    points = round(100 * (value - baseline), 1)
-    sign = "+" if points > 0 else "−" if points < 0 else ""  # ± is for spreads
-    return f"{sign}{abs(points):.1f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

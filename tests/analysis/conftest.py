@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from numpy.typing import NDArray
 
 from analysis.metrics import Tally, summarize
 
@@ -45,6 +46,7 @@ def write_run(
     epochs: int = 3,
     alpha: bool = True,
     test_images_per_class: int = 20,
+    predictions: bool = False,
     settings: dict[str, Any] | None = None,
     changed: list[str] | None = None,
     **summary: Any,
@@ -98,7 +100,33 @@ def write_run(
         "command": "accelerate launch train/bbn.py --data data/digits",
     }
     (path / "summary.json").write_text(json.dumps(complete | summary), encoding="utf-8")
+    if predictions:
+        write_predictions(path, correct_C, total_C, complete | summary)
     return path
+
+
+def write_predictions(
+    path: Path, correct_C: NDArray[np.int64], total_C: NDArray[np.int64], summary: dict[str, Any]
+) -> None:
+    """Write predictions of which so many are correct: of each class the same images are the easiest in every run."""
+    num_classes = len(total_C)
+    rng = np.random.default_rng(summary["seed"])
+    labels_N = np.repeat(np.arange(num_classes), total_C)
+    rank_N = np.concatenate([np.random.default_rng(j).permutation(n) for j, n in enumerate(total_C)])
+    wrong_N = (labels_N + rng.integers(1, max(2, num_classes), len(labels_N))) % num_classes
+    top_N = np.where(rank_N < correct_C[labels_N], labels_N, wrong_N)
+    k = min(5, num_classes)
+    order_NK = (top_N[:, None] + np.arange(k)) % num_classes
+    scores_NK = np.sort(rng.dirichlet(np.full(k, 0.3), len(labels_N)).astype(np.float16), axis=1)[:, ::-1]
+    shuffled = rng.permutation(len(labels_N))
+    split = summary["evaluated_on"]
+    arrays = {
+        "ids": np.arange(len(labels_N)) * 3,
+        "labels": labels_N,
+        "topk_labels": order_NK.astype(np.int32),
+        "topk_scores": scores_NK,
+    }
+    np.savez_compressed(path / "predictions.npz", **{f"{split}_{name}": a[shuffled] for name, a in arrays.items()})
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ import statistics
 
 import pytest
 
-from analysis.compare import Spread, group_runs, mismatched_datasets, table
+from analysis.compare import Spread, group_runs, mismatched_datasets
 from analysis.metrics import percent
 from analysis.runs import read_runs
+from analysis.tables import blocks, table
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_a_group_without_classes_is_null(runs):
 
 
 def test_no_runs_make_no_table():
-    assert table(group_runs([])) == ""
+    assert table(blocks(group_runs([]))) == ""
 
 
 def spread_of(mean, std):
@@ -68,7 +69,7 @@ def test_the_table_to_the_letter(runs):
         dataclasses.replace(ce, replicates={0: runs[:1], 1: runs[1:2]}, last=two),
         dataclasses.replace(ce, title="BBN + AFG", replicates={0: runs[:1]}, last=one),
     ]
-    assert table(rows) == (
+    assert table(blocks(rows)) == (
         "digits: %, last epoch; ± standard deviation over n seeds\n"
         "\n"
         "            overall        many  medium       few  balanced      ECE  n\n"
@@ -78,7 +79,7 @@ def test_the_table_to_the_letter(runs):
 
 
 def test_the_table_fits_a_terminal(runs):
-    assert all(len(line) <= 80 for line in table(group_runs(runs)).splitlines())
+    assert all(len(line) <= 80 for line in table(blocks(group_runs(runs))).splitlines())
 
 
 def test_datasets_with_different_class_counts_are_named(runs, make_run):
@@ -101,7 +102,7 @@ def test_baselines_stand_under_the_entry_that_measured_them(make_run):
 
     runs = [make_run(f"{seed}", title="AFG", seed=seed, baselines=against(0.25 + seed / 2)) for seed in range(2)]
     entries = group_runs(read_runs([*runs, make_run("bbn")]))
-    plain, whole = table(entries).splitlines(), table(entries, baselines=True).splitlines()
+    plain, whole = table(blocks(entries)).splitlines(), table(blocks(entries, baselines=True)).splitlines()
     assert [line.split("  ")[0] for line in plain[3:]] == ["AFG", "BBN"]
     assert [line[:6].rstrip() for line in whole[3:]] == ["AFG", "  cRT", "  LWS", "BBN"]
     assert whole[4].split() == ["cRT", "50.0±35.4", "75.0±0.0", "50.0±0.0", "–", "50.0±0.0", "12.5±0.0", "2"]

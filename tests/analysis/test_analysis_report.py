@@ -12,7 +12,7 @@ import pytest
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 
-from analysis import figures
+from analysis import figures, page
 from analysis.report import _series, render, write_report
 from analysis.runs import read_runs
 from shards.errors import UserError
@@ -280,10 +280,8 @@ def test_a_classs_accuracy_is_that_over_all_seeds(make_run):
 
 
 def test_runs_that_cannot_share_a_page(make_run):
-    many = [make_run(f"{i}", title=f"{i}") for i in range(figures.MAX_ENTRIES + 1)]
-    with pytest.raises(
-        UserError, match=f"9 titles on digits are too many .* at most {figures.MAX_ENTRIES}, or tabulate"
-    ):
+    many = [make_run(f"{i}", title=f"{i}") for i in range(page.MAX_ENTRIES + 1)]
+    with pytest.raises(UserError, match=f"9 titles on digits are too many .* at most {page.MAX_ENTRIES}, or tabulate"):
         render(read_runs(many))
     render(read_runs([*many[:-1], make_run("more", title="0", seed=1)]))  # seeds do not count
     other = make_run("other", classes=list("abcdef"))
@@ -383,7 +381,7 @@ def test_labels_of_bars_never_touch(entries, value):
 
 
 def test_palette_colours_are_told_apart_by_value():
-    assert len({light for light, _ in figures.PALETTE.values()}) == len(figures.PALETTE)
+    assert len({light for light, _ in page.PALETTE.values()}) == len(page.PALETTE)
 
 
 def test_what_a_run_measured_itself_against_is_a_table(make_run):
