@@ -1,6 +1,6 @@
 """One self-contained HTML page about runs: a section per dataset, its first entry the baseline.
 
-An entry is all runs with one title; whatever the page shows of several seeds is their mean, with its spread.
+An entry is all runs of one experiment; whatever the page shows of several seeds is their mean, with its spread.
 """
 
 import os
@@ -10,17 +10,20 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from analysis import figures
+from analysis import confusion, figures
 from analysis.compare import Entry, Spread, group_runs, mismatched_datasets, repeated_runs
-from analysis.metrics import percent
+from analysis.drawing import inline_svg
+from analysis.headline import and_join, best_entry, headline, seeds_told
 from analysis.page import MAX_ENTRIES, template, write_file
+from analysis.predictions import Answers, Interval, against_first, answers, intervals
 from analysis.runs import METRICS, Run
+from analysis.tables import COMPARED, interval_told
 from shards.errors import UserError
 from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups, imbalance_factor
 
-_PLACES = {"many": "head", "medium": "middle", "few": "tail"}
 _CLASS_TABLE_UP_TO = 100
 
 
@@ -28,7 +31,7 @@ def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
     """Write the page and return where it lies.
 
     Args:
-        runs: at least one. The title of a dataset's first run is what the others are compared with.
+        runs: at least one. The experiment of a dataset's first run is what the others are compared with.
         out: the file; default `report.html` in the folder of a single run, or in the folder that holds
             all of several runs.
 
@@ -57,6 +60,8 @@ def render(runs: Sequence[Run]) -> str:
         groups=GROUPS,
         many_above=MANY_ABOVE,
         few_below=FEW_BELOW,
+        compared=COMPARED,
+        told=interval_told,
     )
 
 
@@ -78,11 +83,15 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
     counts_C = first.train_counts_C
     groups_C = class_groups(counts_C)
     recalls_C = [_recall(entry) for entry in entries]
+    told = {entry.title: answers(entry) for entry in entries}
+    versus = against_first(entries, told)
+    known = [of for entry in entries if (of := told[entry.title]) is not None]
     views = [_view(entry, f"entry{i}") for i, entry in enumerate(entries)]
     return {
         "dataset": first.dataset,
         "evaluated_on": first.summary["evaluated_on"],
-        "headline": _headline(entries[0], entries[-1], first.summary["evaluated_on"]),
+        "headline": headline(entries, first.summary["evaluated_on"], versus),
+        "shown": views[entries.index(best_entry(entries))],
         "entries": views,
         "several": any(len(entry.replicates) > 1 for entry in entries),
         "stages": sorted({view["stage"] for view in views}),
@@ -94,15 +103,65 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
         "group_sizes": {group: int((groups_C == group).sum()) for group in GROUPS},
         "notes": _notes(entries),
         "class_rows": _class_rows(first, recalls_C) if len(counts_C) <= _CLASS_TABLE_UP_TO else [],
-        "count_curve": Markup(figures.class_count_curve(counts_C)),
-        "group_bars": Markup(figures.group_bars([entry.last for entry in entries])),
-        "by_size": Markup(
+        "count_curve": _inline(figures.class_count_curve(counts_C)),
+        "group_bars": _inline(figures.group_bars([entry.last for entry in entries])),
+        "by_size": _inline(
             figures.accuracy_by_class_size(
                 [(entry.runs[0].train_counts_C, recall_C) for entry, recall_C in zip(entries, recalls_C, strict=True)]
             )
         ),
         "curves": _curves(entries),
+        "sure": _sure(entries, told, versus),
+        "compared": bool(versus),
+        # A picture of some entries alone would have the colours of others.
+        "reliability": _inline(confusion.reliability(known))
+        if len(known) == len(entries) and len(known[0].labels)
+        else None,
+        **_confusion(entries, told),
     }
+
+
+def _inline(figure: Figure) -> Markup:
+    return Markup(inline_svg(figure))
+
+
+def _sure(
+    entries: list[Entry], told: dict[str, Answers | None], versus: dict[str, dict[str, Interval]]
+) -> list[tuple[int, str, dict[str, Interval]]]:
+    """Return (number, title, intervals) of the differences from the first entry, or of the only entry's own figures."""
+    if len(entries) > 1:
+        return [(i, entry.title, versus[entry.title]) for i, entry in enumerate(entries) if entry.title in versus]
+    of = told[entries[0].title]
+    if of is None or not len(of.labels):
+        return []
+    return [(0, entries[0].title, intervals(of.correct_N, of.labels, entries[0].runs[0].train_counts_C))]
+
+
+def _confusion(entries: list[Entry], told: dict[str, Answers | None]) -> dict[str, Any]:
+    """Gather which classes the first and the best entry take for which: a matrix of few classes, pairs of many."""
+    best = best_entry(entries)
+    chosen = [entries[0]] if best is entries[0] else [entries[0], best]
+    found = [of for entry in chosen if (of := told[entry.title]) is not None and len(of.labels)]
+    if len(found) < len(chosen):
+        return {"heat": None, "pairs": []}
+    shown = [(f"entry{entries.index(entry)}", entry.title) for entry in chosen]
+    classes, counts_C = entries[0].runs[0].classes, entries[0].runs[0].train_counts_C
+    if len(classes) > confusion.HEAT_MAP_UP_TO:
+        pairs = [
+            (
+                classes[pair.true],
+                classes[pair.predicted],
+                int(counts_C[pair.true]),
+                int(counts_C[pair.predicted]),
+                pair.shares,
+            )
+            for pair in confusion.confused_pairs(found, len(classes))
+        ]
+        return {"heat": None, "pairs": pairs, "confused": shown}
+    order_C = np.argsort(-counts_C, kind="stable")
+    matrices = [confusion.confusion_matrix(of, len(classes))[np.ix_(order_C, order_C)] for of in found]
+    names = [classes[j] for j in order_C]
+    return {"heat": (names, [matrix.tolist() for matrix in matrices]), "pairs": [], "confused": shown}
 
 
 def _view(entry: Entry, colour: str) -> dict[str, Any]:
@@ -115,23 +174,15 @@ def _view(entry: Entry, colour: str) -> dict[str, Any]:
         "runs": entry.runs,
         "stage": summaries[0]["stage"],
         "origins": sorted({summary["from"] for summary in summaries if summary["from"]}),
-        "seeds": _seeds(entry),
+        "seeds": seeds_told(entry),
         "last": entry.last,
         "baselines": entry.baselines,
         "best": _best([entry.last, *entry.baselines.values()]),
         "epochs": _range([summary["epochs"] for summary in summaries], "–"),
         "selected": entry.selected,
-        "selected_on": _and(sorted({str(summary["selected_on"]) for summary in selected})),
+        "selected_on": and_join(sorted({str(summary["selected_on"]) for summary in selected})),
         "selected_epochs": _range([summary["selected"]["epoch"] for summary in selected], "–"),
     }
-
-
-def _seeds(entry: Entry) -> str:
-    """Say over how many seeds an entry is averaged, and over how many runs where seeds repeat; empty for one."""
-    runs, seeds = len(entry.runs), len(entry.replicates)
-    if runs == seeds:
-        return "" if runs == 1 else f"{seeds} seeds"
-    return f"{runs} runs of {'one seed' if seeds == 1 else f'{seeds} seeds'}"
 
 
 def _range(numbers: list[int], to: str) -> str:
@@ -143,51 +194,6 @@ def _recall(entry: Entry) -> NDArray[np.float64]:
     correct_C = np.sum([run.correct_C for run in entry.runs], axis=0)
     total_C = np.sum([run.total_C for run in entry.runs], axis=0)
     return np.divide(correct_C, total_C, out=np.full(len(total_C), np.nan), where=total_C > 0)
-
-
-def _headline(first: Entry, last: Entry, split: str) -> str:
-    before, after = first.last.mean, last.last.mean
-    if before["top1"] is None or after["top1"] is None:
-        return f"No {split} images were evaluated."
-    overall = f"{_averaged(last)} recognises {percent(after['top1'])} % of the {split} images"
-    if last is first:
-        parts = [
-            f"{percent(value)} % of the {_PLACES[group]} ({group})"
-            for group in GROUPS
-            if (value := after[group]) is not None
-        ]
-        return f"{overall}. Averaged over classes, it recognises {_and(parts)}."
-    gain = 100 * (after["top1"] - before["top1"])
-    than = f"{abs(gain):.1f} points {'more' if gain > 0 else 'less'} than" if abs(gain) >= 0.05 else "level with"
-    parts = []
-    for group in GROUPS:
-        old, new = before[group], after[group]
-        if old is None or new is None:
-            continue
-        change = 100 * (new - old)
-        verb = "gained" if change > 0 else "lost"
-        change_told = f"{verb} {abs(change):.1f} points" if abs(change) >= 0.05 else "stayed level"
-        parts.append(f"the {_PLACES[group]} ({group}) {change_told}")
-    unsure = ["overall"] * _within_spread(first, last, "top1")
-    unsure += [f"in the {place}" for group, place in _PLACES.items() if _within_spread(first, last, group)]
-    caveat = f" The difference {_and(unsure)} is within the spread of the seeds." if unsure else ""
-    return f"{overall}, {than} {_averaged(first)}. Averaged over classes, {_and(parts)}.{caveat}"
-
-
-def _within_spread(first: Entry, last: Entry, key: str) -> bool:
-    """Whether two means differ visibly, but by less than the larger of their standard deviations."""
-    old, new = first.last.mean[key], last.last.mean[key]
-    if old is None or new is None:
-        return False
-    return 0.0005 <= abs(new - old) < max(entry.last.std[key] or 0 for entry in (first, last))
-
-
-def _averaged(entry: Entry) -> str:
-    return entry.title + (f" (mean of {_seeds(entry)})" if len(entry.runs) > 1 else "")
-
-
-def _and(parts: list[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
 
 
 def _best(rows: list[Spread]) -> dict[str, float | None]:
@@ -248,7 +254,7 @@ def _curves(entries: list[Entry]) -> list[tuple[str, Markup]]:
             ("Mixing weight α", logs, "alpha", False),
         )
     ]
-    return [(caption, Markup(picture)) for caption, picture in drawn if picture]
+    return [(caption, _inline(picture)) for caption, picture in drawn if picture]
 
 
 def _evaluations(run: Run) -> list[dict[str, Any]]:
