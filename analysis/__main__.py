@@ -1,8 +1,8 @@
-"""The commands `python -m analysis compare` and `python -m analysis report`."""
+"""The commands `python -m analysis compare`, `report` and `figure`."""
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from analysis.compare import group_runs, mismatched_datasets, repeated_runs
 from analysis.predictions import differences
@@ -10,6 +10,20 @@ from analysis.runs import read_finished_runs
 from analysis.tables import FORMATS, blocks, json_text
 from shards.cli import Parser
 from shards.errors import user_errors_exit_2
+
+# As in analysis.gallery, which loads slowly.
+FigureName = Literal[
+    "class-counts",
+    "groups",
+    "class-size",
+    "loss",
+    "accuracy",
+    "tail-accuracy",
+    "learning-rate",
+    "alpha",
+    "reliability",
+    "confusion",
+]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,10 +49,16 @@ def main(argv: list[str] | None = None) -> None:
         "--out", type=Path | None, metavar="FILE", help="default: report.html in the run or beside the runs"
     )
 
+    drawing = Parser(description="Draw one figure of finished runs as a file, for a paper.")
+    drawing.add_argument("name", metavar="NAME", type=FigureName, help=f"one of: {', '.join(get_args(FigureName))}")
+    drawing.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
+    drawing.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .svg or .pdf")
+
     parser = Parser(prog="python -m analysis", description="Tables and reports from the files of runs.")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("compare", comparing)
     commands.add_subcommand("report", reporting)
+    commands.add_subcommand("figure", drawing)
     options = parser.parse_args(argv)
 
     with user_errors_exit_2("python -m analysis"):
@@ -52,6 +72,10 @@ def main(argv: list[str] | None = None) -> None:
             from analysis.report import write_report  # matplotlib loads slowly, and a table needs none
 
             print(write_report(runs, options.report.out))
+        elif options.command == "figure":
+            from analysis.gallery import write_figure
+
+            print(write_figure(options.figure.name, runs, options.figure.out))
         else:
             versus, notes = differences(entries)
             for note in notes:

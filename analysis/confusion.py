@@ -14,7 +14,7 @@ from analysis.page import LIGHT
 from analysis.predictions import Answers
 
 HEAT_MAP_UP_TO = 20  # classes whose names fit beside a heat map
-_DRAWN_UP_TO = 100  # classes whose cells can be seen without names
+DRAWN_UP_TO = 100  # classes whose cells can be seen without names
 _PAIRS = 12
 
 
@@ -55,7 +55,7 @@ def confused_pairs(answers: Sequence[Answers], num_classes: int) -> list[Pair]:
     mistakes = np.concatenate([(one.labels_N * num_classes + one.predicted)[~one.correct] for one in final.runs])
     cells, counts = np.unique(mistakes, return_counts=True)
     found = []
-    for cell in cells[np.argsort(-counts, kind="stable")[:_PAIRS]]:
+    for cell in cells[np.argsort(-counts, kind="stable")[:_PAIRS]][: (counts > 1).sum()]:  # one mistake is no pattern
         true, predicted = divmod(int(cell), num_classes)
         shares = []
         for entry in answers:
@@ -65,23 +65,24 @@ def confused_pairs(answers: Sequence[Answers], num_classes: int) -> list[Pair]:
     return found
 
 
-def heat_map(matrix_CC: NDArray[np.float64], order_C: NDArray[np.int64]) -> Figure | None:
-    """Draw a confusion matrix, classes from the largest to the smallest; None for more classes than can be seen."""
-    if len(matrix_CC) > _DRAWN_UP_TO:
-        return None
+def heat_map(answers: Answers, order_C: NDArray[np.int64]) -> Figure | None:
+    """Draw the confusion matrix with its classes in an order; None for more classes than can be seen."""
     num_classes = len(order_C)
+    if num_classes > DRAWN_UP_TO:
+        return None
+    matrix_CC = confusion_matrix(answers, num_classes)[np.ix_(order_C, order_C)]
     with styled():
         figure, ax = canvas(4.2, 3.6, "Confusion of the classes")
         ax.grid(visible=False)
         edges = np.arange(num_classes + 1) + 0.5
-        mesh = ax.pcolormesh(edges, edges, 100 * matrix_CC[np.ix_(order_C, order_C)], cmap="Blues", vmin=0, vmax=100)
+        mesh = ax.pcolormesh(edges, edges, 100 * matrix_CC, cmap="Blues", vmin=0, vmax=100)
         ax.invert_yaxis()
         ax.set_aspect("equal")
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
         ax.set_xlabel("predicted class, from the largest to the smallest")
         ax.set_ylabel("true class")
-        figure.colorbar(mesh, ax=ax, label="% of the true class's images", shrink=0.8).outline.set_visible(False)  # type: ignore[operator]
+        figure.colorbar(mesh, ax=ax, label="% of the true class's images", shrink=0.8).outline.set_visible(False)
         return figure
 
 

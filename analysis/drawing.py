@@ -7,6 +7,7 @@ mode and print. No figure has more than a few hundred marks, whatever the number
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -130,5 +131,7 @@ def alone(figure: Figure, titles: Sequence[str], file_format: str) -> bytes:
         buffer = io.BytesIO()
         # The same file every time: no date, and names that depend on the content alone.
         dated = {"svg": "Date", "pdf": "CreationDate"}[file_format]
-        figure.savefig(buffer, format=file_format, metadata={dated: None})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Glyph \d+ ")  # of a title: a letter that the font lacks
+            figure.savefig(buffer, format=file_format, metadata={dated: None})
     return buffer.getvalue()

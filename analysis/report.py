@@ -13,14 +13,14 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from analysis import confusion, figures
+from analysis import confusion, gallery
 from analysis.compare import Entry, Spread, group_runs, mismatched_datasets, repeated_runs
 from analysis.drawing import inline_svg
 from analysis.headline import and_join, best_entry, headline, seeds_told
-from analysis.page import MAX_ENTRIES, template, write_file
+from analysis.page import template, write_file
 from analysis.predictions import Answers, Interval, against_first, answers, intervals
 from analysis.runs import METRICS, Run
-from analysis.tables import COMPARED, interval_told
+from analysis.tables import COMPARED, bounds_told
 from shards.errors import UserError
 from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups, imbalance_factor
 
@@ -61,7 +61,7 @@ def render(runs: Sequence[Run]) -> str:
         many_above=MANY_ABOVE,
         few_below=FEW_BELOW,
         compared=COMPARED,
-        told=interval_told,
+        bounds=bounds_told,
     )
 
 
@@ -69,11 +69,7 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
     """Gather what the template shows of one dataset's entries."""
     runs = [run for entry in entries for run in entry.runs]
     first = runs[0]
-    if len(entries) > MAX_ENTRIES:
-        raise UserError(
-            f"{len(entries)} titles on {first.dataset} are too many for one report; name runs of at most"
-            f" {MAX_ENTRIES}, or tabulate all with: python -m analysis compare"
-        )
+    gallery.check_colours(entries)
     for run in runs:
         if run.classes != first.classes:
             raise UserError(
@@ -82,10 +78,9 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
             )
     counts_C = first.train_counts_C
     groups_C = class_groups(counts_C)
-    recalls_C = [_recall(entry) for entry in entries]
+    recalls_C = [gallery.recall(entry) for entry in entries]
     told = {entry.title: answers(entry) for entry in entries}
     versus = against_first(entries, told)
-    known = [of for entry in entries if (of := told[entry.title]) is not None]
     views = [_view(entry, f"entry{i}") for i, entry in enumerate(entries)]
     return {
         "dataset": first.dataset,
@@ -103,20 +98,13 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
         "group_sizes": {group: int((groups_C == group).sum()) for group in GROUPS},
         "notes": _notes(entries),
         "class_rows": _class_rows(first, recalls_C) if len(counts_C) <= _CLASS_TABLE_UP_TO else [],
-        "count_curve": _inline(figures.class_count_curve(counts_C)),
-        "group_bars": _inline(figures.group_bars([entry.last for entry in entries])),
-        "by_size": _inline(
-            figures.accuracy_by_class_size(
-                [(entry.runs[0].train_counts_C, recall_C) for entry, recall_C in zip(entries, recalls_C, strict=True)]
-            )
-        ),
+        "count_curve": _inline(gallery.class_counts(entries)),
+        "group_bars": _inline(gallery.groups(entries)),
+        "by_size": _inline(gallery.class_size(entries)),
         "curves": _curves(entries),
         "sure": _sure(entries, told, versus),
         "compared": bool(versus),
-        # A picture of some entries alone would have the colours of others.
-        "reliability": _inline(confusion.reliability(known))
-        if len(known) == len(entries) and len(known[0].labels)
-        else None,
+        "reliability": None if (picture := gallery.reliability(entries)) is None else _inline(picture),
         **_confusion(entries, told),
     }
 
@@ -189,13 +177,6 @@ def _range(numbers: list[int], to: str) -> str:
     return to.join(str(number) for number in sorted({min(numbers), max(numbers)})) if numbers else ""
 
 
-def _recall(entry: Entry) -> NDArray[np.float64]:
-    """Return each class's accuracy over all images that the entry's runs evaluated, shape (C,); nan for none."""
-    correct_C = np.sum([run.correct_C for run in entry.runs], axis=0)
-    total_C = np.sum([run.total_C for run in entry.runs], axis=0)
-    return np.divide(correct_C, total_C, out=np.full(len(total_C), np.nan), where=total_C > 0)
-
-
 def _best(rows: list[Spread]) -> dict[str, float | None]:
     """Return each figure's best mean over the rows of a table; a single row has none."""
     best: dict[str, float | None] = {}
@@ -214,7 +195,7 @@ def _notes(entries: list[Entry]) -> list[str]:
         )
     for entry in entries:
         for run in entry.runs:
-            bad = sum(not np.isfinite(loss) for loss in _values(run.epochs, "loss"))
+            bad = sum(not np.isfinite(loss) for loss in gallery.values(run.epochs, "loss"))
             if bad:
                 label = entry.title if len(entry.runs) == 1 else f"{entry.title} ({run.name})"
                 notes.append(f"{label}: the loss was not finite in {bad} of {len(run.epochs)} epochs.")
@@ -233,36 +214,13 @@ def _class_rows(run: Run, recalls_C: list[NDArray[np.float64]]) -> list[tuple[st
     ]
 
 
-def _values(rows: list[dict[str, Any]], key: str) -> list[float]:
-    """Return one quantity over the epochs; nan where a row lacks it."""
-    values = (row.get(key) for row in rows)
-    return [float(value) if isinstance(value, int | float) else float("nan") for value in values]
-
-
 def _curves(entries: list[Entry]) -> list[tuple[str, Markup]]:
     """Return (caption, picture) for each quantity that some entry logged."""
-    logs = [[run.epochs for run in entry.runs] for entry in entries]
-    evaluations = [[_evaluations(run) for run in entry.runs] for entry in entries]
-    on = " and ".join(sorted({str(row.get("split", "?")) for runs in evaluations for rows in runs for row in rows}))
-    drawn = [
-        (caption, figures.curve([_series(rows, key) for rows in source], caption.split(" (")[0], fractions=fractions))
-        for caption, source, key, fractions in (
-            ("Training loss", logs, "loss", False),
-            (f"Overall accuracy ({on})", evaluations, "top1", True),
-            (f"Tail accuracy ({on}, few)", evaluations, "few", True),
-            ("Learning rate", logs, "lr", False),
-            ("Mixing weight α", logs, "alpha", False),
-        )
-    ]
-    return [(caption, _inline(picture)) for caption, picture in drawn if picture]
-
-
-def _evaluations(run: Run) -> list[dict[str, Any]]:
-    """Return the evaluations that a run logged, each with its epoch."""
-    return [row["eval"] | {"epoch": row["epoch"]} for row in run.epochs if isinstance(row.get("eval"), dict)]
-
-
-def _series(runs: list[list[dict[str, Any]]], key: str) -> tuple[list[int], list[list[float]]]:
-    """Return (epochs_E, values_NE) over the epochs for which all of an entry's runs have a row."""
-    shared = set.intersection(*({row["epoch"] for row in rows} for rows in runs))
-    return sorted(shared), [_values([row for row in rows if row["epoch"] in shared], key) for rows in runs]
+    logged = [row for entry in entries for run in entry.runs for row in gallery.evaluations(run)]
+    on = " and ".join(sorted({str(row.get("split", "?")) for row in logged}))
+    drawn = []
+    for name, (caption, key, of_evaluation) in gallery.CURVES.items():
+        if (figure := gallery.curve(entries, name)) is not None:
+            of = f" ({on}{', few' if key == 'few' else ''})" if of_evaluation else ""
+            drawn.append((caption + of, _inline(figure)))
+    return drawn

@@ -101,10 +101,12 @@ def with_spread(figures: Spread, key: str, plus_minus: str = "±") -> str:
 
 def interval_told(interval: Interval | None) -> str:
     """Write a difference in points with its bounds: "+1.9 [0.4, 3.3]"; empty for None."""
-    if interval is None:
-        return ""
-    low, high = (points(bound).lstrip("+") for bound in (interval.low, interval.high))
-    return f"{points(interval.estimate)} [{low}, {high}]"
+    return "" if interval is None else f"{points(interval.estimate)} {bounds_told(interval)}"
+
+
+def bounds_told(interval: Interval) -> str:
+    """Write the bounds of an interval in points: "[0.4, 3.3]"."""
+    return f"[{', '.join(points(bound).lstrip('+') for bound in (interval.low, interval.high))}]"
 
 
 def table(tables: Sequence[Block]) -> str:
@@ -232,7 +234,7 @@ def comma_separated(tables: Sequence[Block]) -> str:
 
 def html(tables: Sequence[Block]) -> str:
     """Draw a self-contained page whose columns can be sorted."""
-    return template("compare.html.j2").render(blocks=tables, metrics=METRICS, compared=COMPARED, told=interval_told)
+    return template("compare.html.j2").render(blocks=tables, metrics=METRICS, compared=COMPARED, bounds=bounds_told)
 
 
 def json_row(entry: Entry, versus: Differences | None = None) -> dict[str, Any]:
