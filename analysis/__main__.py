@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from analysis.compare import group_runs, mismatched_datasets, repeated_runs
 from analysis.predictions import differences
 from analysis.runs import read_finished_runs
+from analysis.settings import unknown_stage_ones
 from analysis.tables import FORMATS, blocks, json_text
 from shards.cli import Parser
 from shards.errors import user_errors_exit_2
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors_exit_2("python -m analysis"):
         runs, notes = read_finished_runs(options[options.command].runs)
         entries = group_runs(runs)
-        for note in notes + repeated_runs(entries):
+        for note in notes + unknown_stage_ones(runs) + repeated_runs(entries):
             print(f"note: {note}", file=sys.stderr)
         for dataset in mismatched_datasets(runs):
             print(f"note: the runs on {dataset} were trained on different class counts", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What predictions of each image show: which classes are taken for which, and whether probabilities can be believed."""
+"""What predictions of each image show: confusion between classes, and calibration."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -59,6 +59,7 @@ class Experiment:
         changed: which of them are not the preset's; None where the run does not say.
         counts: n_j of each class.
         replicate: the seed of each stage; of a stage one that is gone, its folder's name.
+        gone: the folder of a stage one that is not beside the run, whose settings are therefore unknown.
     """
 
     dataset: str
@@ -67,6 +68,7 @@ class Experiment:
     changed: frozenset[Key] | None
     counts: tuple[int, ...]
     replicate: tuple[Hashable, ...]
+    gone: str | None
 
     @cached_property
     def key(self) -> Hashable:
@@ -81,7 +83,7 @@ def experiment(run: Run) -> Experiment:
     replicate: list[Hashable] = []
     stage, config, origin = run.summary["stage"], _parse(run.config), run.summary["from"]
     seed: Hashable = run.summary["seed"]
-    folder = run.path.resolve()
+    folder, gone = run.path.resolve(), None
     while True:
         mine = _flat(config, stage)
         settings |= mine
@@ -100,7 +102,8 @@ def experiment(run: Run) -> Experiment:
         except (OSError, UnicodeDecodeError):
             config = {}
         if not config:
-            replicate.append(str(origin))
+            gone = folder.name
+            replicate.append(gone)
             break
         about = config.get("about")
         origin = about.get("from") if isinstance(about, dict) else None
@@ -113,7 +116,17 @@ def experiment(run: Run) -> Experiment:
         changed=None if changed is None else frozenset(changed),
         counts=tuple(run.train_counts_C.tolist()),
         replicate=tuple(replicate),
+        gone=gone,
     )
+
+
+def unknown_stage_ones(runs: Sequence[Run]) -> list[str]:
+    """Say which runs are compared without the settings of their stage one."""
+    gone = [(run.name, found) for run in runs if (found := experiment(run).gone) is not None]
+    return [
+        f"{name} was trained on {found}, which is not beside it: the settings of stage one are not compared"
+        for name, found in gone
+    ]
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -227,8 +240,8 @@ def _value(value: Hashable) -> str:
             told = "none"
         case bool():
             told = str(value).lower()
-        case int() | float():
-            told = format(value, "g")
+        case float():
+            told = format(value, ".12g")
         case tuple():
             told = f"[{', '.join(map(_value, value))}]"
         case _:

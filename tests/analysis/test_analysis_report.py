@@ -408,28 +408,28 @@ def predicted(make_run):
 
 def test_predictions_make_sections_of_their_own(predicted, make_run):
     page = Page(render(read_runs(predicted)))
-    for heading in ("How sure this is", "What is taken for what", "Whether probabilities can be believed"):
+    for heading in ("Confidence intervals", "Confusion", "Calibration"):
         assert heading in page.text
     assert re.search(r"BBN \+\d+\.\d \[[−\d.]+, [\d.]+\] \+\d+\.\d \[", page.text)
     assert "% interval)." in page.text  # in the headline
     (heat,) = re.findall(r'class="heat".*?</table>', render(read_runs(predicted)), flags=re.S)[1:]
     assert heat.count("<tr>") == 7
     without = Page(render(read_runs([make_run("x"), make_run("y", title="CE")]))).text
-    for heading in ("How sure this is", "What is taken for what", "Whether probabilities can be believed"):
+    for heading in ("Confidence intervals", "Confusion", "Calibration"):
         assert heading not in without
 
 
 def test_one_run_has_intervals_of_its_own(predicted):
     text = Page(render(read_runs(predicted[1:2]))).text
     assert re.search(r"Percent, and the 95 % interval .* BBN \d+\.\d \[\d+\.\d, \d+\.\d\]", text)
-    assert text.count("What is taken for what") == 1
+    assert text.count("Confusion") == 1
 
 
 def test_predictions_of_one_entry_alone_draw_no_picture_of_all(predicted, make_run):
     runs = read_runs([make_run("first", title="First"), *predicted[:1]])
     text = Page(render(runs)).text
-    assert "How sure this is" not in text
-    assert "Whether probabilities" not in text
+    assert "Confidence intervals" not in text
+    assert "Calibration" not in text
 
 
 def test_many_classes_have_pairs_instead_of_a_heat_map(make_run):
@@ -451,4 +451,4 @@ def test_a_test_split_without_images_but_with_predictions(make_run):
     runs = read_runs([make_run("a", test_images_per_class=0, predictions=True)])
     text = Page(render(runs)).text
     assert "No test images were evaluated." in text
-    assert "Whether probabilities" not in text
+    assert "Calibration" not in text

@@ -6,7 +6,7 @@ import pytest
 
 from analysis.compare import group_runs, repeated_runs
 from analysis.runs import read_runs
-from analysis.settings import NOT_THE_RESULT
+from analysis.settings import NOT_THE_RESULT, unknown_stage_ones
 
 
 def titles(*paths):
@@ -28,6 +28,8 @@ def test_runs_whose_settings_differ_are_not_averaged(make_run):
         ({"method.q": 0.0}, "BBN, q=0"),
         ({"optim.ema": 0.999}, "BBN, ema=0.999"),
         ({"optim.milestones": [0.5, 0.75]}, "BBN, milestones=[0.5, 0.75]"),
+        ({"input.batch_size": 1048576}, "BBN, batch_size=1048576"),
+        ({"optim.lr": 3e-05}, "BBN, lr=3e-05"),
         ({"loop.compile": True}, None),
         ({"input.batch_size": 32, "optim.lr": 0.2}, "BBN, batch_size=32, lr=0.2"),
         ({"method.new_switch": True}, "BBN, new_switch=true"),  # a setting that no list knows
@@ -99,6 +101,10 @@ def test_a_stage_one_that_is_gone_leaves_its_name(make_run):
     runs = [stage_two(make_run, f"afg-{seed}", f"gone-{seed}") for seed in range(2)]
     (entry,) = group_runs(read_runs(runs))
     assert (entry.title, len(entry.replicates)) == ("BBN + AFG", 2)
+    make_run("gone-1", seed=1)
+    assert unknown_stage_ones(read_runs(runs)) == [
+        "afg-0 was trained on gone-0, which is not beside it: the settings of stage one are not compared"
+    ]
 
 
 def test_where_stage_one_is_looked_for(make_run, tmp_path):
