@@ -1,12 +1,13 @@
-"""The commands `python -m analysis compare`, `report` and `figure`."""
+"""The commands `python -m analysis compare`, `report`, `figure` and `ensemble`."""
 
 import sys
 from pathlib import Path
 from typing import Literal, get_args
 
 from analysis.compare import group_runs, mismatched_datasets, repeated_runs
+from analysis.ensemble import ensemble_table
 from analysis.predictions import differences
-from analysis.runs import read_finished_runs
+from analysis.runs import read_finished_runs, read_run
 from analysis.settings import unknown_stage_ones
 from analysis.tables import FORMATS, blocks, json_text
 from shards.cli import Parser
@@ -55,14 +56,21 @@ def main(argv: list[str] | None = None) -> None:
     drawing.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
     drawing.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .svg or .pdf")
 
+    averaging = Parser(description="Average the probabilities of several runs and show what that recognises.")
+    averaging.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
+
     parser = Parser(prog="python -m analysis", description="Tables and reports from the files of runs.")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("compare", comparing)
     commands.add_subcommand("report", reporting)
     commands.add_subcommand("figure", drawing)
+    commands.add_subcommand("ensemble", averaging)
     options = parser.parse_args(argv)
 
     with user_errors_exit_2("python -m analysis"):
+        if options.command == "ensemble":
+            print(ensemble_table([read_run(path) for path in options.ensemble.runs]))
+            return
         runs, notes = read_finished_runs(options[options.command].runs)
         entries = group_runs(runs)
         for note in notes + unknown_stage_ones(runs) + repeated_runs(entries):
