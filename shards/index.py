@@ -15,9 +15,12 @@ million, and no Python object exists per sample.
 """
 
 import json
+import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ FORMAT = "tailstream-shards/1"
 MANIFEST = "dataset.json"
 STAGING = ".build"  # inside a dataset's folder: a build that has not ended
 SPLITS = ("train", "val", "test")
+LOOKED_AT = 1000  # files, to say what a folder holds
 
 # offset and size span the encoded image inside its shard file (the tar header is before the offset);
 # height and width are those of the decoded image in pixels.
@@ -156,10 +160,34 @@ def read_manifest(root: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         if (root / STAGING).is_dir():
             raise UserError(f"{root} holds an unfinished build; give the command that began it again") from None
-        what = "has no dataset.json" if root.is_dir() else "does not exist"
-        raise UserError(
-            f"{root} {what}, so it is not a dataset; build one with: scripts/build_shards.sh digits --out {root}"
-        ) from None
+        raise UserError(f"{root} {_why_no_dataset(root)}") from None
+
+
+def _why_no_dataset(root: Path) -> str:
+    """What there is instead, and what to do: nothing that could cost anybody's files."""
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "does not exist"
+        return f"{what}, so it is not a dataset; build one with: scripts/build_shards.sh digits --out {root}"
+    if below := sorted(path.parent for path in root.glob(f"*/{MANIFEST}")):
+        return f"has no {MANIFEST}, but {below[0]} has; give that"
+    if holds_images(root):
+        name = shlex.quote(root.resolve().name or "images")
+        return (
+            f"has no {MANIFEST}, but images; build a dataset from them with:"
+            f" scripts/build_shards.sh folder --source {shlex.quote(str(root))} --out data/{name}"
+        )
+    if any(root.iterdir()):
+        return f"has no {MANIFEST}, so it is not a dataset; give a folder that scripts/build_shards.sh made"
+    return f"has no {MANIFEST}, so it is not a dataset; build one with: scripts/build_shards.sh digits --out {root}"
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether images lie in or below a folder; looks at its first thousand files only."""
+    from shards.encode import EXTENSIONS, UNREAD_EXTENSIONS  # PIL takes a while to load
+
+    files = (name for _, _, names in os.walk(folder) for name in names)
+    ends = (os.path.splitext(name)[1].lower() for name in islice(files, LOOKED_AT))
+    return any(end in EXTENSIONS | UNREAD_EXTENSIONS for end in ends)
 
 
 def parse_manifest(data: bytes, path: Path | str) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_missing_files_are_told_before_and_listed_after(tmp_path, listing, capsy
     assert "note: files that are listed and not there: 1 (ü2.jpg)\n" in err
     assert "note: 1 of 4 images are left out (1 cannot be read)" in err
     with pytest.raises(
-        UserError, match=r"files that are listed and not there: 1 \(ü2\.jpg\); mend that or leave out --st"
+        UserError, match=r"files that are listed and not there: 1 \(ü2\.jpg\); fix that or leave out --st"
     ):
         built(source, tmp_path / "strict", strict=True)
     assert sorted(os.listdir(tmp_path)) == ["out", "source"]
@@ -85,7 +85,7 @@ def test_an_image_bomb_is_counted_and_stops_a_strict_build(tmp_path, listing, mo
     monkeypatch.setattr(shards.encode.Image, "MAX_IMAGE_PIXELS", 600)
     source = listing({"0.jpg": JPEG, "1.jpg": JPEG, "bomb.png": encoded(picture(size=(40, 40)), "PNG"), "3.jpg": JPEG})
     assert rejected(built(source, tmp_path / "out")) == {"bomb.png": "too many pixels"}
-    with pytest.raises(UserError, match=r"bomb\.png: too many pixels; mend or remove it, or leave out --strict"):
+    with pytest.raises(UserError, match=r"bomb\.png: too many pixels; fix or remove it, or leave out --strict"):
         built(source, tmp_path / "strict", strict=True)
 
 

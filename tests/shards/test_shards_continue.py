@@ -134,7 +134,7 @@ def test_a_full_disk_is_one_line_and_the_build_goes_on(tmp_path, pets, monkeypat
     before = contents(out) if there_already else {}
     error = build_until(3, monkeypatch, OSError(28, "No space left on device"), **options)
     assert str(error) == (
-        f"{out} cannot be written: No space left on device; mend that or give another --out"
+        f"{out} cannot be written: No space left on device; fix that or give another --out"
         " (shards that are done are kept, and the same command goes on with them)"
     )
     assert contents_without_staging(out) == before
@@ -216,7 +216,7 @@ def test_strict_names_the_image_and_loses_nothing(tmp_path, pets, capsys):
     with pytest.raises(UserError) as error:
         build(**options, strict=True)
     assert str(error.value) == (
-        "cat/text.jpg: not an image; mend or remove it, or leave out --strict to build without it"
+        "cat/text.jpg: not an image; fix or remove it, or leave out --strict to build without it"
     )
     with pytest.raises(UserError, match=r"cat/text\.jpg: not an image"):  # also when its shard is there already
         build(**options, strict=True)
