@@ -39,7 +39,7 @@ def _digests(images: Listing, ids: NDArray[np.int64], read: Callable[[str], byte
         except OSError:
             return i, b""
 
-    found = {}
+    found: dict[int, bytes] = {}
     with Progress("look for copies", len(ids)) as progress, ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(ids), STEP):
             part = ids[start : start + STEP].tolist()

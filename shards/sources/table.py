@@ -59,7 +59,7 @@ def open_source(path: Path | None) -> Source:
         raise UserError(f"{path} line {rows.line_num}: {error}") from None
 
     root, names = _shared_folder(path, [name for name, _, _ in entries])
-    entries = [(name, *rest) for name, (_, *rest) in zip(names, entries, strict=True)]
+    entries = [(name, label, split) for name, (_, label, split) in zip(names, entries, strict=True)]
     labels = {label for _, label, _ in entries}
     numbers = all(label.isdecimal() for label in labels)
     classes = sorted(labels, key=(lambda label: (int(label), label)) if numbers else None)
