@@ -8,8 +8,9 @@ interruptions.
 import math
 import sys
 import time
+import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from shards.progress import Progress, say
 from shards.remote import RemoteStore, cached_source, is_url
 from shards.show import summary
 from shards.sources import Source, open_source
+from shards.sources.files import some
 from shards.staging import FINDINGS, PLAN, REJECTED, Staging, staged
 from shards.store import LocalStore
 from shards.writer import ShardJob, Written, read_written, write_shard
@@ -169,6 +171,10 @@ def build(
     except (KeyboardInterrupt, SystemExit):
         say(f"{out} is unfinished; the same command goes on with it")
         raise
+    except MemoryError:
+        raise UserError(
+            f"not enough memory to build {out}; give fewer --workers or --shorter-side, and the same command goes on"
+        ) from None
     except OSError as error:
         raise UserError(
             f"{out} cannot be written: {error.strerror or error}; fix that or give another --out"
@@ -209,8 +215,9 @@ def _build(
             f"{out} holds an unfinished build {difference(begun, wanted)};"
             " give --overwrite to begin anew, or another --out"
         )
-    if begun == wanted:
-        findings = Findings(**staging.read_json(FINDINGS))
+    remembered = staging.read_json(FINDINGS) if begun == wanted else None
+    if remembered is not None:
+        findings = Findings(**remembered)
         plan = _plan(images, options, findings.copies)
     else:
         copies = identical_images(images) if options["test_fraction"] or options["val_fraction"] else []
@@ -218,9 +225,9 @@ def _build(
         findings = find_out(images, plan, copies, encoding, workers=workers, scheduler=scheduler)
     if strict and findings.rejected:
         raise UserError(_not_strict("{source}: {reason}".format(**findings.rejected[0])))
-    for note in (*images.notes, *images.skipped, *plan.notes, *findings.notes(images)):
+    for note in (*images.notes, *_alike_names(images.classes), *images.skipped, *plan.notes, *findings.notes(images)):
         say(f"note: {note}")
-    if begun != wanted:
+    if remembered is None:
         staging.clear()
         staging.write_json(FINDINGS, asdict(findings))
         staging.write_json(PLAN, wanted, as_of=listed)
@@ -260,6 +267,15 @@ def _plan(images: Source, options: dict[str, Any], copies: list[list[int]]) -> P
         seed=options["seed"],
         copies=copies,
     )
+
+
+def _alike_names(classes: list[str]) -> Iterator[str]:
+    """A line about classes that a reader would take for the same."""
+    by_look: dict[str, list[str]] = {}
+    for name in classes:
+        by_look.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(repr(name))
+    if alike := [" and ".join(names) for names in by_look.values() if len(names) > 1]:
+        yield f"classes whose names differ only in case, spaces or how accents are written: {some(alike)}"
 
 
 def _not_strict(example: str) -> str:

@@ -87,6 +87,7 @@ def encode(
 
     Raises:
         BadImageError: the bytes do not decode to an image, or cannot be kept.
+        MemoryError: there is too little of it.
     """
     assert not (keep_bytes and shorter_side)
     if not data:
@@ -102,7 +103,7 @@ def encode(
                 if image.width * image.height > most:
                     raise BadImageError(_too_large(most))
                 return _encode(image, data, shorter_side, quality, keep_bytes, grey_bits)
-    except BadImageError:
+    except (BadImageError, MemoryError):  # too little memory says nothing about the image
         raise
     except UnidentifiedImageError:
         raise BadImageError(_unidentified(data)) from None
@@ -122,6 +123,8 @@ def grey_maximum(data: bytes) -> int:
             warnings.simplefilter("ignore")
             with Image.open(BytesIO(data), formats=OPENED) as image:
                 return int(np.asarray(image).max()) if image.mode.startswith("I") else 0
+    except MemoryError:
+        raise
     except Exception:  # told when it is encoded
         return 0
 

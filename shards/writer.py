@@ -18,7 +18,7 @@ import numpy as np
 from shards.encode import BadImageError, Encoded
 from shards.index import SAMPLE
 from shards.sources import Listing
-from shards.sources.files import printable
+from shards.sources.files import FileReader, printable
 from shards.staging import Staging
 
 
@@ -109,12 +109,19 @@ def _written(record: dict[str, Any]) -> Written:
 
 
 def read_image(images: Listing, i: int, read: Callable[[str], bytes]) -> bytes:
-    """Return a listed image's bytes; BadImageError where they cannot be had as they were listed."""
+    """Return a listed image's bytes.
+
+    Raises:
+        BadImageError: it cannot be read, or has changed since it was listed.
+        UserError: its whole folder is gone, as when a disk is unplugged: not the image's fault, and not to be recorded.
+    """
     try:
         data = read(images.names[i])
     except PermissionError:
         raise BadImageError("no permission to read it") from None
-    except OSError:
+    except OSError as error:
+        if isinstance(read, FileReader) and images.sizes is not None and images.sizes[i] >= 0:
+            read.check_folder_of(images.names[i], error)
         raise BadImageError("cannot be read") from None
     if images.sizes is not None and images.sizes[i] != len(data):
         raise BadImageError("changed since it was listed")

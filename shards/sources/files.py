@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -35,6 +36,17 @@ class FileReader:
         with open(self.root / name, "rb", buffering=0) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - PEEKED))
             return file.read(PEEKED)
+
+    def check_folder_of(self, name: str, error: OSError) -> None:
+        """Raise a UserError if the folder of a file that could not be read cannot be listed either."""
+        folder = (self.root / name).parent
+        try:
+            os.scandir(folder).close()
+        except OSError:
+            raise UserError(
+                f"{folder} was there when the images were listed and is not any more ({error.strerror}); bring it back,"
+                " and the same command goes on"
+            ) from None
 
 
 def check_folder(dataset: str, path: Path | None, wanted: str) -> Path:
@@ -72,16 +84,18 @@ def check_name(name: str) -> None:
 
 
 def printable(name: str) -> str:
-    """How a name is stored: in one line of UTF-8 text, with escapes for what is neither UTF-8 nor to be printed so."""
+    """How a name is stored: in one line of UTF-8 text, with escapes for other bytes, line breaks and control codes."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return text if text.splitlines() == [text] else text.encode("unicode_escape").decode("ascii")
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if category(c) in ("Cc", "Zl", "Zp") else c for c in text)
 
 
 def escaped_note(splits: Mapping[str, Listing]) -> list[str]:
     """A line about names that are not stored as they are."""
     names = (name for listing in splits.values() for name in listing.names if not name.isprintable())
     if escaped := [shown for name in names if (shown := printable(name)) != name]:
-        return [f"names that are no UTF-8 text in one line are stored with escapes: {some(escaped)}"]
+        return [f"names with bytes that are no UTF-8 text, or control codes, are stored with escapes: {some(escaped)}"]
     return []
 
 

@@ -164,7 +164,7 @@ def test_names_that_no_text_file_can_list_are_stored_with_escapes(tmp_path, imag
         file.write(b"no image")
     source = opened(root)
     assert source.notes == (
-        "names that are no UTF-8 text in one line are stored with escapes:"
+        "names with bytes that are no UTF-8 text, or control codes, are stored with escapes:"
         r" 4 (a/a\nb.png, a/\xff.png, b/bad\xff.png, …)",
     )
     out = build("folder", source=root, out=tmp_path / "out", workers=2, test_fraction=0, val_fraction=0)
@@ -247,3 +247,8 @@ def test_a_folder_that_may_not_be_read(tmp_path, image_folder, monkeypatch, data
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(UserError, match=rf"--source {tmp_path} cannot be read: {tmp_path}: Permission denied"):
         open_source(dataset, tmp_path)
+
+
+def test_names_that_would_steer_a_terminal_are_stored_with_escapes(tmp_path, image_folder):
+    root = image_folder(tmp_path, {"a": 1, "\x1b[31mred": 1, "日本\u3000猫": 1, "e\u0301te\u200d": 1})
+    assert opened(root).classes == [r"\x1b[31mred", "a", "e\u0301te\u200d", "日本\u3000猫"]
