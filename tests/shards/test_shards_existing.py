@@ -157,3 +157,12 @@ def test_the_factor_that_was_reached_is_told(tmp_path, image_folder, capsys):
     assert open_dataset(tmp_path / "4").train_counts.tolist() == [30, 15, 2]
     build("folder", out=tmp_path / "15", **options, imbalance_factor=15)
     assert "factor" not in capsys.readouterr().err
+
+
+def test_an_already_built_dataset_costs_one_listing(tmp_path, pets, monkeypatch):
+    out = build("folder", source=pets, out=tmp_path / "out", workers=1)
+    scans = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scans.append(str(path)) or scandir(path))
+    build("folder", source=pets, out=out, workers=1)
+    assert sorted(path for path in scans if path.startswith(f"{pets}/")) == [f"{pets}/cat", f"{pets}/dog"]
