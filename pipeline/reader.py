@@ -37,7 +37,8 @@ class ShardReader:
         """Return each sample's JPEG or PNG file as a read-only uint8 array.
 
         Raises:
-            UserError: a shard is missing, cannot be read, or is shorter than the index says.
+            UserError: a shard is missing, cannot be read, or is shorter than the index says; or the dataset was built
+                again since it was opened.
         """
         rows = self._split.samples[np.asarray(ids_B, dtype=np.int64)]
         return [
@@ -67,6 +68,7 @@ class ShardReader:
                     raise self._too_short(shard, os.fstat(file.descriptor).st_size, offset + size)
                 data += more
         except OSError as error:
+            self._split.check_edition()
             path = self._split.shard_paths[shard]
             raise UserError(
                 f"shard {path} cannot be read ({error}); run: python -m shards verify {path.parent}"
@@ -80,7 +82,9 @@ class ShardReader:
                 return self._open[shard]
             if shard not in self._paths:
                 self._paths[shard] = self._split.local_shard(shard)
-            file = self._open[shard] = _OpenFile(self._paths[shard])
+            file = _OpenFile(self._paths[shard])
+            self._split.check_edition()  # once it is open: now nobody can put another file in its place
+            self._open[shard] = file
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
             return file

@@ -62,6 +62,13 @@ class RemoteStore:
             data: bytes = files.cat_file(f"{root}/{name}")
             return data
 
+    def as_of(self, name: str) -> int:  # noqa: D102
+        with _remote(self.url) as (files, root):
+            try:
+                return int(files.modified(f"{root}/{name}").timestamp() * 1e9)
+            except NotImplementedError:  # then everything may have changed since
+                return 0
+
     @contextmanager
     def writing(self, names: Sequence[str]) -> Iterator[list[Path]]:  # noqa: D102
         with tempfile.TemporaryDirectory() as folder:

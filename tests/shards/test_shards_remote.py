@@ -14,9 +14,11 @@ import shards.build
 import shards.remote
 from pipeline.reader import ShardReader
 from shards.build import build
+from shards.duplicates import find_duplicates
 from shards.errors import UserError
 from shards.index import open_dataset
 from shards.remote import RemoteStore
+from shards.show import lost_shards
 from shards.staging import STAGING, staged
 from shards.verify import verify
 from shards.writer import write_shard
@@ -283,3 +285,21 @@ def test_files_of_an_object_store_appear_whole(memory):
     with pytest.raises(OSError, match="No space"):
         fail()
     assert store.sizes(STAGING) == {}
+
+
+def test_inspect_finds_copies_and_misses_shards_behind_a_url(remote, memory):
+    dataset = open_dataset(memory)
+    assert lost_shards(dataset) == []
+    assert find_duplicates(dataset, workers=1) == []
+    fsspec.filesystem("memory").rm_file("/bucket/some/where/train-000000.tar")
+    assert lost_shards(dataset) == [f"train-000000.tar: missing; run: python -m shards verify {memory}"]
+
+
+def test_a_source_image_of_the_same_size_is_another_one_behind_a_url_too(tmp_path, memory, image_folder):
+    source = image_folder(tmp_path / "own", {"a": 3, "b": 3})
+    build("folder", source=source, out=memory, workers=1)
+    build("folder", source=source, out=memory, workers=1)
+    image = source / "a" / "000.png"
+    image.write_bytes(bytes(image.stat().st_size))
+    with pytest.raises(UserError, match=r"from other images \(a/000\.png has changed since\)"):
+        build("folder", source=source, out=memory, workers=1)
