@@ -7,7 +7,6 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from pipeline.faults import Faults, faults_of
