@@ -27,6 +27,7 @@ def open_loader(
     start_step: int = 0,
     resident_gb: float | None = None,
     fault_limit: int | None = None,
+    decode: Literal["auto", "window", "whole"] = "auto",
 ) -> Loader:
     """Open a loader for a plan.
 
@@ -42,6 +43,9 @@ def open_loader(
             quarter of what is free, on a CPU divided by the processes of this machine.
         fault_limit: how many images of the split may fail to decode before the run is stopped; None for 10, or a
             thousandth of the split if that is more.
+        decode: what DALI decodes of an image: the window that is shown, the whole, or auto: the window on a CPU, which
+            is faster, and the whole on a GPU, where decoding windows has crashed with some versions of nvImageCodec
+            (its issue 55).
 
     Raises:
         UserError: DALI is asked for and not installed, threads is out of range, or the resident loader is asked for
@@ -65,7 +69,8 @@ def open_loader(
             raise UserError(
                 f"the DALI loader needs nvidia-dali-cuda130 ({error}); install it, or use --input.loader torch"
             ) from None
-        return DaliLoader(plan, device, threads, start_step)
+        chosen = ("window" if device.type == "cpu" else "whole") if decode == "auto" else decode
+        return DaliLoader(plan, device, threads, start_step, chosen)
     from pipeline.torch_loader import TorchLoader
 
     return TorchLoader(plan, device, threads, start_step)
