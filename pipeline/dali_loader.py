@@ -34,10 +34,6 @@ RESIZED_AHEAD = 2
 # To resize takes about a quarter of what it takes to decode.
 DECODERS_PER_RESIZER = 4
 
-# libjpeg-turbo decodes from the next border of its blocks on, 8 or 16 pixels wide. Where a window begins elsewhere,
-# nvImageCodec copies each row aside to cut it, which takes longer than to let the window be cut here.
-BLOCK = 16
-
 Decode = Literal["window", "whole"]
 Feed = tuple[Files, NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
 
@@ -140,7 +136,6 @@ class _Stream:
         gpu = None if device.type == "cpu" else (device.index or 0)
         self._recipe = plan.recipes[index]
         self._whole = self._recipe.pads or decode == "whole"
-        self._block = BLOCK if gpu is None and not self._whole else 1
         self._pipeline: Any = build_pipeline(
             self._feed, self._recipe, plan.rank_batch, plan.image_size, threads, gpu, decode=decode
         )
@@ -151,11 +146,12 @@ class _Stream:
     def _feed(self) -> Feed:
         read = self._reads.next(self._index)
         self._loading.append(read)
-        starts_B2, shapes_B2 = read.fed.windows_B4[:, :2].copy(), read.fed.windows_B4[:, 2:].copy()
-        beside_B = starts_B2[:, 1] % self._block
-        starts_B2[:, 1] -= beside_B
-        shapes_B2[:, 1] += beside_B
-        return read.files, starts_B2, shapes_B2, read.fed.flips_B.astype(np.int32)
+        return (
+            read.files,
+            np.ascontiguousarray(read.fed.windows_B4[:, :2]),
+            np.ascontiguousarray(read.fed.windows_B4[:, 2:]),
+            read.fed.flips_B.astype(np.int32),
+        )
 
     def run(self) -> Iterator[_Part]:
         """Begin; return an iterator over the steps."""
@@ -201,16 +197,13 @@ class _Stream:
         """Make pictures of what DALI decoded on the CPU."""
         sizes_B2, windows_B4 = self._plan.split.samples[draw.ids_B][["height", "width"]], draw.windows_B4
         to_size = (windows_B4[:, 2:] == self._plan.image_size).all()
-        beside_B = windows_B4[:, 1] % self._block
         if self._whole and to_size and (sizes_B2 == sizes_B2[0]).all():
             return mirror(cut_windows(torch.from_dlpack(outputs.as_tensor()), windows_B4), draw.flips_B)
-        if to_size and not self._whole and not draw.flips_B.any() and not beside_B.any():
+        if to_size and not self._whole and not draw.flips_B.any():
             return torch.from_dlpack(outputs.as_tensor())
-        decoded = [torch.from_numpy(np.asarray(image)) for image in outputs]  # in a third of from_dlpack's time
+        windows = [torch.from_numpy(np.asarray(window)) for window in outputs]  # in a third of from_dlpack's time
         if self._whole:
-            windows = [cut_window(image, *where) for image, where in zip(decoded, windows_B4.tolist(), strict=True)]
-        else:
-            windows = [image[:, beside:] for image, beside in zip(decoded, beside_B.tolist(), strict=True)]
+            windows = [cut_window(image, *where) for image, where in zip(windows, windows_B4.tolist(), strict=True)]
         images_BHWC = self._buffers.take()[: len(windows)]
         share = -(-len(windows) // self._resizers)
         firsts = range(0, len(windows), share)

@@ -17,6 +17,7 @@ from pipeline.resident_loader import ResidentLoader, TooLargeError
 from shards.errors import UserError
 
 LoaderKind = Literal["auto", "dali", "resident", "torch"]
+Decode = Literal["auto", "window", "whole"]
 
 
 def open_loader(
@@ -27,7 +28,7 @@ def open_loader(
     start_step: int = 0,
     resident_gb: float | None = None,
     fault_limit: int | None = None,
-    decode: Literal["auto", "window", "whole"] = "auto",
+    decode: Decode = "auto",
 ) -> Loader:
     """Open a loader for a plan.
 

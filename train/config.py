@@ -16,7 +16,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.batch import Loader
-from pipeline.loader import LoaderKind, open_loader
+from pipeline.loader import Decode, LoaderKind, open_loader
 from pipeline.plan import Plan
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
@@ -38,6 +38,8 @@ class Input:
         augment: the recipe of the training streams: none, shift, cifar, imagenet or eval.
         eval_augment: the recipe of evaluation: none (whole image) or eval (centre crop of 7/8).
         threads: decoding threads per stream.
+        decode: what DALI decodes of an image: the window that is shown, the whole, or auto: the window on a CPU, the
+            whole on a GPU, where decoding windows has crashed with some versions of nvImageCodec.
         resident_gb: how many gigabytes decoded images may take in each process; by default a quarter of what is free.
         fault_limit: how many images of a split may fail to decode before the run ends; by default 10, or a thousandth
             of the split if that is more.
@@ -49,12 +51,15 @@ class Input:
     augment: str = "cifar"
     eval_augment: str = "none"
     threads: PositiveInt = 2
+    decode: Decode = "auto"
     resident_gb: NonNegativeFloat | None = None
     fault_limit: NonNegativeInt | None = None
 
     def open_loader(self, plan: Plan, device: torch.device, start_step: int = 0) -> Loader:
         """Open a loader for a plan as configured."""
-        return open_loader(plan, self.loader, device, self.threads, start_step, self.resident_gb, self.fault_limit)
+        return open_loader(
+            plan, self.loader, device, self.threads, start_step, self.resident_gb, self.fault_limit, self.decode
+        )
 
 
 @dataclass
