@@ -5,16 +5,25 @@ with open_loader(plan, kind="auto", device=device, start_step=k) as loader:
         step["uniform"].images_BHWC          # uint8, on the device
 """
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Literal
 
+import numpy as np
 import torch
 
-from pipeline.batch import Loader
+from pipeline.batch import Loader, steps_from
 from pipeline.faults import faults_of
-from pipeline.plan import Plan
+from pipeline.plan import Plan, Stream
+from pipeline.reader import ShardReader
 from pipeline.resident_loader import ResidentLoader, TooLargeError
 from shards.errors import UserError
+from shards.index import Split
+
+FIRST_STEPS = 16  # whose shards are fetched before a loader of a remote dataset is handed out
+REMOTE_WINDOW = 16  # shards
 
 LoaderKind = Literal["auto", "dali", "resident", "torch"]
 Decode = Literal["auto", "window", "whole"]
@@ -30,7 +39,7 @@ def open_loader(
     fault_limit: int | None = None,
     decode: Decode = "auto",
 ) -> Loader:
-    """Open a loader for a plan.
+    """Open a loader for a plan; of a remote dataset the shards that its first steps want are fetched first.
 
     Args:
         plan: a TrainPlan or an EvalPlan.
@@ -57,6 +66,7 @@ def open_loader(
         faults_of(plan.split).limit = fault_limit
     if threads < (0 if kind == "torch" else 1):
         raise UserError(f"input.threads={threads} is too small for the {kind} loader; use at least 1")
+    _fetch_first(plan, start_step)
     if kind in ("auto", "resident"):
         try:
             return ResidentLoader(plan, device, threads, start_step, resident_gb)
@@ -75,3 +85,40 @@ def open_loader(
     from pipeline.torch_loader import TorchLoader
 
     return TorchLoader(plan, device, threads, start_step)
+
+
+def windowed(streams: Sequence[Stream], split: Split, shard_window: int | None) -> tuple[Stream, ...]:
+    """Return streams whose epochs of the data as it is read so many shards at a time.
+
+    Args:
+        streams: those that draw with replacement, repeat another or have a window of their own stay as they are.
+        split: what they draw from.
+        shard_window: 0 shuffles over all shards; None does so too, except where the split is remote and no stream draws
+            with replacement (a draw wants any shard, so that a window would spare nothing): there it is
+            `REMOTE_WINDOW`.
+    """
+    sampling = [stream for stream in streams if stream.repeats is None]
+    if shard_window is None and split.remote is not None and all(stream.permutes for stream in sampling):
+        shard_window = REMOTE_WINDOW
+    if not shard_window:
+        return tuple(streams)
+    return tuple(
+        replace(stream, shard_window=stream.shard_window or shard_window)
+        if stream.permutes and stream.repeats is None
+        else stream
+        for stream in streams
+    )
+
+
+def _fetch_first(plan: Plan, start_step: int) -> None:
+    """Fetch, with progress, what a global shuffle wants at once: most shards, which takes longer than a step may."""
+    if plan.split.remote is None:
+        return
+    steps = itertools.islice(steps_from(plan, start_step), FIRST_STEPS)
+    ids = [draw.ids_B for step in steps for draw in plan.draws(step)]
+    if ids:
+        reader = ShardReader(plan.split)
+        try:
+            reader.fetch(np.concatenate(ids))
+        finally:
+            reader.close()

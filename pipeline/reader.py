@@ -3,6 +3,7 @@
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 
 from shards.errors import UserError
 from shards.index import Split
+from shards.progress import Progress
+from shards.remote import TRANSFERS
 
 OPEN_SHARDS = 256  # processes may open 1,024 files by default
 
@@ -27,7 +30,8 @@ class ShardReader:
     def __init__(self, split: Split) -> None:
         self._split = split
         self._lock = Lock()
-        self._paths: dict[int, Path] = {}  # of shards that were looked for; a remote one's bytes are checked then
+        self._here: dict[int, Future[Path]] = {}  # shards of a remote dataset that are fetched, or were
+        self._transfers: ThreadPoolExecutor | None = None
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()  # last used, last
 
     def __reduce__(self) -> tuple[type["ShardReader"], tuple[Split]]:
@@ -40,6 +44,8 @@ class ShardReader:
             UserError: a shard is missing, cannot be read, or is shorter than the index says.
         """
         rows = self._split.samples[np.asarray(ids_B, dtype=np.int64)]
+        if self._split.remote is not None:
+            self._fetching(np.unique(rows["shard"]).tolist())
         return [
             np.frombuffer(self._read(*where), dtype=np.uint8)
             for where in zip(rows["shard"].tolist(), rows["offset"].tolist(), rows["size"].tolist(), strict=True)
@@ -78,12 +84,40 @@ class ShardReader:
             if shard in self._open:
                 self._open.move_to_end(shard)
                 return self._open[shard]
-            if shard not in self._paths:
-                self._paths[shard] = self._split.local_shard(shard)
-            file = self._open[shard] = _OpenFile(self._paths[shard])
+        # Others go on reading while this one waits for a shard to come.
+        file = _OpenFile(self._fetching([shard])[0].result() if self._split.remote else self._split.local_shard(shard))
+        with self._lock:
+            file = self._open.setdefault(shard, file)
+            self._open.move_to_end(shard)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
             return file
+
+    def fetch(self, ids_B: NDArray[np.int64]) -> None:
+        """Have the shards of samples on this machine, and show progress. Does nothing where the dataset is local.
+
+        Raises:
+            UserError: one cannot be fetched, or is not the shard that the manifest describes.
+        """
+        remote, paths = self._split.remote, self._split.shard_paths
+        if remote is None:
+            return
+        wanted = np.unique(self._split.samples["shard"][ids_B]).tolist()
+        missing = [shard for shard in wanted if not remote.is_here(shard, paths[shard])]
+        with Progress(f"fetching {self._split.name} from {remote.url}", len(missing), unit="shards") as progress:
+            for coming in self._fetching(missing):
+                coming.result()
+                progress.add(1)
+
+    def _fetching(self, shards: list[int]) -> list[Future[Path]]:
+        """Begin to fetch those that were not begun, several at a time."""
+        with self._lock:
+            if self._transfers is None:
+                self._transfers = ThreadPoolExecutor(TRANSFERS, thread_name_prefix="fetch")
+            for shard in shards:
+                if shard not in self._here:
+                    self._here[shard] = self._transfers.submit(self._split.local_shard, shard)
+            return [self._here[shard] for shard in shards]
 
     def _too_short(self, shard: int, length: int, end: int) -> UserError:
         path = self._split.shard_paths[shard]
@@ -96,6 +130,10 @@ class ShardReader:
         """Close the shards. Reading afterwards opens them again."""
         with self._lock:
             self._open.clear()
+            self._here.clear()
+            if self._transfers is not None:
+                self._transfers.shutdown(wait=False, cancel_futures=True)
+                self._transfers = None
 
 
 class _OpenFile:

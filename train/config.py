@@ -43,6 +43,9 @@ class Input:
         resident_gb: how many gigabytes decoded images may take in each process; by default a quarter of what is free.
         fault_limit: how many images of a split may fail to decode before the run ends; by default 10, or a thousandth
             of the split if that is more.
+        shard_window: how many shards an epoch of the data as it is reads at a time, for storage with slow random
+            reads; 0 shuffles over all of them. By default 16 for a remote dataset of which no stream draws with
+            replacement, else 0.
     """
 
     image_size: PositiveInt = 32
@@ -54,6 +57,7 @@ class Input:
     decode: Decode = "auto"
     resident_gb: NonNegativeFloat | None = None
     fault_limit: NonNegativeInt | None = None
+    shard_window: NonNegativeInt | None = None
 
     def open_loader(self, plan: Plan, device: torch.device, start_step: int = 0) -> Loader:
         """Open a loader for a plan as configured."""

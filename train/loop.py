@@ -20,6 +20,7 @@ from tqdm import tqdm
 from analysis.metrics import Tally, percent, summarize, tally
 from pipeline.batch import Batch, Loader
 from pipeline.faults import faults_of
+from pipeline.loader import windowed
 from pipeline.plan import EvalPlan, TrainPlan
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset, Split
@@ -101,7 +102,7 @@ def _train_and_finish(
     method = method_class(config, dataset.train_counts)
     plan = TrainPlan(
         dataset.splits["train"],
-        method.streams,
+        windowed(method.streams, dataset.splits["train"], config.input.shard_window),
         config.input.batch_size,
         config.input.image_size,
         config.loop.seed,

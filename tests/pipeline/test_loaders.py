@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +11,11 @@ from nvidia.dali import Pipeline, fn
 
 from pipeline.augment import find_recipe
 from pipeline.dali_loader import build_pipeline
-from pipeline.loader import open_loader
+from pipeline.loader import REMOTE_WINDOW, open_loader, windowed
 from pipeline.plan import EvalPlan, Stream, TrainPlan
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
+from shards.remote import RemoteShards
 
 KINDS = ("dali", "resident", "torch")
 
@@ -191,3 +193,24 @@ def test_whole_images_are_decoded_on_gpus_unless_windows_are_asked_for(photos, m
     for device, decode in (("cpu", "auto"), ("cuda:0", "auto"), ("cuda:0", "window"), ("cpu", "whole")):
         open_loader(plan, "dali", device, decode=decode)
     assert asked == ["window", "whole", "window", "whole"]
+
+
+def test_epochs_of_the_data_as_it_is_keep_to_a_window_of_shards(photos):
+    here = photos.splits["train"]
+    behind_a_url = replace(here, remote=RemoteShards("memory://x", ()))
+    uniform, reversed_, own = Stream("uniform"), Stream("reversed", q=-1.0), Stream("own", shard_window=3)
+    again = Stream("again", repeats="uniform")
+
+    def windows(split, asked, *streams):
+        shown = windowed(streams, split, asked)
+        assert [stream.name for stream in shown] == [stream.name for stream in streams]
+        TrainPlan(split, shown, 4, 16, seed=0, epochs=1).draws(0)
+        return [stream.shard_window for stream in shown]
+
+    assert windows(here, None, uniform, reversed_, own, again) == [None, None, 3, None]
+    assert windows(here, 2, uniform, reversed_, own, again) == [2, None, 3, None]
+    assert windows(behind_a_url, None, uniform, own, again) == [REMOTE_WINDOW, 3, None]
+    assert windows(behind_a_url, 0, uniform) == [None]
+    # The reversed stream wants all shards anyway.
+    assert windows(behind_a_url, None, uniform, reversed_) == [None, None]
+    assert windows(behind_a_url, 2, uniform, reversed_) == [2, None]
