@@ -1,5 +1,7 @@
 """Augmentation recipes: which window of each stored image is shown, mirrored or not, and how it is distorted.
 
+    --input.augment "imagenet+rand(2,9)+cutout(16)"         a crop, and any distortions that follow it
+
 A recipe only draws numbers. Whoever loads the pictures cuts the window out of the stored image (black where it
 reaches beyond the border), resizes it to the network's size with antialiasing, mirrors it where asked, and gives it
 to `pipeline.distort`. So every loader shows the same crops of the same images in the same colours.
@@ -13,28 +15,18 @@ to `pipeline.distort`. So every loader shows the same crops of the same images i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.distort import DISTORTIONS, Distortion, find_distortion, nearest
+from pipeline.distortions import Strong
 from shards.errors import UserError
 
 Windows = NDArray[np.int32]  # shape (B, 4): top, left, height, width; may reach beyond the image
 Flips = NDArray[np.bool_]  # shape (B,)
-
-# What `pipeline.distort` does to a picture. Factors of 1, a hue of 0 and a sigma of 0 change nothing.
-DISTORTION = np.dtype(
-    [
-        ("order", "u1", (4,)),  # in which the next four are applied: a permutation of 0 … 3
-        ("brightness", "<f4"),  # factor
-        ("contrast", "<f4"),  # factor
-        ("saturation", "<f4"),  # factor
-        ("hue", "<f4"),  # turns of the colour circle, -0.5 … 0.5
-        ("grey", "?"),
-        ("sigma", "<f4"),  # Gaussian blur, in pixels of the picture that the network sees
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -45,13 +37,23 @@ class Recipe:
         name: what configurations call it.
         draw: `(generator, heights_B, widths_B, image_size) -> (windows_B4, flips_B)`.
         pads: whether windows may reach beyond the image (then no loader can decode the window alone).
-        distorts: whether `draw_distortions` says what is done to the picture.
+        distortions: what is then done to the picture, in this order.
     """
 
     name: str
     draw: Callable[[np.random.Generator, NDArray[np.int64], NDArray[np.int64], int], tuple[Windows, Flips]]
     pads: bool = False
-    distorts: bool = False
+    distortions: tuple[Distortion, ...] = ()
+
+    def draw_distortions(self, generator: np.random.Generator, count: int, image_size: int) -> NDArray[np.void] | None:
+        """Draw what `pipeline.distort` does to each picture: shape (count,), a field for each distortion, or None."""
+        if not self.distortions:
+            return None
+        drawn = {str(one): one.draw(generator, count, image_size) for one in self.distortions}
+        distortions_B = np.zeros(count, dtype=[(name, rows.dtype, rows.shape[1:]) for name, rows in drawn.items()])
+        for name, rows in drawn.items():
+            distortions_B[name] = rows
+        return distortions_B
 
 
 def centre_windows(heights_B: NDArray[np.int64], widths_B: NDArray[np.int64], share: float) -> Windows:
@@ -132,28 +134,6 @@ def _imagenet(
     return windows_B4, generator.random(count) < 0.5
 
 
-def draw_distortions(generator: np.random.Generator, count: int) -> NDArray[np.void]:
-    """Draw the strong branch's distortions: colours with probability 0.8, grey 0.2, blur 0.5.
-
-    The probabilities are SDNHL's ("Strong-weak Dual-branch Network with Hard-aware Loss", section 3.1), which names
-    no strengths. Those are MoCo v2's (Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020),
-    a milder form of SimCLR's (Chen et al. 2020, appendix A): factors of brightness, contrast and saturation from
-    0.6 to 1.4, the hue turned by up to a tenth of the circle, in random order; blur with a sigma of 0.1 to 2 pixels.
-
-    Returns:
-        Shape (count,), dtype `DISTORTION`.
-    """
-    distortions_B = np.zeros(count, dtype=DISTORTION)
-    distortions_B["order"] = generator.random((count, 4)).argsort(axis=1)
-    coloured_B, grey_B, blurred_B = generator.random((3, count)) < np.array([[0.8], [0.2], [0.5]])
-    for name in ("brightness", "contrast", "saturation"):
-        distortions_B[name] = np.where(coloured_B, generator.uniform(0.6, 1.4, count), 1.0)
-    distortions_B["hue"] = np.where(coloured_B, generator.uniform(-0.1, 0.1, count), 0.0)
-    distortions_B["grey"] = grey_B
-    distortions_B["sigma"] = np.where(blurred_B, generator.uniform(0.1, 2.0, count), 0.0)
-    return distortions_B
-
-
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -161,16 +141,33 @@ RECIPES = {
         Recipe("shift", _shift, pads=True),
         Recipe("cifar", _cifar, pads=True),
         Recipe("imagenet", _imagenet),
-        Recipe("strong", _imagenet, distorts=True),
-        Recipe("strong-cifar", _cifar, pads=True, distorts=True),
+        Recipe("strong", _imagenet, distortions=(Strong(),)),
+        Recipe("strong-cifar", _cifar, pads=True, distortions=(Strong(),)),
         Recipe("eval", _eval),
     )
 }
 
 
-def find_recipe(name: str) -> Recipe:
-    """Return a recipe by name; UserError with the choices where there is none."""
-    try:
-        return RECIPES[name]
-    except KeyError:
-        raise UserError(f"no augmentation is called {name!r}; choose one of: {', '.join(RECIPES)}") from None
+@cache
+def find_recipe(text: str) -> Recipe:
+    """Return the recipe that a configuration asks for: a name of `RECIPES`, and distortions that follow it.
+
+    Args:
+        text: such as "cifar" or "imagenet+rand(2,9)+cutout(16)".
+
+    Raises:
+        UserError: an unknown name, with the choices, or arguments that a distortion does not take.
+    """
+    first, *others = (part.strip() for part in text.split("+"))
+    if first not in RECIPES:
+        follow = ", ".join(f"+{DISTORTIONS[name].usage()}" for name in sorted(DISTORTIONS))
+        raise UserError(
+            f"no augmentation is called {first!r}; choose one of: {', '.join(RECIPES)}, which any of these may follow:"
+            f" {follow}{nearest(first, RECIPES)}"
+        )
+    recipe = RECIPES[first]
+    distortions = recipe.distortions + tuple(find_distortion(part) for part in others)
+    names = [str(distortion) for distortion in distortions]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"the augmentation {text!r} has {twice[0]} twice; leave one out")
+    return replace(recipe, name="+".join([first, *names[len(recipe.distortions) :]]), distortions=distortions)

@@ -166,7 +166,7 @@ class _Stream:
             self._steps -= 1
             if self._steps:
                 self._pipeline.schedule_run()
-            yield _Part(drawn, Shown(images_BHWC, shown.ids_B))
+            yield _Part(drawn, Shown(images_BHWC, shown))
 
     def _take(self, draw: Draw) -> tuple[torch.Tensor, Draw]:
         """Return the pictures and which draw they show."""

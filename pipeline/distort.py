@@ -1,148 +1,131 @@
-"""Colour distortion, grey and blur: what the strong recipes do to the pictures that a loader cut out.
+"""What a recipe does to pictures that were cut out: the interface of distortions, and the one way to apply them.
 
-    window ─> resize ─> mirror ─> distort:  colours (four steps in the row's order) ─> grey ─> blur
-                                  one row of `pipeline.augment.DISTORTION` for each picture
+    window ─> resize ─> mirror ─> distort:  each distortion of the recipe in turn, uint8 to uint8
+                                  one row of the draw for each picture, with a field for each distortion
 
-Every loader calls this one function, so their pictures stay the same.
+Every loader calls `distort`, so their pictures stay the same. A new distortion is one class in one file: a frozen
+dataclass of its arguments that says what to draw and what to do with it. Recipes find it by its name once its module is
+imported; those of the house are listed in `pipeline.distortions`.
+
+    @dataclass(frozen=True)
+    class Darken(Distortion):               # --input.augment "cifar+darken(0.5)"
+        name = "darken"
+        least: float
+
+        def draw(self, generator, count, image_size):
+            return generator.uniform(self.least, 1, count).astype(np.float32)
+
+        def apply(self, images_BHWC, rows_B):
+            factors_B = torch.from_numpy(rows_B.copy()).to(images_BHWC.device)
+            return (images_BHWC * factors_B.view(-1, 1, 1, 1)).byte()
 """
 
-from collections.abc import Callable
+import re
+from abc import ABC, abstractmethod
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
-# On a CPU, pictures of this many pixels in all pass together: their planes stay in its cache from step to step.
-_PIXELS_AT_ONCE = 1 << 16
-_GREY = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision has it
+from shards.errors import UserError
+
+DISTORTIONS: dict[str, type["Distortion"]] = {}
+
+
+class Distortion(ABC):
+    """One thing that is done to pictures, with parameters of its own for each: a frozen dataclass of numbers.
+
+    Attributes:
+        name: what recipes call it.
+    """
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        if "name" in vars(cls):
+            DISTORTIONS[cls.name] = cls
+
+    @abstractmethod
+    def draw(self, generator: np.random.Generator, count: int, image_size: int) -> NDArray[Any]:
+        """Draw the parameters of each picture: any array of `count` rows.
+
+        Args:
+            generator: the plan's, after the windows, flips and distortions before this one.
+            count: pictures in the global batch.
+            image_size: their height and width.
+        """
+
+    @abstractmethod
+    def apply(self, images_BHWC: torch.Tensor, rows_B: NDArray[Any]) -> torch.Tensor:
+        """Return distorted pictures, uint8; those given, uint8 on any device, stay as they are.
+
+        What becomes of a picture may not depend on the others: ranks see different parts of a batch.
+        """
+
+    @classmethod
+    def usage(cls) -> str:
+        """Return how recipes call it, such as rand(n,m)."""
+        names = ",".join(field.name for field in fields(cls))  # type: ignore[arg-type]
+        return f"{cls.name}({names})" if names else cls.name
+
+    def __str__(self) -> str:
+        values = ",".join(f"{getattr(self, field.name)}" for field in fields(self))  # type: ignore[arg-type]
+        return f"{self.name}({values})" if values else self.name
+
+
+@cache
+def find_distortion(text: str) -> Distortion:
+    """Return the distortion that a recipe calls, such as "rand(2,9)".
+
+    Raises:
+        UserError: no distortion of that name, or arguments that it does not take.
+    """
+    match = re.fullmatch(r"([^()]*)(?:\((.*)\))?", text)
+    name = match[1].strip() if match else text
+    if match is None or name not in DISTORTIONS:
+        choices = {name: kind.usage() for name, kind in sorted(DISTORTIONS.items())}
+        raise UserError(
+            f"no distortion is called {name!r}; choose one of: {', '.join(choices.values())}{nearest(name, choices)}"
+        )
+    kind = DISTORTIONS[name]
+    parameters = fields(kind)  # type: ignore[arg-type]
+    given = match[2].split(",") if match[2] and match[2].strip() else []
+    if len(given) != len(parameters):
+        raise UserError(f"the distortion {text!r} is to be written {kind.usage()}; it has {len(given)} arguments")
+    arguments = {}
+    for parameter, value in zip(parameters, given, strict=True):
+        try:
+            arguments[parameter.name] = parameter.type(value)  # type: ignore[operator]
+        except ValueError:
+            number = "a whole number" if parameter.type is int else "a number"
+            raise UserError(
+                f"the distortion {text!r} is to be written {kind.usage()}, and {parameter.name}={value.strip()!r} is"
+                f" not {number}"
+            ) from None
+    return kind(**arguments)
+
+
+def nearest(name: str, choices: Any) -> str:
+    """Return what to append to a list of choices: which of them a name resembles, if any."""
+    close = get_close_matches(name, list(choices), n=1)
+    return f" (nearest: {close[0]})" if close else ""
 
 
 def distort(images_BHWC: torch.Tensor, distortions_B: NDArray[np.void]) -> torch.Tensor:
-    """Distort each picture as its row asks.
-
-    The steps are torchvision's `adjust_brightness`, `adjust_contrast`, `adjust_saturation`, `adjust_hue`,
-    `rgb_to_grayscale` and `gaussian_blur` (to three sigmas, mirrored at the border), computed in float32 with one
-    rounding at the end: within one grey level of torchvision's on float images.
+    """Apply a recipe's distortions to pictures, one after the other.
 
     Args:
         images_BHWC: uint8, RGB, on any device; stays as it is.
-        distortions_B: dtype `pipeline.augment.DISTORTION`, a row for each image.
+        distortions_B: what was drawn (`pipeline.augment.Recipe.draw_distortions`), a row for each image.
 
     Returns:
-        Like images_BHWC, uint8, contiguous; an image whose row asks for nothing is unchanged bit by bit. What
-        becomes of an image does not depend on the others.
+        Like images_BHWC, uint8. What becomes of an image does not depend on the others.
     """
-    count, height, width, _ = images_BHWC.shape
-    assert len(distortions_B) == count, (len(distortions_B), count)
-    whole_batch = images_BHWC.device.type != "cpu"
-    at_once = max(1, count if whole_batch else _PIXELS_AT_ONCE // (height * width))
-    shown_BHWC = torch.empty_like(images_BHWC, memory_format=torch.contiguous_format)
-    for first in range(0, count, at_once):
-        part = slice(first, first + at_once)
-        planes_BCHW = images_BHWC.new_empty((len(images_BHWC[part]), 3, height, width), dtype=torch.float32)
-        # Plane by plane: several times as fast as a permuted copy.
-        for channel in range(3):
-            planes_BCHW[:, channel] = images_BHWC[part, ..., channel]
-        planes_BCHW = _distort_planes(planes_BCHW, distortions_B[part]).add_(0.5)
-        for channel in range(3):
-            shown_BHWC[part, ..., channel] = planes_BCHW[:, channel]
-    return shown_BHWC
-
-
-def _distort_planes(planes_BCHW: torch.Tensor, rows_B: NDArray[np.void]) -> torch.Tensor:
-    """Return float32 planes in [0, 255], shape (B, 3, H, W); the ones given are used up."""
-    for turn in range(len(_COLOURS)):
-        for number, (name, neutral, step) in enumerate(_COLOURS):
-            asked_B = (rows_B["order"][:, turn] == number) & (rows_B[name] != neutral)
-            planes_BCHW = _where(asked_B, planes_BCHW, step, rows_B[name])
-    planes_BCHW = _where(rows_B["grey"], planes_BCHW, lambda x_BCHW, _: x_BCHW.copy_(_grey(x_BCHW)), rows_B["grey"])
-    return _where(rows_B["sigma"] > 0, planes_BCHW, _blur, rows_B["sigma"])
-
-
-def _where(
-    asked_B: NDArray[np.bool_],
-    planes_BCHW: torch.Tensor,
-    step: Callable[[torch.Tensor, NDArray[np.float32]], torch.Tensor],
-    values_B: NDArray[np.float32],
-) -> torch.Tensor:
-    """Apply a step to the images that ask for it."""
-    if asked_B.all():
-        return step(planes_BCHW, values_B)
-    if asked_B.any():
-        rows = torch.from_numpy(np.flatnonzero(asked_B)).to(planes_BCHW.device)
-        planes_BCHW.index_copy_(0, rows, step(planes_BCHW.index_select(0, rows), values_B[asked_B]))
-    return planes_BCHW
-
-
-def _column(values_B: NDArray[np.float32], like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(values_B.astype(np.float32)).to(like.device).view(-1, 1, 1, 1)
-
-
-def _grey(x_BCHW: torch.Tensor) -> torch.Tensor:
-    red, green, blue = x_BCHW.split(1, dim=1)
-    return red.mul(_GREY[0]).add_(green, alpha=_GREY[1]).add_(blue, alpha=_GREY[2])
-
-
-def _brightness(x_BCHW: torch.Tensor, factors_B: NDArray[np.float32]) -> torch.Tensor:
-    return x_BCHW.mul_(_column(factors_B, x_BCHW)).clamp_(0, 255)
-
-
-def _contrast(x_BCHW: torch.Tensor, factors_B: NDArray[np.float32]) -> torch.Tensor:
-    factors = _column(factors_B, x_BCHW)
-    mean = _grey(x_BCHW.mean(dim=(2, 3), keepdim=True))
-    return x_BCHW.mul_(factors).add_(mean * (1 - factors)).clamp_(0, 255)
-
-
-def _saturation(x_BCHW: torch.Tensor, factors_B: NDArray[np.float32]) -> torch.Tensor:
-    factors = _column(factors_B, x_BCHW)
-    grey_B1HW = _grey(x_BCHW).mul_(1 - factors)
-    return x_BCHW.mul_(factors).add_(grey_B1HW).clamp_(0, 255)
-
-
-def _hue(x_BCHW: torch.Tensor, turns_B: NDArray[np.float32]) -> torch.Tensor:
-    """Turn the hue of HSV (Smith 1978), value and chroma kept.
-
-    With value v, chroma c and a hue of h sixths of a turn in (-3, 3], red being 0, the planes are
-        x = v - c · clamp(2 - d, 0, 1),    d: h's distance on the circle from 3 (red), -1 (green) and 1 (blue),
-    and from that |h| = 2 + (g + b - r - v) / c, with the sign of g - b.
-    """
-    red, green, blue = x_BCHW.split(1, dim=1)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    # Without chroma there is no hue, and none is seen.
-    sixths = (green + blue).sub_(red).sub_(value).div_(chroma.clamp_min(1e-6)).add_(2)
-    turns = torch.copysign(sixths, green - blue).div_(6).add_(_column(turns_B, x_BCHW))
-    opposite = torch.tensor([3 / 6, -1 / 6, 1 / 6], device=x_BCHW.device).view(1, 3, 1, 1)
-    away_BCHW = turns - opposite
-    away_BCHW.sub_(away_BCHW.round()).abs_()
-    return torch.sub(value, away_BCHW.mul_(-6).add_(2).clamp_(0, 1).mul_(chroma), out=x_BCHW)
-
-
-def _blur(x_BCHW: torch.Tensor, sigmas_B: NDArray[np.float32]) -> torch.Tensor:
-    height, width = x_BCHW.shape[2:]
-    # A border can mirror no more than the picture has.
-    reach_B = np.minimum(np.ceil(3 * sigmas_B), min(height, width) - 1)
-    reach = int(reach_B.max())
-    taps = np.arange(reach + 1)
-    weights_BT = np.exp(-0.5 * (taps / sigmas_B[:, None].astype(np.float64)) ** 2) * (taps <= reach_B[:, None])
-    weights_BT /= (2 * weights_BT.sum(axis=1) - weights_BT[:, 0])[:, None]
-    weights_T = [_column(weights_B, x_BCHW) for weights_B in weights_BT.T]
-    x_BCHW = F.pad(x_BCHW, (reach, reach, reach, reach), mode="reflect")
-    for axis, size in ((2, height), (3, width)):
-        blurred_BCHW = x_BCHW.narrow(axis, reach, size) * weights_T[0]
-        pair_BCHW = torch.empty_like(blurred_BCHW)
-        for tap in taps[1:].tolist():
-            torch.add(x_BCHW.narrow(axis, reach - tap, size), x_BCHW.narrow(axis, reach + tap, size), out=pair_BCHW)
-            blurred_BCHW.addcmul_(pair_BCHW, weights_T[tap])
-        x_BCHW = blurred_BCHW
-    return x_BCHW
-
-
-# What `order` counts: the field of a row, the value that changes nothing, the step.
-_COLOURS: tuple[tuple[str, float, Callable[[torch.Tensor, NDArray[np.float32]], torch.Tensor]], ...] = (
-    ("brightness", 1.0, _brightness),
-    ("contrast", 1.0, _contrast),
-    ("saturation", 1.0, _saturation),
-    ("hue", 0.0, _hue),
-)
+    assert len(distortions_B) == len(images_BHWC), (len(distortions_B), len(images_BHWC))
+    for text in distortions_B.dtype.names or ():
+        images_BHWC = find_distortion(text).apply(images_BHWC, distortions_B[text])
+    return images_BHWC

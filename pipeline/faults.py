@@ -11,7 +11,7 @@ rank's batch.) It shows the part of itself that the bad one would have shown: th
 
 import sys
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,14 @@ class Faults:
         if self.bad.keys().isdisjoint(drawn):
             return draw
         if plan.steps is not None:  # a plan that ends is an evaluation
-            return _part(draw, [position for position, sample in enumerate(drawn) if sample not in self.bad])
+            return draw.part([position for position, sample in enumerate(drawn) if sample not in self.bad])
         stand_ins = [self._stand_in(plan.split, sample) for sample in drawn]
         good = [position for position, sample in enumerate(stand_ins) if sample is not None]
         if not good:
             raise UserError(f"no image of a batch of {plan.split.name} decodes: {self._remedy(drawn)}")
         # Whose place stays empty repeats the next position that has one; the last is followed by the first.
         sources = [good[i % len(good)] for i in np.searchsorted(good, np.arange(len(drawn)))]
-        part = _part(draw, sources)
+        part = draw.part(sources)
         ids_B = np.array([stand_ins[position] for position in sources], dtype=np.int64)
         windows_B4 = _scaled(part.windows_B4, plan.split.samples[part.ids_B], plan.split.samples[ids_B])
         return replace(part, ids_B=ids_B, windows_B4=windows_B4)
@@ -171,12 +171,6 @@ class Faults:
 def faults_of(split: Split) -> Faults:
     """Return the record that all loaders of a split share in this process."""
     return kept_with(split, Faults, lambda: Faults(max(LIMIT, len(split) // 1000)))
-
-
-def _part(draw: Draw, positions: list[int]) -> Draw:
-    """Return these positions of a draw."""
-    arrays = {f.name: getattr(draw, f.name) for f in fields(draw)}
-    return replace(draw, **{name: array[positions] for name, array in arrays.items() if array is not None})
 
 
 def _scaled(windows_B4: Windows, before_B: NDArray[np.void], after_B: NDArray[np.void]) -> Windows:

@@ -6,7 +6,7 @@ with open_loader(plan, kind="auto", device=device, start_step=k) as loader:
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Literal
@@ -18,7 +18,7 @@ from pipeline.batch import Loader, steps_from
 from pipeline.faults import faults_of
 from pipeline.plan import Plan, Stream
 from pipeline.reader import ShardReader
-from pipeline.resident_loader import ResidentLoader, TooLargeError
+from pipeline.resident_loader import ResidentLoader, room_for, set_aside
 from shards.errors import UserError
 from shards.index import Split
 
@@ -26,6 +26,7 @@ FIRST_STEPS = 16  # whose shards are fetched before a loader of a remote dataset
 REMOTE_WINDOW = 16  # shards
 
 LoaderKind = Literal["auto", "dali", "resident", "torch"]
+ChosenLoader = Literal["dali", "resident", "torch"]
 Decode = Literal["auto", "window", "whole"]
 
 
@@ -67,13 +68,11 @@ def open_loader(
     if threads < (0 if kind == "torch" else 1):
         raise UserError(f"input.threads={threads} is too small for the {kind} loader; use at least 1")
     _fetch_first(plan, start_step)
-    if kind in ("auto", "resident"):
-        try:
-            return ResidentLoader(plan, device, threads, start_step, resident_gb)
-        except TooLargeError:
-            if kind == "resident":
-                raise
-    if kind == "dali" or (kind == "auto" and find_spec("nvidia") and find_spec("nvidia.dali")):
+    if kind == "auto":
+        kind, _ = choose_loader([plan.split], device, resident_gb)
+    if kind == "resident":
+        return ResidentLoader(plan, device, threads, start_step, resident_gb)
+    if kind == "dali":
         try:
             from pipeline.dali_loader import DaliLoader
         except ModuleNotFoundError as error:
@@ -85,6 +84,35 @@ def open_loader(
     from pipeline.torch_loader import TorchLoader
 
     return TorchLoader(plan, device, threads, start_step)
+
+
+def choose_loader(
+    splits: Iterable[Split],
+    device: torch.device | str,
+    resident_gb: float | None = None,
+    agree: Callable[[ChosenLoader], ChosenLoader] = lambda mine: mine,
+) -> tuple[ChosenLoader, str]:
+    """Decide what "auto" is for all splits of a run, and set memory aside where it is the resident loader.
+
+    Args:
+        splits: all that will be loaded; all of them fit, or none is resident.
+        device, resident_gb: as for `open_loader`.
+        agree: makes one choice out of all processes'.
+
+    Returns:
+        The choice, and why.
+    """
+    device, splits = torch.empty(0, device=device).device, list(splits)
+    size, room = room_for(splits, device, resident_gb)
+    decoded = f"{size / 1e9:.3g} GB of decoded images, room for {max(0, room) / 1e9:.3g} GB on {device}"
+    fallback: ChosenLoader = "dali" if find_spec("nvidia") and find_spec("nvidia.dali") else "torch"
+    chosen = agree("resident" if size <= room else fallback)
+    if chosen == "resident":
+        for split in splits:
+            set_aside(split, device)
+    elif size <= room:
+        return chosen, "what another process of this run must use"
+    return chosen, decoded
 
 
 def windowed(streams: Sequence[Stream], split: Split, shard_window: int | None) -> tuple[Stream, ...]:

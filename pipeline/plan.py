@@ -9,13 +9,14 @@ seed, epoch, step ──> ids of the global batch ──> rank's slice ──> D
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.augment import Flips, Recipe, Windows, draw_distortions, find_recipe
+from pipeline.augment import Flips, Recipe, Windows, find_recipe
+from pipeline.mix import Mix
 from pipeline.sampling import (
     Exponent,
     checked_probabilities,
@@ -35,7 +36,7 @@ class Stream:
     Attributes:
         name: how the method finds the stream's batch; also part of the stream's random seed.
         q: the sampling exponent of P(class j) ∝ n_j^q, or "progressive"; q = 1 visits each image once per epoch.
-        augment: the name of a recipe of `pipeline.augment`.
+        augment: a recipe of `pipeline.augment`, such as "imagenet+rand(2,9)".
         probabilities: P(class j), one for each class, in place of q.
         replacement: draw independently with q = 1 too, as all other samplers do anyway.
         shard_window: for storage with slow random reads: an epoch of q = 1 reads this many shards at a time (see
@@ -43,6 +44,7 @@ class Stream:
             shards would change what a batch is made of.
         repeats: the name of a stream of the same plan whose ids this one shows again: a second view of the same
             images, with windows, flips and distortions of its own. In place of a sampler.
+        mix: how each image is mixed with a partner; None for images as they are.
 
     Raises:
         UserError: fields that exclude each other, or a shard_window below 1.
@@ -55,6 +57,7 @@ class Stream:
     replacement: bool = False
     shard_window: int | None = None
     repeats: str | None = None
+    mix: Mix | None = None
 
     def __post_init__(self) -> None:
         chosen = [f"q={self.q}"] if self.q != 1 else []
@@ -89,19 +92,26 @@ class Draw:
         ids_B: sample ids, shape (B,), int64.
         windows_B4: top, left, height, width in pixels of the stored image, shape (B, 4), int32.
         flips_B: mirror left to right, shape (B,), bool.
-        distortions_B: what `pipeline.distort` then does to the pictures, shape (B,), dtype
-            `pipeline.augment.DISTORTION`; None for a recipe that leaves colours alone.
+        distortions_B: what `pipeline.distort` then does to the pictures, shape (B,), a field for each distortion of
+            the recipe; None for a recipe without.
+        mix: how the pictures are then mixed; None where they are not.
+        mixing_B: what it drew, shape (B,), dtype `mix.row`; None as mix.
+        step_counts_C: how much of each class's label the whole step's batch holds, over all ranks, shape (C,), float32;
+            None in an evaluation.
     """
 
     ids_B: NDArray[np.int64]
     windows_B4: Windows
     flips_B: Flips
     distortions_B: NDArray[np.void] | None = None
+    mix: Mix | None = None
+    mixing_B: NDArray[np.void] | None = None
+    step_counts_C: NDArray[np.float32] | None = None
 
-    def part(self, part: slice) -> Self:
+    def part(self, part: slice | list[int]) -> Self:
         """Return the same for some of the images."""
-        distortions_B = None if self.distortions_B is None else self.distortions_B[part]
-        return type(self)(self.ids_B[part], self.windows_B4[part], self.flips_B[part], distortions_B)
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("mix", "step_counts_C")}
+        return replace(self, **{name: array[part] for name, array in arrays.items() if array is not None})
 
 
 class Plan(Protocol):
@@ -147,7 +157,8 @@ class TrainPlan:
 
     Raises:
         UserError: a batch that ranks cannot share evenly, an empty split, an unknown recipe or exponent, class
-            probabilities that do not fit the split, or a stream that repeats none with a sampler.
+            probabilities that do not fit the split, a stream that repeats none with a sampler, or mixing that the
+            batch or the other streams do not allow.
     """
 
     split: Split
@@ -179,6 +190,8 @@ class TrainPlan:
                     f"stream {spec.name!r} repeats {spec.repeats!r}, which has no sampler of its own; name another"
                 )
             self._probabilities(self._drawn_by(spec), epoch=0)
+            if spec.mix is not None:
+                self._check_mix(spec, spec.mix)
 
     @property
     def streams(self) -> tuple[str, ...]:  # noqa: D102
@@ -210,12 +223,30 @@ class TrainPlan:
         """Return one Draw per stream for a step counted from 0 over all epochs."""
         epoch, step = divmod(step, self.steps_per_epoch)
         mine = rank_slice(self.batch_size, self.rank, self.world_size)
-        draws = []
+        draws: dict[str, Draw] = {}
         for spec, recipe in zip(self.specs, self.recipes, strict=True):
             generator = random_generator(self.seed, spec.name, "augment", epoch, step)
             ids = self.global_ids(spec, epoch, step)
-            draws.append(_draw(self.split, ids, recipe, generator, self.image_size).part(mine))
-        return draws
+            draw = _draw(self.split, ids, recipe, generator, self.image_size)
+            if spec.mix is not None:
+                generator = random_generator(self.seed, spec.name, "mix", epoch, step)
+                mixing_B = spec.mix.draw(generator, len(ids), self.image_size)
+                draw = replace(draw, mix=spec.mix, mixing_B=mixing_B)
+            draws[spec.name] = draw
+        return [replace(draw.part(mine), step_counts_C=self._step_counts(name, draws)) for name, draw in draws.items()]
+
+    def _step_counts(self, name: str, draws: dict[str, Draw]) -> NDArray[np.float32]:
+        """Return what each class's labels weigh in a stream's global batch: shape (C,), with the sum batch_size."""
+        draw, labels_N, counts_C = draws[name], self.split.samples["label"], self.split.class_counts
+        labels_B = labels_N[draw.ids_B].astype(np.int64)
+        if draw.mix is None:
+            return np.bincount(labels_B, minlength=len(counts_C)).astype(np.float32)
+        assert draw.mixing_B is not None
+        rows_B = draw.mix.partner_rows(len(labels_B))
+        partners_B = labels_N[draws[draw.mix.partner or name].ids_B[rows_B]].astype(np.int64)
+        shares_B = draw.mix.label_shares(draw.mixing_B, labels_B, partners_B, counts_C)
+        both, weights = np.concatenate([labels_B, partners_B]), np.concatenate([shares_B, 1 - shares_B])
+        return np.bincount(both, weights, minlength=len(counts_C)).astype(np.float32)
 
     def _drawn_by(self, spec: Stream) -> Stream:
         """Return the stream whose sampler gives this one its ids: mostly itself."""
@@ -228,6 +259,27 @@ class TrainPlan:
             f"stream {spec.name!r} repeats {spec.repeats!r}, which is no stream; the streams are:"
             f" {', '.join(self.streams)}"
         )
+
+    def _check_mix(self, spec: Stream, mix: Mix) -> None:
+        if mix.partner is None:
+            if self.rank_batch % 2:
+                raise UserError(
+                    f"stream {spec.name!r} mixes images in pairs and input.batch_size={self.batch_size} gives each of"
+                    f" the {self.world_size} processes {self.rank_batch}; make it a multiple of {2 * self.world_size}"
+                )
+            return
+        others = {other.name: other for other in self.specs if other.name != spec.name}
+        if mix.partner not in others:
+            raise UserError(
+                f"stream {spec.name!r} is mixed with {mix.partner!r}, which is no other stream; the others are:"
+                f" {', '.join(others) or 'none'}"
+            )
+        partners = others[mix.partner].mix
+        if mix.hidden and partners is not None and not partners.hidden:
+            raise UserError(
+                f"stream {spec.name!r} mixes hidden maps with {mix.partner!r}, whose pictures are mixed themselves;"
+                " leave the mix of one of them out"
+            )
 
     def _probabilities(self, spec: Stream, epoch: int) -> NDArray[np.float64]:
         if spec.probabilities is not None:
@@ -302,5 +354,5 @@ def _draw(
     # The field before the rows: indexing whole records costs ten times as much.
     heights_B, widths_B = (split.samples[axis][ids_B].astype(np.int64) for axis in ("height", "width"))
     windows_B4, flips_B = recipe.draw(generator, heights_B, widths_B, image_size)
-    distortions_B = draw_distortions(generator, len(ids_B)) if recipe.distorts else None
+    distortions_B = recipe.draw_distortions(generator, len(ids_B), image_size)
     return Draw(ids_B, windows_B4, flips_B, distortions_B)

@@ -57,7 +57,7 @@ def preview(
     Args:
         root: the dataset's folder or URL.
         out: the file to write.
-        augment: the recipe, as in input.augment.
+        augment: as in input.augment: a crop and what follows it, such as cifar+autoaugment+cutout(16) or imagenet.
         image_size: in pixels, as in input.image_size (default: the smallest side of the stored images, at most 224).
         batch_size: images of each stream, as in input.batch_size; the first 64 are shown.
         seed: as in loop.seed.

@@ -40,7 +40,7 @@ class _Steps(Dataset[_Step | UserError]):
         for draw in self._plan.draws(step):
             images_BHWC, shown = self._faults.rescue(self._plan, self._reader, draw)
             self._faults.count(draw)
-            streams.append(Shown(images_BHWC, shown.ids_B))
+            streams.append(Shown(images_BHWC, shown))
         return _Step(streams, self._faults.take())
 
 

@@ -5,7 +5,7 @@
 Every sampler balances the same made features: n_max − n_c samples per class, each from its parent's calibrated Gaussian
 (the two nearest larger classes, β = 0.4).
 
-    ours               train.generation: no covariance
+    ours               train.features.generation: no covariance
     cholesky           a covariance per parent, a batch of them factored at once
     multivariate       a MultivariateNormal per parent, one after the other
     tailcalib          the package of Vigneswaran et al. 2021, on PyTorch (fetched with uv; skipped where that fails)
@@ -42,8 +42,8 @@ from shards.cli import run_commands
 from shards.errors import UserError
 from shards.groups import MANY_ABOVE
 from shards.progress import say
-from train.gaussians import ClassGaussians, Support, find_support, fit, head_classes
-from train.generation import generate_chunks, noise_length
+from train.features.gaussians import ClassGaussians, Support, find_support, fit, head_classes
+from train.features.generation import generate_chunks, noise_length
 
 BETA, K = 0.4, 2
 BATCH = 512  # of the classifier

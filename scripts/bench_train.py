@@ -37,11 +37,11 @@ from shards.cli import run_commands
 from shards.errors import UserError
 from shards.index import open_dataset
 from shards.progress import say
-from train.batch_norm import split_statistics
 from train.bbn import bbn_loss
-from train.config import Loop
-from train.loop import prepare_network
-from train.networks import BilateralNetwork, build_network
+from train.engine.config import Loop
+from train.engine.loop import prepare_network
+from train.networks.batch_norm import split_statistics
+from train.networks.networks import BilateralNetwork, build_network
 
 CLASSES = 100
 ALPHA = 0.5
@@ -256,7 +256,8 @@ class Contender:
 
 def bbn(network: BilateralNetwork, images_c: Tensor, images_r: Tensor, labels_c: Tensor, labels_r: Tensor) -> Tensor:
     """BBN's loss, as `train/bbn.py` has it."""
-    return bbn_loss(network(images_c, images_r, ALPHA), labels_c, labels_r, ALPHA)
+    logits_c_BC, logits_r_BC = network(images_c, images_r)
+    return bbn_loss(ALPHA * logits_c_BC + (1 - ALPHA) * logits_r_BC, labels_c, labels_r, ALPHA)
 
 
 def one_pass(

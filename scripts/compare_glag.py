@@ -6,9 +6,9 @@
 Stage one is trained with CE and with GraLoss, on a cosine and with the weight decay of the paper's section 5.1. On the
 features of each, AFG is trained with β selected, adaptive and the paper's, without distillation, and with a smaller
 head: where classes have thousands of images, more than 100 is not yet head, so a fifth of the largest class decides, as
-100 of 500 do in the paper's CIFAR-100-LT. The first is held against all of train/baselines.py. `RUNS/table.txt` and
-`table.json` hold means and spreads over seeds, the latter each run's figures, too. Given again, the command goes on
-where it was cut off.
+100 of 500 do in the paper's CIFAR-100-LT. The first is compared with all of train/features/candidates.py.
+`RUNS/table.txt` and `table.json` hold means and spreads over seeds, the latter each run's figures, too. Given again,
+the command resumes where it was cut off.
 """
 
 import argparse

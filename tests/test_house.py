@@ -15,6 +15,8 @@ MAY_IMPORT = {
     "analysis": {"shards", "analysis"},
 }
 ROOMS = tuple(MAY_IMPORT)
+# Inside train/: launchable files stand on features, these on the engine, this on networks. Nothing reaches back.
+TRAIN_ORDER = ("networks", "engine", "features")
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -37,11 +39,52 @@ def test_rooms_import_only_what_they_may(path):
             assert module in allowed or module.split(".")[0] in allowed, f"{path} imports {module}"
 
 
-def test_no_file_in_train_shadows_a_module():
+@pytest.mark.parametrize("path", sorted((ROOT / "train").rglob("*.py")), ids=str)
+def test_rooms_of_train_stand_on_each_other(path):
+    room = path.relative_to(ROOT / "train").parts[0]
+    below = TRAIN_ORDER if room.endswith(".py") else TRAIN_ORDER[: TRAIN_ORDER.index(room) + 1]
+    for module in imported_modules(path):
+        parts = module.split(".")
+        if parts[0] == "train" and path.name != "__init__.py":
+            allowed = len(parts) > 1 and (parts[1] in below or (room.endswith(".py") and len(parts) == 2))
+            assert allowed, f"{path} imports {module}"
+
+
+def test_no_module_imports_itself_over_others():
+    files = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+    needs = {name: imported_modules(path) & names.keys() for name, path in names.items()}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above, name])
+        if name not in done:
+            for other in sorted(needs[name]):
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in names:
+        visit(name, ())
+
+
+def test_train_shows_launchable_files_first():
+    entries = {path.name for path in (ROOT / "train").iterdir()} - {"__init__.py", "__pycache__"}
+    launchable = {path.name for path in (ROOT / "train").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    assert entries == launchable | {"presets", *TRAIN_ORDER}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_file_is_too_long_to_read(room):
+    for path in (ROOT / room).rglob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 360, path
+
+
+def test_nothing_in_train_shadows_a_module():
     # A launched script has its own folder first on sys.path.
     installed = {name for name in importlib.metadata.packages_distributions() if name not in ROOMS}
-    for path in (ROOT / "train").glob("*.py"):
-        assert path.stem not in sys.stdlib_module_names | installed, f"{path} would shadow the module {path.stem}"
+    for path in (ROOT / "train").iterdir():
+        if path.suffix in ("", ".py"):
+            assert path.stem not in sys.stdlib_module_names | installed, f"{path} would shadow the module {path.stem}"
 
 
 def test_nothing_tracked_is_large():
@@ -54,16 +97,15 @@ def test_nothing_tracked_is_large():
 def test_the_readmes_file_tree_is_the_disks():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = text.split("## The house\n\n```\n")[1].split("\n```")[0].splitlines()
-    told, room = set(), ""
+    listed, folders = set(), {-1: ""}
     for line in lines:
-        name = line.split()[0]
-        room = "" if not line.startswith(" ") else room
-        told.add(room + name)
-        room = room or name
+        depth, name = (len(line) - len(line.lstrip())) // 4, line.split()[0]
+        listed.add(folders[depth - 1] + name)
+        folders[depth] = folders[depth - 1] + name
     unnamed = {"__init__.py", "__main__.py", "__pycache__"}
     found = {f"{room}/" for room in (*ROOMS, "scripts", "tests")}
-    for room in (*ROOMS, "scripts"):
-        for path in (ROOT / room).iterdir():
+    for folder in (*ROOMS, "scripts", *(f"train/{room}" for room in TRAIN_ORDER)):
+        for path in (ROOT / folder).iterdir():
             if path.name not in unnamed and path.suffix in ("", ".py", ".sh"):
-                found.add(f"{room}/{path.name}" + "/" * path.is_dir())
-    assert told == found
+                found.add(f"{folder}/{path.name}" + "/" * path.is_dir())
+    assert listed == found

@@ -12,7 +12,7 @@ Adaptive Feature Generation", section 4.2) on the frozen network of a finished r
                         scales ⊙ (W·f + b), from stage one's W and b
                         loss = CE + α(t)·KL(stage one ‖ now) on head classes
 
-Beside it, on the same features, it trains and prints what is simpler (train/baselines.py).
+Beside it, on the same features, it trains and prints what is simpler (train/features/candidates.py).
 
 Measured on BBN's digits, three seeds: 94.0 ± 1.1 overall, 87.6 ± 2.6 on few-shot classes, against BBN's 93.6 and 88.5:
 136 validation images, all recognised, cannot choose β. CIFAR-10-LT after 20 epochs, three seeds: 60.6 ± 2.6 after CE
@@ -20,7 +20,6 @@ Measured on BBN's digits, three seeds: 94.0 ± 1.1 overall, 87.6 ± 2.6 on few-s
 minutes on one core of an AMD EPYC.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,47 +27,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from analysis.metrics import summarize
-from pipeline.loader import LoaderKind
 from shards.errors import UserError, user_errors_exit_2
 from shards.groups import MANY_ABOVE
-from shards.index import Dataset
-from train import runs
-from train.baselines import Bank, Judge, baselines, table
-from train.classifiers import ClassifierOptim, Distillation, ScaledLinear, measure, train_classifier
-from train.config import Input, find_dataset, make_parser, parse, peek, plain_sections, preset
-from train.feature_files import check_feature_file, write_features
-from train.features import feature_bank
-from train.gaussians import find_support, fit, head_classes, inverse_tukey, tukey
-from train.loop import collect_faults, device_name, epoch_line, make_accelerator, test_split, write_results
-from train.mixing import Batches, Mixture, mixed_epoch
-from train.networks import load_model, save_model
+from train.engine.evaluation import epoch_line
+from train.features.candidates import Judge, baselines, table
+from train.features.classifiers import ClassifierOptim, Distillation, ScaledLinear, measure, train_classifier
+from train.features.files import check_feature_file, write_features
+from train.features.gaussians import find_support, fit, head_classes
+from train.features.mixing import Batches, Mixture, mixed_epoch
+from train.features.stage_two import Stage, close_stage, open_stage, stage_parser
 
 # Adaptive β: where it starts, how far a step goes, and the bound.
 BETA_START, BETA_STEP, BETA_MOST = 0.6, 0.05, 0.9
-
-
-@dataclass
-class Extraction:
-    """How features are taken; size and recipe of the images are stage one's.
-
-    Attributes:
-        batch_size: images at a time.
-        loader: dali, torch, or auto.
-        threads: decoding threads.
-        views: how often each training image is taken with stage one's training recipe; 0: once, as in evaluation.
-    """
-
-    views: NonNegativeInt = 0
-    batch_size: PositiveInt = 256
-    loader: LoaderKind = "auto"
-    threads: PositiveInt = 2
 
 
 @dataclass
@@ -83,18 +57,15 @@ class Settings:
         beta_grid: what select tries; 0 keeps to the class's own Gaussian.
         lam: Tukey's λ; 0 is the logarithm.
         k: K, the larger classes that a feature borrows from.
-        gamma: γ, added to the covariance.
-        gamma_kind: isotropic (γ·I) or ones (γ in every entry).
+        gamma: γ: γ·I is added to the covariance.
         chunk: features generated at a time; each takes 4 bytes per dimension.
         head_above: classes with more training images are head: sampled from their own Gaussian, and distilled.
             Where no class is that large, the largest ones are head.
-        space: where the classifier works: feature, or tukey, which wants classifier linear (and whose result is no
-            layer of the network: it is stored beside it).
         classifier: scaled (learnable scales and weights, from stage one's), lws (scales only), or linear (fresh).
         distill: s of α(t) = s·(c^(t/T) − 1), the weight of distillation; 0 switches it off.
         distill_base: c.
-        baselines: whether to train and show what AFG is held against (see `train.baselines`), which takes about as
-            long as AFG itself.
+        baselines: whether to train and show what AFG is compared with (see `train.features.candidates`), which takes
+            about as long as AFG itself.
     """
 
     beta: ClosedUnitInterval | Literal["select", "adaptive"] = "select"
@@ -102,27 +73,12 @@ class Settings:
     lam: NonNegativeFloat = 0.5
     k: PositiveInt = 2
     gamma: NonNegativeFloat = 0.0
-    gamma_kind: Literal["isotropic", "ones"] = "isotropic"
     chunk: PositiveInt = 65536
     head_above: NonNegativeInt = MANY_ABOVE
-    space: Literal["feature", "tukey"] = "feature"
     classifier: Literal["scaled", "lws", "linear"] = "scaled"
     distill: NonNegativeFloat = 1.0
     distill_base: PositiveFloat = 2.0
     baselines: bool = True
-
-
-@dataclass
-class Loop:
-    """How the run goes about it.
-
-    Attributes:
-        seed: of everything random.
-        precision: of the feature extraction: no (float32), bf16, fp16, or auto (what accelerate was told).
-    """
-
-    seed: NonNegativeInt = 0
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -182,20 +138,17 @@ def train_afg(
     def after_epoch(linear: nn.Linear) -> None:
         if judge.watched is None or not (control or record):
             return
-        total, _ = measure(linear, judge.watched, judge.see)
+        total, _ = measure(linear, judge.watched)
         recalls_EC.append(torch.from_numpy(total.correct_C / total.total_C.clip(min=1)))
         if control:
             better_C = (recalls_EC[-1] - control.recalls_EC[len(recalls_EC) - 1]).sign().to(beta_C)
             beta_C.add_(BETA_STEP * better_C).clamp_(0, BETA_MOST).masked_fill_(head_C, 0)
 
-    def teacher(features_BD: Tensor) -> Tensor:
-        return stage_one(inverse_tukey(features_BD, settings.lam) if settings.space == "tukey" else features_BD)
-
     linear, rows = train_classifier(
         ScaledLinear(stage_one, settings.classifier, unit_of(mixture)),
         epoch,
         optim,
-        Distillation(teacher, head_C, settings.distill, settings.distill_base),
+        Distillation(stage_one, head_C, settings.distill, settings.distill_base),
         after_epoch,
         average,
     )
@@ -249,7 +202,7 @@ def choose_beta(afg: Callable[..., Trained], settings: Settings, judge: Judge, s
         result = afg(**options)
         row = result.rows[-1]
         if judge.watched is not None:
-            total, _ = measure(result.linear, judge.watched, judge.see)
+            total, _ = measure(result.linear, judge.watched)
             row["eval"] = {"split": "val", **summarize(total, judge.train_counts_C)}
         say(f"β={name}  " + epoch_line(row, len(result.rows)))
         return result
@@ -277,171 +230,76 @@ def choose_beta(afg: Callable[..., Trained], settings: Settings, judge: Judge, s
 def run(argv: list[str] | None = None) -> None:
     """Run the stage from its command line; exits with 2 for a user's mistake, told in one line."""
     with user_errors_exit_2("train/afg.py"):
-        _run(argv)
-
-
-def _run(argv: list[str] | None) -> None:
-    parser = make_parser(
-        "train/afg.py",
-        (__doc__ or "").split("\n")[0],
-        input=Extraction,
-        method=Settings,
-        optim=ClassifierOptim,
-        loop=Loop,
-    )
-    parser.add_argument("--from", type=str | None, help="the stage-one run (default: the newest finished one)")
-    parser.add_argument(
-        "--export",
-        type=Path | None,
-        help="write an epoch's generated features and labels, too: FILE.safetensors, or FILE.npy and FILE.labels.npy",
-    )
-    asked = peek(parser, argv)
-    named = asked["from"]
-    wanted = find_dataset(asked.data).name if asked.data else None
-    stage_one = Path(named) if named else runs.newest_run({1}, dataset=wanted)
-    saved = runs.read_config(stage_one)
-    if not (stage_one / "summary.json").exists():
-        raise UserError(f"{stage_one} is not finished; go on with it: train/{saved['about']['method']}.py --resume")
-    about = saved["about"]
-    dataset = find_dataset(asked.data or about["data"])
-    settings = parse(parser, argv, preset(dataset, "afg"))
-    chosen = parser.instantiate(settings)
-    if chosen.method.space == "tukey" and chosen.method.classifier != "linear":
-        raise UserError(
-            f"method.space=tukey cannot start from stage one's weights, as method.classifier={chosen.method.classifier}"
-            " does; add --method.classifier linear"
+        parser = stage_parser("afg", (__doc__ or "").split("\n")[0], Settings)
+        parser.add_argument(
+            "--export",
+            type=Path | None,
+            help="write an epoch's generated features and labels, too: FILE.safetensors, or FILE.npy and"
+            " FILE.labels.npy",
         )
-    if not chosen.method.beta_grid:
+        train(open_stage("afg", "AFG", parser, argv, _check))
+
+
+def _check(config: Any) -> None:
+    if not config.method.beta_grid:
         raise UserError("method.beta_grid is empty; give at least one β, such as [0.0, 0.4]")
-    if chosen.export:
-        check_feature_file(chosen.export)
-
-    accelerator = make_accelerator(chosen.loop.precision)
-    set_seed(chosen.loop.seed)
-    network = load_model(stage_one)
-    if network.classifier.out_features != len(dataset.classes):
-        raise UserError(
-            f"{stage_one} was trained for {network.classifier.out_features} classes, and {dataset.root} has"
-            f" {len(dataset.classes)}; name the dataset it was trained on with --data"
-        )
-    folder: list[Path | None] = [None]
-    if accelerator.is_main_process:
-        folder = [runs.use_run(Path(asked.run), False) if asked.run else runs.new_run(f"{dataset.name}-afg")]
-    (run_folder,) = broadcast_object_list(folder)
-    if accelerator.is_main_process:
-        told = {"method": "afg", "dataset": dataset.name, "data": dataset.place, "from": str(stage_one)}
-        runs.write_config(run_folder, {"about": told, **plain_sections(parser, settings)})
-    taken = vars(chosen.input)
-    views = taken.pop("views")
-    shown = {key: saved["input"][key] for key in ("image_size", "augment", "eval_augment")}
-    input = Input(**shown, **taken)
-    accelerator.print(f"AFG on {stage_one} ({dataset.name}, {len(dataset.classes):,} classes) -> {run_folder}")
-    train(chosen, stage_one, network, dataset, input, views, run_folder, accelerator)
+    if config.export:
+        check_feature_file(config.export)
 
 
-def train(
-    config: Any,
-    stage_one: Path,
-    network: Any,
-    dataset: Dataset,
-    input: Input,
-    views: int,
-    run_folder: Path,
-    accelerator: Accelerator,
-) -> None:
-    """Take features, train the classifiers, evaluate, and leave a finished run folder."""
-    started = time.perf_counter()
-    settings, optim, seed = config.method, config.optim, config.loop.seed
-    network.to(accelerator.device)
-    test, held_out = test_split(dataset), dataset.splits.get("val")
-    watched_name = "val" if held_out and test.name != "val" else None
-
-    def bank(split: str) -> Bank:
-        return feature_bank(stage_one, network, dataset, split, input, accelerator, views if split == "train" else 0)
-
-    features_ND, labels_N = bank("train")
-    gaussians = fit(features_ND, labels_N, num_classes=len(dataset.classes), lam=settings.lam)
+def train(stage: Stage) -> None:
+    """Fit the Gaussians, train the classifiers, and leave a finished run folder."""
+    settings, optim, seed, accelerator = (
+        stage.config.method,
+        stage.config.optim,
+        stage.config.loop.seed,
+        stage.accelerator,
+    )
+    stage_one, judge = stage.network.classifier, stage.judge
+    gaussians = fit(stage.features_ND, stage.labels_N, num_classes=len(stage.dataset.classes), lam=settings.lam)
     # By images: several views of one make no class larger.
-    images_C = torch.from_numpy(dataset.train_counts).to(labels_N.device)
+    images_C = torch.from_numpy(stage.dataset.train_counts).to(stage.labels_N.device)
     support = find_support(gaussians, settings.k, head_classes(images_C, settings.head_above))
     mixture = Mixture(
-        features_ND,
-        labels_N,
+        stage.features_ND,
+        stage.labels_N,
         gaussians,
         support,
         gaussians.counts_C.max() - gaussians.counts_C,
-        **{key: getattr(settings, key) for key in ("gamma", "gamma_kind", "space", "chunk")},
+        gamma=settings.gamma,
+        chunk=settings.chunk,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
     accelerator.print(
-        f"{len(labels_N):,} features of {features_ND.shape[1]} dimensions,"
+        f"{len(stage.labels_N):,} features of {stage.features_ND.shape[1]} dimensions,"
         f" {int(mixture.targets_C.sum()):,} to generate each epoch"
     )
-    plain = Judge(bank(watched_name) if watched_name else None, bank(test.name), dataset.train_counts)
-    judge = plain if settings.space == "feature" else replace(plain, see=partial(tukey, lam=settings.lam))
-    average = partial(accelerator.reduce, reduction="mean") if accelerator.num_processes > 1 else Tensor.clone
-    afg = partial(train_afg, network.classifier, mixture, judge, settings, optim, seed=seed, average=average)
-
+    afg = partial(train_afg, stage_one, mixture, judge, settings, optim, seed=seed, average=stage.average)
     choice = choose_beta(afg, settings, judge, accelerator.print)
     best, used = choice.best, choice.best.rows[-1]["beta"]
 
-    final, _ = measure(best.linear, judge.test, judge.see)
-    last = summarize(final, dataset.train_counts)
     shown: list[dict[str, Any]] = []
     if choice.own is not None and settings.baselines:
-        ordinary = replace(mixture, space="feature")
-        unit = unit_of(ordinary)
-        others = baselines(network.classifier, ordinary, plain, optim, settings.classifier, unit, seed, average)
-        shown = [{"name": n, "setting": c.setting, **plain.report(c.linear)} for n, c in others]
+        unit = unit_of(mixture)
+        others = baselines(stage_one, mixture, judge, optim, settings.classifier, unit, seed, stage.average)
+        shown = [{"name": n, "setting": c.setting, **judge.report(c.linear)} for n, c in others]
         shown.insert(2, {"name": "own Gaussian", "setting": {"beta": 0.0}, **judge.report(choice.own.linear)})
-        accelerator.print(table([*shown, {"name": "AFG", "setting": {"beta": used}, **last}]))
-
-    first = runs.read_summary(stage_one)
-    seconds = time.perf_counter() - started
-    summary = {
-        "method": "afg",
-        "title": f"{first['title']} + {title(settings)}",
-        "stage": 2,
-        "from": stage_one.resolve().name,
-        "dataset": dataset.name,
-        "seed": seed,
-        "epochs": optim.epochs,
-        "last": last,
-        "selected": None,
-        "selected_on": None,
-        "evaluated_on": test.name,
-        "beta": {
-            "used": used,
-            "tried": choice.tried,
-            "selected_on": watched_name if choice.on_held_out else None,
-        },
-        "baselines": {"selected_on": watched_name, "rows": shown},
-        "images_per_second": sum(row["images_per_second"] for row in best.rows) / len(best.rows),
-        "seconds": seconds,
-        "faults": collect_faults(dataset, accelerator),
-        "environment": runs.environment(device_name(accelerator.device), accelerator.num_processes),
-        "command": runs.command(),
-    }
-    if accelerator.is_main_process:
-        if settings.space == "feature":
-            network.classifier = best.linear
-            save_model(network, run_folder)
-        else:
-            save_file(best.linear.state_dict(), run_folder / "classifier.safetensors")
-            print(
-                f"wrote {run_folder}/classifier.safetensors, for features to the power of λ, and no model.safetensors:"
-                " it is no layer of the network"
-            )
-        for row in best.rows:
-            runs.append_row(run_folder, {**row, "seconds": seconds})
-        write_results(run_folder, summary, final, dataset)
-    if config.export and accelerator.is_main_process:
+        accelerator.print(table([*shown, {"name": "AFG", "setting": {"beta": used}, **judge.report(best.linear)}]))
+    close_stage(
+        stage,
+        title(settings),
+        best.linear,
+        best.rows,
+        beta={"used": used, "tried": choice.tried, "selected_on": stage.watched if choice.on_held_out else None},
+        baselines={"selected_on": stage.watched, "rows": shown},
+    )
+    if stage.config.export and accelerator.is_main_process:
         alone = replace(mixture, rank=0, world_size=1)
         rows = int(mixture.targets_C.sum())
         chunks = alone.generated(best.beta_C, torch.Generator().manual_seed(seed))
-        write_features(config.export, chunks, rows, features_ND.shape[1])
-        print(f"wrote {rows:,} generated features to {config.export}")
+        write_features(stage.config.export, chunks, rows, stage.features_ND.shape[1])
+        print(f"wrote {rows:,} generated features to {stage.config.export}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from shards.errors import UserError
 from shards.index import open_dataset
 from train.afg import run as run_stage_two
 from train.bbn import BBN
-from train.loop import run
+from train.engine.launch import run
 
 pytestmark = pytest.mark.gpu
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from pipeline.loader import LoaderKind, open_loader
+from pipeline.mix import CutMix, Mixup
 from pipeline.plan import EvalPlan, Stream, TrainPlan
 from shards.errors import UserError
 from shards.index import Split, open_dataset
@@ -57,9 +58,11 @@ def damage(shard: Path, chance: random.Random) -> str:
 def make_plan(split: Split, chance: random.Random) -> TrainPlan | EvalPlan:
     if chance.random() < 0.3:
         return EvalPlan(split, chance.randrange(1, 6), 24)
-    augment = chance.choice(["imagenet", "cifar", "none"])
-    streams = (Stream("uniform", 1.0, augment), Stream("reversed", -1.0, augment))
-    return TrainPlan(split, streams, chance.randrange(1, 9), 24, seed=chance.randrange(99), epochs=2)
+    augment = chance.choice(["imagenet", "cifar", "none+trivial"])
+    batch_size, seed = chance.randrange(1, 9), chance.randrange(99)
+    mix = (None, Mixup(partner="reversed"), CutMix(partner="reversed"))[seed % 3]
+    streams = (Stream("uniform", 1.0, augment, mix=mix), Stream("reversed", -1.0, augment))
+    return TrainPlan(split, streams, batch_size, 24, seed=seed, epochs=2)
 
 
 def check_step(plan: TrainPlan | EvalPlan, step: dict) -> None:
@@ -70,6 +73,8 @@ def check_step(plan: TrainPlan | EvalPlan, step: dict) -> None:
         np.testing.assert_array_equal(batch.labels_B, plan.split.samples["label"][batch.ids_B])
         if isinstance(plan, TrainPlan):
             assert len(batch.ids_B) == plan.rank_batch
+        if batch.partners_B is not None:
+            assert torch.equal(batch.partners_B, step["reversed"].labels_B)
 
 
 def disturb(kind: LoaderKind, threads: int, root: Path, chance: random.Random) -> str:

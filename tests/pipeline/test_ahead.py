@@ -75,7 +75,7 @@ def test_the_thread_that_feeds_dali_reads_nothing(photos, slow_reader):
     reader = ShardReader(plan.split)
     reads = ReadAhead(plan, reader, 0)
     stream = _Stream(plan, 1, reads, reader, cpu, threads=1, steps=100, decode="window")
-    shown = [part.shown.ids_B for part in islice(stream.run(), 5)]
+    shown = [part.shown.draw.ids_B for part in islice(stream.run(), 5)]
     np.testing.assert_array_equal(shown, [plan.draws(step)[1].ids_B for step in range(5)])
     assert slow_reader.threads
     assert threading.get_ident() not in slow_reader.threads

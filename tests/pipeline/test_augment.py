@@ -1,3 +1,5 @@
+from dataclasses import dataclass, replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,10 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from pipeline.augment import RECIPES, find_recipe
+from pipeline.distort import DISTORTIONS, Distortion
+from pipeline.distortions import AutoAugment, Cutout, RandAugment, Strong
+from pipeline.loader import open_loader
+from pipeline.plan import Stream, TrainPlan
 from shards.errors import UserError
 
 
@@ -98,8 +104,108 @@ def test_evaluation_of_pictures_stored_at_256_is_torchvisions_bit_by_bit(longer)
     assert torch.equal(picture[:, top : top + height, left : left + width], expected)
 
 
-def test_an_unknown_recipe_is_named_with_the_choices():
-    with pytest.raises(
-        UserError, match="'cifra'; choose one of: none, shift, cifar, imagenet, strong, strong-cifar, eval"
-    ):
-        find_recipe("cifra")
+def test_a_recipe_is_a_crop_and_what_follows_it():
+    recipe = find_recipe("imagenet + rand(2, 9)+cutout( 16)")
+    assert recipe.name == "imagenet+rand(2,9)+cutout(16)"
+    assert recipe.distortions == (RandAugment(2, 9), Cutout(16))
+    assert recipe.draw is RECIPES["imagenet"].draw
+    assert not recipe.pads
+    assert find_recipe("cifar+trivial").pads
+    assert find_recipe("strong+cutout(8)").distortions == (Strong(), Cutout(8))
+    assert find_recipe("shift+autoaugment").distortions == (AutoAugment(),)
+    for name, known in RECIPES.items():
+        assert find_recipe(name) == known
+
+
+def test_each_distortion_has_parameters_of_its_own_after_the_same_crops():
+    def drawn(recipe: str) -> tuple:
+        generator, sides = np.random.default_rng(3), np.full(9, 40)
+        windows, flips = find_recipe(recipe).draw(generator, sides, sides, 32)
+        return windows, flips, find_recipe(recipe).draw_distortions(generator, 9, 32)
+
+    windows, flips, rows = drawn("cifar+strong+rand(3,9)+cutout(16)")
+    assert rows.dtype.names == ("strong", "rand(3,9)", "cutout(16)")
+    assert rows["rand(3,9)"].shape == (9, 3)
+    assert rows["cutout(16)"].shape == (9, 4)
+    # What comes later changes nothing of what comes before.
+    np.testing.assert_array_equal(windows, drawn("cifar")[0])
+    np.testing.assert_array_equal(flips, drawn("cifar")[1])
+    assert drawn("cifar")[2] is None
+    np.testing.assert_array_equal(rows["strong"], drawn("strong-cifar")[2]["strong"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            "cifra",
+            "no augmentation is called 'cifra'; choose one of: none, shift, cifar, imagenet, strong, strong-cifar,"
+            " eval, which any of these may follow: +autoaugment, +cutout(side), +rand(n,m), +strong, +trivial"
+            " (nearest: cifar)",
+        ),
+        ("rand(2,9)", "no augmentation is called 'rand(2,9)'; choose one of: none"),
+        ("", "no augmentation is called ''; choose one of: none"),
+        (
+            "cifar+autoagment",
+            "no distortion is called 'autoagment'; choose one of: autoaugment, cutout(side), rand(n,m), strong, trivial"
+            " (nearest: autoaugment)",
+        ),
+        ("cifar+", "no distortion is called ''; choose one of: autoaugment"),
+        ("cifar+imagenet", "no distortion is called 'imagenet'; choose one of:"),
+        ("cifar+rand(2,9", "no distortion is called 'rand(2,9'; choose one of:"),
+        ("cifar+rand(2)", "the distortion 'rand(2)' is to be written rand(n,m); it has 1 arguments"),
+        ("cifar+rand", "the distortion 'rand' is to be written rand(n,m); it has 0 arguments"),
+        ("cifar+trivial(3)", "the distortion 'trivial(3)' is to be written trivial; it has 1 arguments"),
+        (
+            "cifar+rand(2,9.5)",
+            "the distortion 'rand(2,9.5)' is to be written rand(n,m), and m='9.5' is not a whole number",
+        ),
+        ("cifar+rand(0,9)", "rand(0,9) has n=0; it must be at least 1 operation"),
+        ("cifar+rand(2,31)", "rand(2,31) has m=31; the level must be from 0 to 30"),
+        ("cifar+cutout(1)", "cutout(1) hides nothing; its side must be at least 2 pixels"),
+        ("cifar+trivial+trivial", "the augmentation 'cifar+trivial+trivial' has trivial twice; leave one out"),
+        ("strong+strong", "the augmentation 'strong+strong' has strong twice; leave one out"),
+    ],
+)
+def test_a_recipe_that_is_none_is_named_with_the_choices(recipe, message):
+    with pytest.raises(UserError) as raised:
+        find_recipe(recipe)
+    assert str(raised.value).startswith(message)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def darken():
+    """A distortion from outside: one class, and nothing else knows of it."""
+
+    @dataclass(frozen=True)
+    class Darken(Distortion):
+        name = "darken"
+        least: float
+
+        def draw(self, generator, count, image_size):
+            return generator.uniform(self.least, 1, count).astype(np.float32)
+
+        def apply(self, images_BHWC, rows_B):
+            return (images_BHWC * torch.from_numpy(rows_B.copy()).view(-1, 1, 1, 1)).byte()
+
+    yield
+    del DISTORTIONS["darken"]
+
+
+@pytest.mark.parametrize("kind", ["dali", "resident", "torch"])
+def test_a_distortion_from_outside_is_one_class(digits, darken, kind):
+    assert find_recipe("shift+darken(0.25)").name == "shift+darken(0.25)"
+    streams = (Stream("s", augment="shift+darken(0.25)+cutout(4)"), Stream("t", augment="shift"))
+    plan = TrainPlan(digits.splits["train"], streams, 8, 16, seed=1, epochs=1)
+    dark, _ = plan.draws(0)
+    with open_loader(plan, kind, threads=0 if kind == "torch" else 1) as loader:
+        shown = next(loader)["s"].images_BHWC
+    plain = replace(plan, specs=(Stream("s", augment="shift"),))
+    with open_loader(plain, "torch", threads=0) as loader:
+        images = next(loader)["s"].images_BHWC
+    factors = torch.from_numpy(dark.distortions_B["darken(0.25)"].copy())
+    expected = (images * factors.view(-1, 1, 1, 1)).byte()
+    for image, box in zip(expected, dark.distortions_B["cutout(4)"], strict=True):
+        image[box[0] : box[2], box[1] : box[3]] = 128
+    assert torch.equal(shown, expected)

@@ -11,6 +11,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from pipeline.faults import Faults, faults_of
 from pipeline.loader import open_loader
+from pipeline.mix import Mixup, Remix
 from pipeline.pictures import UndecodableError, decode, show_windows
 from pipeline.plan import Draw, EvalPlan, Stream, TrainPlan
 from pipeline.reader import ShardReader
@@ -242,6 +243,33 @@ def test_a_stream_keeps_its_classes_over_bad_images(dataset, loading, capfd):
     assert [row["times"] for row in rows] == [(drawn == sample).sum() for sample in bad]
     told = [line for line in capfd.readouterr().err.splitlines() if "does not decode" in line]
     assert len(told) == len(bad)
+
+
+def test_mixed_labels_are_those_of_the_images_that_are_shown(dataset, loading):
+    """Also where a whole class does not decode, and its places go to images of other classes."""
+    split = dataset.splits["train"]
+    lost = [*np.flatnonzero(split.samples["label"] == 0).tolist(), int(split.by_class[-1])]
+    spoil(split, *lost)
+    streams = (
+        Stream("mixed", 0.0, mix=Remix(per_image=True)),
+        Stream("of two", 0.0, mix=Mixup(partner="mixed")),
+    )
+    plan = TrainPlan(split, streams, 8, 32, seed=3, epochs=1)
+    with open_loader(plan, fault_limit=100, **loading) as loader:
+        steps = list(islice(loader, 4))
+    labels_N = split.samples["label"].astype(np.int64)
+    for number, step in enumerate(steps):
+        mixed, of_two = step["mixed"], step["of two"]
+        assert not set(lost) & {*mixed.ids_B.tolist(), *of_two.ids_B.tolist()}
+        partners_B = labels_N[mixed.ids_B[np.arange(8) ^ 1]]
+        np.testing.assert_array_equal(mixed.labels_B, labels_N[mixed.ids_B])
+        np.testing.assert_array_equal(mixed.partners_B, partners_B)
+        np.testing.assert_array_equal(of_two.partners_B, labels_N[mixed.ids_B])
+        draw = faults_of(split).mend(plan, plan.draws(number)[0])
+        np.testing.assert_array_equal(draw.ids_B, mixed.ids_B)
+        np.testing.assert_array_equal(
+            mixed.shares_B, Remix().label_shares(draw.mixing_B, labels_N[draw.ids_B], partners_B, split.class_counts)
+        )
 
 
 def test_evaluation_goes_on_without_bad_images(dataset, loading):

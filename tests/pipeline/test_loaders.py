@@ -41,6 +41,9 @@ def load(plan, kind: str, steps: int | None = None, start_step: int = 0):
         ("photos", "cifar", 32),
         ("photos", "none", 48),
         ("photos", "strong", 64),
+        ("photos", "imagenet+rand(2,9)", 64),
+        ("photos", "cifar+autoaugment+cutout(16)", 32),
+        ("photos", "imagenet+strong+trivial", 48),
         ("digits", "shift", 16),
     ],
 )
@@ -117,8 +120,9 @@ def test_batches_stay_valid_after_the_loader_went_on(digits, kind):
         assert torch.equal(images, again["uniform"][0])
 
 
-def test_worker_processes_change_nothing(digits):
-    plan = both_streams(digits, "shift", 16)
+@pytest.mark.parametrize("augment", ["shift", "cifar+autoaugment+cutout(4)"])
+def test_worker_processes_change_nothing(digits, augment):
+    plan = both_streams(digits, augment, 16)
     with open_loader(plan, "torch", threads=2) as loader:
         with_workers = [step["reversed"].images_BHWC for step in islice(loader, 6)]
     for images, alone in zip(with_workers, load(plan, "torch", 6), strict=True):

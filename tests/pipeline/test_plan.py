@@ -1,3 +1,4 @@
+import hashlib
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -5,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.augment import DISTORTION
+from pipeline.distortions.strong import DISTORTION
+from pipeline.mix import CutMix, Mixup, Remix
 from pipeline.plan import Draw, EvalPlan, Stream, TrainPlan
 from pipeline.sampling import epoch_order
 from shards.errors import UserError
@@ -23,6 +25,10 @@ EVERY_KIND = (
     Stream("windowed", augment="none", shard_window=3),
     Stream("view", augment="imagenet", repeats="uniform"),
     Stream("other view", augment="strong", repeats="reversed"),
+    Stream("composed", augment="imagenet+rand(2,9)+autoaugment+trivial+cutout(6)"),
+    Stream("mixed", augment="cifar", mix=Mixup()),
+    Stream("cut", -1.0, mix=CutMix(per_image=True, probability=0.5)),
+    Stream("mixed with another", mix=Remix(partner="reversed", hidden=True)),
 )
 
 
@@ -47,26 +53,27 @@ def epoch_ids(plan: TrainPlan, epoch: int, stream: int = 0) -> np.ndarray:
     return np.concatenate([plan.draws(first + step)[stream].ids_B for step in range(plan.steps_per_epoch)])
 
 
+ARRAYS = ("ids_B", "windows_B4", "flips_B", "distortions_B", "mixing_B")
+
+
 def assert_same(ours: list[Draw], theirs: list[Draw]) -> None:
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
-        for name in ("ids_B", "windows_B4", "flips_B"):
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-        assert (one.distortions_B is None) == (other.distortions_B is None)
-        if one.distortions_B is not None:
-            np.testing.assert_array_equal(one.distortions_B, other.distortions_B)
+        assert one.mix == other.mix
+        for name in ARRAYS:
+            array, expected = getattr(one, name), getattr(other, name)
+            assert (array is None) == (expected is None)
+            if array is not None:
+                assert array.dtype == expected.dtype
+                np.testing.assert_array_equal(array, expected)
 
 
 def joined(parts: list[list[Draw]]) -> list[Draw]:
     """The global batch of each stream, from the draws of all ranks in turn."""
     together = []
     for draws in zip(*parts, strict=True):
-        distorted = None if draws[0].distortions_B is None else np.concatenate([d.distortions_B for d in draws])
-        together.append(
-            Draw(
-                *(np.concatenate([getattr(d, n) for d in draws]) for n in ("ids_B", "windows_B4", "flips_B")), distorted
-            )
-        )
+        arrays = {n: [getattr(d, n) for d in draws] for n in ARRAYS if getattr(draws[0], n) is not None}
+        together.append(Draw(**{n: np.concatenate(a) for n, a in arrays.items()}, mix=draws[0].mix))
     return together
 
 
@@ -78,6 +85,28 @@ def test_ranks_of_any_number_share_the_same_global_batches_of_every_kind_of_stre
         whole = alone.draws(step)
         assert all(len(draw.ids_B) == 16 for draw in whole)
         assert_same(joined([plan.draws(step) for plan in ranks]), whole)
+
+
+@pytest.mark.parametrize(
+    ("stream", "digests"),
+    [
+        ("uniform", ["5a70965e8d08b85c", "f58efbd298124d00"]),
+        ("reversed", ["358045d6054ae582", "9cf6ce12ab113245"]),
+        ("progressive", ["7dfe9e8e87926701", "2ab95169ff9301cf"]),
+        ("chosen", ["5618dae4dd88e4d6", "cdc7a5b0c4f9cb92"]),
+        ("independent", ["bdfb2acc45cfaab4", "d84613e8e2e64644"]),
+        ("windowed", ["5ab0aef3812ecd1e", "34038327cf2a2bb5"]),
+        ("view", ["0a0afb5ad82efc69", "4d74fe36f93d88af"]),
+        ("other view", ["649b53f233d655da", "d4cbc834e493f76a"]),
+    ],
+)
+def test_draws_stay_what_they_were(stream, digests):
+    """A run of an earlier version resumes with the images that it would have seen."""
+    plan = make_plan()
+    for step, expected in zip((0, 30), digests, strict=True):
+        draw = plan.draws(step)[plan.streams.index(stream)]
+        arrays = [getattr(draw, name) for name in ARRAYS[:4] if getattr(draw, name) is not None]
+        assert hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16] == expected
 
 
 def test_a_run_may_go_on_with_another_number_of_ranks_at_any_step():
@@ -150,7 +179,7 @@ def test_a_second_view_has_the_same_ids_and_windows_flips_and_distortions_of_its
         np.testing.assert_array_equal(first.ids_B, second.ids_B)
         assert (first.windows_B4 != second.windows_B4).any(axis=1).mean() > 0.9
         assert (first.flips_B != second.flips_B).any()
-        assert (first.distortions_B["order"] != second.distortions_B["order"]).any()
+        assert (first.distortions_B["strong"]["order"] != second.distortions_B["strong"]["order"]).any()
 
 
 def test_a_second_view_may_come_before_the_first_and_changes_nothing_for_it():
@@ -228,11 +257,13 @@ def test_a_stream_that_repeats_none_is_told(streams, message):
         make_plan(*streams)
 
 
-def test_only_strong_recipes_distort():
+def test_rows_have_a_field_for_each_distortion():
     for stream, draw in zip(EVERY_KIND, make_plan().draws(0), strict=True):
         if stream.augment.startswith("strong"):
-            assert draw.distortions_B.dtype == DISTORTION
+            assert draw.distortions_B.dtype == [("strong", DISTORTION)]
             assert draw.distortions_B.shape == (16,)
+        elif stream.name == "composed":
+            assert draw.distortions_B.dtype.names == ("rand(2,9)", "autoaugment", "trivial", "cutout(6)")
         else:
             assert draw.distortions_B is None
 
@@ -261,3 +292,22 @@ def test_one_image_is_enough_for_every_kind_of_stream():
     plan = make_plan(*streams, counts=np.array([1]), batch_size=2)
     for draw in plan.draws(0) + plan.draws(7):
         np.testing.assert_array_equal(draw.ids_B, [0, 0])
+
+
+@pytest.mark.parametrize("mix", [None, Mixup(), Remix(), Mixup(partner="reversed")])
+def test_the_classes_of_a_whole_step_are_known_on_every_rank(mix):
+    streams = (Stream("uniform", mix=mix), Stream("reversed", q=-1.0))
+    alone, *ranks = (make_plan(*streams, rank=rank, world_size=world) for rank, world in ((0, 1), (0, 4), (3, 4)))
+    for step in (0, 5):
+        whole = alone.draws(step)
+        for plan in ranks:
+            for ours, theirs in zip(plan.draws(step), whole, strict=True):
+                np.testing.assert_array_equal(ours.step_counts_C, theirs.step_counts_C)
+        labels = [alone.split.samples["label"][draw.ids_B].astype(np.int64) for draw in whole]
+        counts = [np.bincount(labels_B, minlength=len(COUNTS)) for labels_B in labels]
+        np.testing.assert_array_equal(whole[1].step_counts_C, counts[1])
+        assert whole[0].step_counts_C.sum() == pytest.approx(16)
+        # Neighbours that are mixed with each other by one share hold together what they are.
+        alike = mix is None or mix == Mixup()
+        np.testing.assert_allclose(whole[0].step_counts_C, counts[0], atol=1e-5 if alike else 16)
+        assert alike or not np.allclose(whole[0].step_counts_C, counts[0], atol=1e-3)

@@ -25,7 +25,7 @@ def first_batches(dataset: Dataset, batch_size: int, image_size: int = 16):
 
 def test_a_png_is_written_and_named(digits, tmp_path, capsys):
     out = tmp_path / "seen.png"
-    main([str(digits.root), "--out", str(out), "--augment", "shift", "--batch-size", "8"])
+    main([str(digits.root), "--out", str(out), "--augment", "shift+rand(2,9)+cutout(4)", "--batch-size", "8"])
     assert capsys.readouterr().out == f"{out}\n"
     with Image.open(out) as picture:
         assert picture.format == "PNG"
@@ -95,6 +95,10 @@ def test_class_names_of_any_letters(photo_folder, tmp_path, recwarn):
         ),
         (["--split", "dev"], "has no split 'dev'; choose one of: train, val, test"),
         (["--augment", "x"], "no augmentation is called 'x'; choose one of: none, shift"),
+        (
+            ["--augment", "shift+cutuot(4)"],
+            "no distortion is called 'cutuot'; choose one of: autoaugment, cutout(side)",
+        ),
         (["--step", "51", "--batch-size", "8"], "--step 51 is beyond the epoch's last, 50"),
         (["--seed", "-1"], "-1 does not conform"),
         (["--epoch", "0"], "0 does not conform"),

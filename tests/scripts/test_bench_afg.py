@@ -7,8 +7,8 @@ import torch
 
 import bench_afg
 from shards.errors import UserError
-from train.gaussians import find_support, fit
-from train.generation import _sample
+from train.features.gaussians import find_support, fit
+from train.features.generation import _sample
 
 
 def test_it_writes_every_figure_and_judges_the_bars(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 import bench_train
 from bench_train import Case, Loading, Mode, bbn, bench, judge, measure, one_pass, two_passes
 from shards.errors import UserError
-from train.networks import build_network
+from train.networks.networks import build_network
 
 TINY = Case("resnet32", 8, 4)
 

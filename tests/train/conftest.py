@@ -42,3 +42,9 @@ def make_method():
         return method_class(config, train_counts_C)
 
     return make
+
+
+@pytest.fixture
+def in_tukey_space(monkeypatch):
+    """Leave generated features where they are Gaussian."""
+    monkeypatch.setattr("train.features.generation.inverse_tukey_", lambda samples_MD, lam: samples_MD)

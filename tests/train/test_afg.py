@@ -19,15 +19,15 @@ from shards.errors import UserError
 from shards.index import open_dataset
 from train import afg
 from train.afg import BETA_MOST, BETA_START, Settings, choose_beta, run, train_afg
-from train.baselines import Judge
-from train.classifiers import ClassifierOptim
-from train.config import PRESETS
+from train.engine.config import PRESETS
+from train.engine.launch import run as run_stage_one
 from train.erm import ERM
-from train.feature_files import write_features
-from train.gaussians import find_support, fit, head_classes, tukey
-from train.loop import run as run_stage_one
-from train.mixing import Mixture
-from train.networks import load_model
+from train.features.candidates import Judge
+from train.features.classifiers import ClassifierOptim
+from train.features.files import write_features
+from train.features.gaussians import find_support, fit, head_classes
+from train.features.mixing import Mixture
+from train.networks.model_files import load_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,18 +132,6 @@ def test_adaptive_beta_runs_beside_its_control(here, capsys):
     assert printed.index("β=0 ") < printed.index("β=adaptive ")
 
 
-def test_tukey_space_leaves_its_classifier_beside_the_network(here, capsys):
-    options = ["--method.space", "tukey", "--method.classifier", "linear", "--method.beta", "0.4"]
-    run([*SHORT, *options, "--run", "runs/afg"])
-    assert not (here / "runs/afg/model.safetensors").exists()
-    state = load_file(here / "runs/afg/classifier.safetensors")
-    features = torch.from_numpy(np.load(here / "runs/ce/features/test/features.npy")).float().sqrt()
-    labels = torch.from_numpy(np.load(here / "runs/ce/features/test/labels.npy"))
-    right = (features @ state["weight"].T + state["bias"]).argmax(1) == labels
-    assert int(right.sum()) == sum(json.loads((here / "runs/afg/per_class.json").read_text())["correct"])
-    assert "no model.safetensors: it is no layer of the network" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("name", ["made.safetensors", "made.npy"])
 def test_generated_features_can_be_exported(here, capsys, name):
     run([*SHORT, "--run", "runs/afg", "--method.beta", "0.4", "--method.baselines", "false", "--export", name])
@@ -226,15 +214,13 @@ def test_mistakes_are_told_in_one_line(here, capsys, photos):
     assert "method.beta_grid is empty; give at least one" in fails_with(capsys, "--method.beta_grid", "[]")
     assert "--export made.txt must end in .safetensors or .npy" in fails_with(capsys, "--export", "made.txt")
     assert "no is no folder that can be written to" in fails_with(capsys, "--export", "no/made.npy")
-    message = fails_with(capsys, "--method.space", "tukey")
-    assert "method.space=tukey cannot start from stage one's weights, as method.classifier=scaled does" in message
     message = fails_with(capsys, "--from", "runs/ce", "--data", str(photos.root))
     assert "was trained for 10 classes" in message
     assert "has 3" in message
     assert "already holds a run" in fails_with(capsys, "--run", "runs/ce")
     (here / "runs/ce/summary.json").unlink()
     assert "no finished stage-one run under runs" in fails_with(capsys)
-    assert "is not finished; go on with it: train/erm.py" in fails_with(capsys, "--from", "runs/ce")
+    assert "is not finished; resume it: train/erm.py" in fails_with(capsys, "--from", "runs/ce")
     assert sorted(p.name for p in (here / "runs").iterdir()) == ["ce"]
 
 
@@ -284,17 +270,6 @@ def test_distillation_pulls_head_classes_towards_stage_one():
         ).item()
 
     assert divergence(20.0) < divergence(1.0) < divergence(0.0)
-
-
-def test_in_tukey_space_the_classifier_sees_powers_and_the_teacher_features():
-    mixture, linear = make_mixture(space="tukey")
-    judge = replace(judge_of(mixture), see=tukey)
-    settings = Settings(space="tukey", classifier="linear", distill=20.0)
-    optim = ClassifierOptim(epochs=20, batch_size=64, lr=0.5)
-    trained = train_afg(linear, mixture, judge, settings, optim, 0.4, seed=0)
-    head = mixture.features_ND[mixture.labels_N == 0].float()
-    student, teacher = trained.linear(tukey(head)).log_softmax(1), linear(head).log_softmax(1)
-    assert nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True).item() < 0.05
 
 
 def test_adaptive_beta_follows_the_control_within_its_bounds():
@@ -350,8 +325,8 @@ def test_which_betas_are_trained(beta, watched, betas, on_held_out):
 
 def test_the_settings_are_the_papers_or_the_documented_ones():
     settings, optim = Settings(), ClassifierOptim()
-    assert (settings.lam, settings.k, settings.gamma, settings.gamma_kind) == (0.5, 2, 0.0, "isotropic")
-    assert (settings.beta, settings.beta_grid[0], settings.space) == ("select", 0.0, "feature")
+    assert (settings.lam, settings.k, settings.gamma) == (0.5, 2, 0.0)
+    assert (settings.beta, settings.beta_grid[0]) == ("select", 0.0)
     assert (settings.distill, settings.distill_base, settings.classifier) == (1.0, 2.0, "scaled")
     assert settings.head_above == 100
     assert (BETA_START, BETA_MOST) == (0.6, 0.9)

@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from shards.index import open_dataset
+from train.engine.launch import run
 from train.erm import ERM
-from train.loop import run
 
 SHORT = ["--data", "digits", "--run", "run", "--optim.epochs", "2", "--input.batch_size", "64", "--optim.lr", "0.02"]
 

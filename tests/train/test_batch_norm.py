@@ -9,9 +9,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from train import networks
-from train.batch_norm import StreamBatchNorm2d, split_statistics, use_stream_batch_norm
-from train.networks import build_network
+from train.networks import networks
+from train.networks.batch_norm import StreamBatchNorm2d, split_statistics, use_stream_batch_norm
+from train.networks.networks import build_network
 
 
 def made_maps(*shape: int, seed: int = 0) -> Tensor:
@@ -110,7 +110,8 @@ def test_the_bilateral_step_is_two_passes(backbone, size, monkeypatch):
     logits = []
     for network, limit in ((together, 0), (apart, 2**40)):
         monkeypatch.setattr(networks, "CPU_WEIGHTS_PER_VALUE", limit)
-        logits.append(network(images_c, images_r // 2, 0.3))
+        logits_c, logits_r = network(images_c, images_r // 2)
+        logits.append(0.3 * logits_c + 0.7 * logits_r)
         nn.functional.cross_entropy(logits[-1], labels).backward()
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
     for (name, ours), theirs in zip(together.named_parameters(), apart.parameters(), strict=True):

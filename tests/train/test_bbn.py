@@ -8,7 +8,7 @@ import torch
 
 from pipeline.batch import Batch
 from train.bbn import ADAPTORS, BBN, adaptor_alpha, bbn_loss
-from train.method import Progress
+from train.engine.method import Progress
 
 COUNTS = np.array([9, 5, 2, 1])
 
@@ -70,23 +70,35 @@ def test_samplers_of_table_3_are_exponents_of_the_second_stream(make_method, q):
 
 
 def test_a_step_is_equations_1_and_3_on_both_streams(make_method):
-    method = make_method(BBN, COUNTS, alpha_epochs=8)
+    method = make_method(BBN, COUNTS, alpha_span=0.5)
     method.network.eval()  # so that a second pass gives the same features
     images = torch.randint(0, 256, (2, 3, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[0, 1, 2], [3, 3, 2]])
     batch = {name: Batch(images[i], labels[i], np.arange(3)) for i, name in enumerate(("uniform", "reversed"))}
-    result = method.step(batch, Progress(epoch=5, epochs=60, step=0, seed=0))
+    result = method.step(batch, Progress(epoch=5, epochs=16, step=0, seed=0))
     alpha = 1 - (4 / 8) ** 2
-    assert result.log == {"alpha": alpha}
+    assert result.sums == {"alpha": alpha}
     f_c, f_r = method.network.features(images[0])[:, :64], method.network.features(images[1])[:, 64:]
     W, b = method.network.classifier.weight, method.network.classifier.bias
     logits = 2 * alpha * f_c @ W[:, :64].T + 2 * (1 - alpha) * f_r @ W[:, 64:].T + b
-    torch.testing.assert_close(result.logits, logits)
     torch.testing.assert_close(result.loss, bbn_loss(logits, labels[0], labels[1], alpha))
+
+
+@pytest.mark.parametrize(("epochs", "last"), [(90, 100), (180, 200), (1, 1)])
+def test_alpha_spans_what_the_authors_code_has(make_method, monkeypatch, epochs, last):
+    spans = []
+    monkeypatch.setattr(
+        "train.bbn.adaptor_alpha", lambda adaptor, epoch, last_epoch, *_: spans.append(last_epoch) or 0.5
+    )
+    method = make_method(BBN, COUNTS, alpha_span=1.1111)
+    images, labels = torch.zeros(2, 16, 16, 3, dtype=torch.uint8), torch.tensor([0, 1])
+    batch = {name: Batch(images, labels, np.arange(2)) for name in ("uniform", "reversed")}
+    method.step(batch, Progress(epoch=1, epochs=epochs, step=0, seed=0))
+    assert spans == [last]
 
 
 def test_prediction_weighs_both_branches_alike(make_method):
     method = make_method(BBN, COUNTS)
     method.network.eval()
     images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(method.predict(images), method.network(images, images, 0.5))
+    torch.testing.assert_close(method.predict(images), torch.stack(method.network(images, images)).mean(0))

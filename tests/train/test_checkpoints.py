@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from shards.errors import UserError
-from train import checkpoints
-from train.checkpoints import Counters, load_checkpoint, save_checkpoint
+from train.engine import checkpoints
+from train.engine.checkpoints import Counters, load_checkpoint, save_checkpoint
 
 
 def save(folder, step: int, keep: int = 2) -> None:
     network = nn.Linear(2, 1)
     nn.init.constant_(network.weight, step)
-    save_checkpoint(folder, network, {"optimizer": {"step": step}}, Counters(step=step, loss_sum=step / 3), keep)
+    save_checkpoint(folder, network, {"optimizer": {"step": step}}, Counters(step=step, epoch_seconds=step / 3), keep)
 
 
 def names(folder) -> list[str]:
@@ -26,7 +26,7 @@ def test_what_was_saved_comes_back(tmp_path):
     network = nn.Linear(2, 1)
     states, counters = load_checkpoint(tmp_path, network)
     assert states == {"optimizer": {"step": 7}}
-    assert counters == Counters(step=7, loss_sum=7 / 3)
+    assert counters == Counters(step=7, epoch_seconds=7 / 3)
     assert network.weight.tolist() == [[7, 7]]
 
 

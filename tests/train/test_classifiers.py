@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from shards.errors import UserError
-from train.baselines import TAUS, Candidate, Judge, baselines, table
-from train.classifiers import (
+from train.features.candidates import TAUS, Candidate, Judge, baselines, table
+from train.features.classifiers import (
     ClassifierOptim,
     Distillation,
     ScaledLinear,
@@ -18,8 +18,8 @@ from train.classifiers import (
     tau_normalized,
     train_classifier,
 )
-from train.gaussians import find_support, fit, head_classes
-from train.mixing import Mixture, mixed_epoch, real_epoch
+from train.features.gaussians import find_support, fit, head_classes
+from train.features.mixing import Mixture, mixed_epoch, real_epoch
 
 
 def make_mixture(counts=(200, 30, 5), **options) -> Mixture:

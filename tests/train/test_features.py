@@ -16,10 +16,11 @@ from pipeline.loader import open_loader
 from pipeline.plan import EvalPlan
 from shards.errors import UserError
 from shards.index import open_dataset
-from train import features as module
-from train.config import Input
-from train.features import ViewPlan, feature_bank
-from train.networks import build_network, save_model
+from train.engine.config import Input
+from train.features import bank as module
+from train.features.bank import ViewPlan, feature_bank
+from train.networks.model_files import save_model
+from train.networks.networks import build_network
 
 
 @pytest.fixture
@@ -151,9 +152,9 @@ import os, sys
 from pathlib import Path
 from accelerate import Accelerator
 from shards.index import open_dataset
-from train import features
-from train.config import Input
-from train.networks import load_model
+from train.features import bank as features
+from train.engine.config import Input
+from train.networks.model_files import load_model
 
 features.BATCHES_PER_SYNC = 2
 take, left = features._features, [5]

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from shards.errors import UserError
-from train import gaussians as module
-from train import generation
-from train.gaussians import ClassGaussians, Support, find_support, fit, inverse_tukey, tukey
-from train.generation import generate_chunks
+from train.features import gaussians as module
+from train.features import generation
+from train.features.gaussians import ClassGaussians, Support, find_support, fit, inverse_tukey, tukey
+from train.features.generation import generate_chunks
 
 
 def make(counts: list[int], dim: int, lam: float = 0.5, seed: int = 0) -> tuple[ClassGaussians, list[Tensor]]:
@@ -181,14 +181,12 @@ def test_k_out_of_range(k):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
-def test_calibrated_moments(count, beta):
+def test_calibrated_moments(count, beta, in_tukey_space):
     """Eq. 8 and 9 at D=4: n_c = 1, 2, D−1 and D+1, one parent at a time."""
     gaussians, by_class = make([30, 20, count], dim=4)
     support = find_support(gaussians, k=2)
     number = 40_000 * count
-    samples_MD, labels_M = collect(
-        gaussians, support, torch.tensor([0, 0, number]), beta, seeded(), space="tukey", gamma=0.02
-    )
+    samples_MD, labels_M = collect(gaussians, support, torch.tensor([0, 0, number]), beta, seeded(), gamma=0.02)
     assert (labels_M == 2).all()
     # A mixture over the parents: the mean of their means; own spread plus the spread of their means.
     parents = range(50, 50 + count)
@@ -204,22 +202,11 @@ def test_calibrated_moments(count, beta):
     assert_moments(samples_MD, torch.stack(means).mean(0), torch.stack(covariances).mean(0) + spread_DD)
 
 
-def test_head_is_sampled_from_its_own_gaussian():
+def test_head_is_sampled_from_its_own_gaussian(in_tukey_space):
     gaussians, by_class = make([30, 9], dim=3)
     support = find_support(gaussians, head_C=torch.tensor([True, True]))
-    samples_MD, _ = collect(gaussians, support, torch.tensor([0, 50_000]), 0.8, seeded(), space="tukey")
+    samples_MD, _ = collect(gaussians, support, torch.tensor([0, 50_000]), 0.8, seeded())
     assert_moments(samples_MD, by_class[1].mean(0), by_class[1].T.cov())
-
-
-def test_gamma_ones_shifts_all_dimensions_alike():
-    gaussians, by_class = make([1], dim=3)
-    samples_MD, _ = collect(
-        gaussians, find_support(gaussians), torch.tensor([20_000]), 0.5, seeded(), gamma=0.3, gamma_kind="ones",
-        space="tukey",
-    )  # fmt: skip
-    offsets_MD = samples_MD - by_class[0]
-    torch.testing.assert_close(offsets_MD[:, 0], offsets_MD[:, 2], rtol=0, atol=1e-5)
-    assert_moments(samples_MD[:, :1], by_class[0][0, :1], torch.tensor([[0.3]]))
 
 
 def test_single_sample_without_anything_to_borrow_is_copied():
@@ -272,18 +259,20 @@ def test_seed_decides_everything():
     assert not torch.equal(first[0], other[0])
 
 
-def test_noise_in_blocks_is_the_same_distribution(monkeypatch):
+def test_noise_in_blocks_is_the_same_distribution(monkeypatch, in_tukey_space):
     monkeypatch.setattr(generation, "BLOCK_VALUES", 1000)
     gaussians, by_class = make([30], dim=3)
     support = find_support(gaussians, head_C=torch.tensor([True]))
-    samples_MD, _ = collect(gaussians, support, torch.tensor([20_000]), 0.0, seeded(), space="tukey")
+    samples_MD, _ = collect(gaussians, support, torch.tensor([20_000]), 0.0, seeded())
     assert_moments(samples_MD, by_class[0].mean(0), by_class[0].T.cov())
 
 
-def test_space_feature_inverts_tukey():
+def test_samples_leave_tukeys_space(monkeypatch):
     gaussians, _ = make([6, 3], dim=2)
     args = (gaussians, find_support(gaussians), torch.tensor([0, 50]), 0.4)
-    in_tukey, in_feature = (collect(*args, seeded(), space=space)[0] for space in ("tukey", "feature"))
+    in_feature, _ = collect(*args, seeded())
+    monkeypatch.setattr(generation, "inverse_tukey_", lambda samples_MD, lam: samples_MD)
+    in_tukey, _ = collect(*args, seeded())
     torch.testing.assert_close(in_feature, in_tukey.clamp(min=0).square())
 
 
@@ -294,8 +283,6 @@ def test_space_feature_inverts_tukey():
         ({"beta": torch.tensor([0.5, -0.1])}, r"β must lie in \[0, 1\], got -0\.1"),
         ({"beta": float("nan")}, r"β must lie in \[0, 1\], got nan"),
         ({"gamma": -0.1}, r"γ must be finite and >= 0, got -0\.1"),
-        ({"gamma_kind": "ring"}, "gamma_kind 'ring' is unknown; choose isotropic or ones"),
-        ({"space": "log"}, "space 'log' is unknown; choose feature or tukey"),
         ({"chunk": 0}, "a chunk must have at least 1 row, got 0"),
     ],
 )
@@ -306,9 +293,9 @@ def test_settings_out_of_range_are_told_at_once(setting, message):
         generate_chunks(gaussians, find_support(gaussians), torch.tensor([0, 1]), generator=seeded(), **settings)
 
 
-def test_support_is_a_plain_value():
+def test_support_is_a_plain_value(in_tukey_space):
     # Nothing ties a support to where it came from: a hand-made one is obeyed.
     gaussians, by_class = make([2, 2], dim=2)
     support = Support(torch.tensor([[1]] * 4), torch.tensor([[1.0]] * 2 + [[0.0]] * 2), torch.zeros(2).bool())
-    samples_MD, _ = collect(gaussians, support, torch.tensor([20_000, 0]), 1.0, seeded(), space="tukey")
+    samples_MD, _ = collect(gaussians, support, torch.tensor([20_000, 0]), 1.0, seeded())
     assert_moments(samples_MD, by_class[1].mean(0), by_class[1].T.cov())

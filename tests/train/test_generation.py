@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from shards.errors import UserError
-from train import generation
-from train.gaussians import ClassGaussians, find_support, fit, head_classes
-from train.generation import combine, generate, generate_chunks, noise_length
+from train.features import generation
+from train.features.gaussians import ClassGaussians, find_support, fit, head_classes
+from train.features.generation import combine, generate, generate_chunks, noise_length
 
 SIZES = [(dim, count) for dim in (64, 512) for count in (1, 2, dim - 1, dim + 1, 10 * dim)]
 
@@ -58,16 +58,14 @@ def test_mean_and_parent_are_exact_without_noise(dim, count):
 
 
 @pytest.mark.parametrize(("dim", "count"), SIZES)
-def test_calibrated_moments_within_four_standard_errors(dim, count):
+def test_calibrated_moments_within_four_standard_errors(dim, count, in_tukey_space):
     """Eq. 8 and 9 over all parents of a class: a mixture of Gaussians whose mean and covariance are known."""
     beta, gamma = 0.4, 0.01
     gaussians = fit(*skewed([count, count + 30, count + 60], dim), num_classes=3)
     support = find_support(gaussians, k=2)
     number = count * -(-20_000 // count)  # every parent equally often
     targets = torch.tensor([number, 0, 0])
-    chunks = generate_chunks(
-        gaussians, support, targets, beta, torch.Generator().manual_seed(1), gamma=gamma, space="tukey"
-    )
+    chunks = generate_chunks(gaussians, support, targets, beta, torch.Generator().manual_seed(1), gamma=gamma)
     samples_MD = torch.cat([features for features, _ in chunks]).double()
 
     own_nD, weights_nK, classes_nK = of_class(gaussians, 0), support.weights_NK[:count], support.classes_NK[:count]
@@ -95,12 +93,12 @@ def test_calibrated_moments_within_four_standard_errors(dim, count):
     assert beyond <= 4 / dim**2 + 2e-4
 
 
-def test_a_large_class_that_is_not_head_keeps_its_parents():
+def test_a_large_class_that_is_not_head_keeps_its_parents(in_tukey_space):
     gaussians = fit(*skewed([40, 50], 4), num_classes=2)
     assert set(gaussians.factors) == {0, 1}
     support = find_support(gaussians, k=1)
     targets, seeded = torch.tensor([80, 0]), torch.Generator().manual_seed(0)
-    ((samples_MD, _),) = generate_chunks(gaussians, support, targets, 1e-6, seeded, space="tukey")
+    ((samples_MD, _),) = generate_chunks(gaussians, support, targets, 1e-6, seeded)
     spread = samples_MD.var(0) / of_class(gaussians, 0).var(0)
     assert (spread > 1.3).all()  # the parents' spread and as much of their own around each
 

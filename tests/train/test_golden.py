@@ -14,8 +14,8 @@ import torch
 from shards.build import build
 from train import afg
 from train.bbn import BBN
+from train.engine.launch import run
 from train.erm import ERM
-from train.loop import run
 
 STORED = Path(__file__).with_name("golden_losses.json")
 

@@ -12,10 +12,11 @@ import torch
 
 from pipeline.batch import Batch
 from shards.errors import UserError
-from train import guards
+from train.engine import guards
+from train.engine.guards import LossGuard, StallGuard, check_devices, told_in_one_line
+from train.engine.launch import run
+from train.engine.loop import Training
 from train.erm import ERM
-from train.guards import LossGuard, StallGuard, check_devices, told_in_one_line
-from train.loop import Training, run
 
 SHORT = ["--optim.epochs", "1", "--input.batch_size", "64", "--input.image_size", "8", "--optim.lr", "0.02"]
 WHERE = {"epoch": 2, "step": 9, "lr": 0.1}
@@ -167,7 +168,7 @@ def test_a_run_folder_that_cannot_be_written_to(workplace, capsys, monkeypatch, 
     def fail(_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("train.checkpoints.os.fsync", fail)
+    monkeypatch.setattr("train.engine.checkpoints.os.fsync", fail)
     message = fails_with(capsys, "--run", "runs/a")
     assert f"cannot write runs/a ({os.strerror(number)}); mend that, then go on with --run runs/a --resume" in message
     left = {path.name for path in (workplace / "runs/a/checkpoints").iterdir()}
@@ -217,6 +218,8 @@ def test_parts_that_do_not_divide_the_batch(workplace, capsys):
 
 
 def test_machines_that_see_different_checkpoints(workplace, capsys, monkeypatch):
-    monkeypatch.setattr("train.loop.broadcast_object_list", lambda objects: [40 if x == 0 else x for x in objects])
+    monkeypatch.setattr(
+        "train.engine.launch.broadcast_object_list", lambda objects: [40 if x == 0 else x for x in objects]
+    )
     message = fails_with(capsys, "--run", "runs/a", "--resume")
     assert "finds a checkpoint of step 0 in runs/a, the first process one of step 40; put the run on a file" in message

@@ -10,13 +10,15 @@ from safetensors.torch import load_file
 
 from shards.build import build
 from shards.index import open_dataset
-from train import loop as loop_module
-from train import runs as runs_module
 from train.bbn import BBN
-from train.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
+from train.engine import config as config_module
+from train.engine import launch as launch_module
+from train.engine import runs as runs_module
+from train.engine.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
+from train.engine.launch import run
+from train.engine.loop import lr_factor
 from train.erm import ERM
-from train.loop import lr_factor, run
-from train.networks import load_model
+from train.networks.model_files import load_model
 
 SHORT = ["--optim.epochs", "2", "--input.batch_size", "64", "--loop.eval_every", "1", "--optim.lr", "0.02",
          "--input.image_size", "8"]  # fmt: skip
@@ -67,6 +69,19 @@ def test_a_run_needs_no_arguments_but_time_and_leaves_a_whole_folder(workplace, 
     assert "overall" in capsys.readouterr().out
 
 
+def test_auto_is_decided_once_printed_and_recorded(workplace, monkeypatch, capsys):
+    decided = []
+    choose = config_module.choose_loader
+    monkeypatch.setattr(config_module, "choose_loader", lambda *about: decided.append(choose(*about)) or decided[-1])
+    monkeypatch.setattr("pipeline.loader.choose_loader", None)  # opened with auto, a loader would decide by itself
+    run(ERM, [*SHORT, "--run", "runs/auto", "--input.resident_gb", "0"])
+    assert [chosen for chosen, _ in decided] == ["dali"]
+    summary = json.loads((workplace / "runs/auto/summary.json").read_text())
+    assert summary["environment"]["loader"] == "dali"
+    assert "loader: dali (" in capsys.readouterr().out
+    assert yaml.safe_load((workplace / "runs/auto/config.yaml").read_text())["input"]["loader"] == "auto"
+
+
 @pytest.mark.parametrize("stop_at", [2, 3])
 def test_an_interrupted_run_resumes_to_the_same_bits(workplace, monkeypatch, stop_at):
     short = ["--optim.epochs", "4", *SHORT[2:], "--loop.checkpoint_every", "1", "--run"]
@@ -98,7 +113,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(workplace, monkeypatch, sto
 
 def test_resume_without_a_name_takes_the_newest_unfinished_run(workplace, monkeypatch, capsys):
     run(BBN, [*SHORT, "--run", "runs/finished"])
-    monkeypatch.setattr(loop_module, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(launch_module, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(BBN, [*SHORT, "--run", "runs/cut"])
     monkeypatch.undo()
@@ -219,21 +234,31 @@ def test_bf16_trains(workplace):
 
 def test_learning_rate_warms_up_and_drops_at_shares_of_the_epochs():
     optim = Optim(epochs=200, warmup_epochs=5, milestones=[0.6, 0.8], decay=0.01)
-    factors = [lr_factor(optim, epoch) for epoch in range(200)]
-    np.testing.assert_allclose(factors[:5], [0.2, 0.4, 0.6, 0.8, 1.0])
-    assert set(factors[5:120]) == {1.0}
-    np.testing.assert_allclose(factors[120:160], 0.01)
-    np.testing.assert_allclose(factors[160:], 0.0001)
+    factors = {epoch: lr_factor(optim, epoch) for epoch in range(1, 201)}
+    np.testing.assert_allclose([factors[epoch] for epoch in range(1, 6)], np.array([7, 9, 11, 13, 15]) / 15)
+    assert {factors[epoch] for epoch in range(5, 120)} == {1.0}
+    np.testing.assert_allclose([factors[epoch] for epoch in range(120, 160)], 0.01)
+    np.testing.assert_allclose([factors[epoch] for epoch in range(160, 201)], 0.0001)
     inat = Optim(epochs=90, warmup_epochs=0, milestones=[0.6667, 0.8889], decay=0.1)
-    assert [round(lr_factor(inat, epoch), 6) for epoch in (59, 60, 79, 80)] == [1, 0.1, 0.1, 0.01]
+    assert [round(lr_factor(inat, epoch), 6) for epoch in (1, 59, 60, 79, 80)] == [1, 1, 0.1, 0.1, 0.01]
+
+
+def test_warm_up_from_zero_is_an_even_stair():
+    optim = Optim(epochs=200, warmup_epochs=5, warmup_start=0.0)
+    np.testing.assert_allclose([lr_factor(optim, epoch) for epoch in range(1, 6)], [0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_the_first_epoch_has_the_whole_rate_however_short_the_run(epochs):
+    assert lr_factor(Optim(epochs=epochs, warmup_epochs=0), 1) == 1.0
 
 
 def test_cosine_and_constant_schedules():
     cosine = Optim(epochs=10, warmup_epochs=1, schedule="cosine")
-    assert lr_factor(cosine, 1) == 1.0
-    assert lr_factor(cosine, 5.5) == pytest.approx(0.5 * (1 + np.cos(np.pi * 4 / 9)))
-    assert {lr_factor(Optim(epochs=10, warmup_epochs=0, schedule="constant"), e) for e in range(10)} == {1.0}
-    assert lr_factor(Optim(epochs=1, warmup_epochs=5), 0) == 0.2
+    assert lr_factor(cosine, 2) == 1.0
+    assert lr_factor(cosine, 6) == pytest.approx(0.5 * (1 + np.cos(np.pi * 4 / 9)))
+    assert {lr_factor(Optim(epochs=10, warmup_epochs=0, schedule="constant"), e) for e in range(1, 11)} == {1.0}
+    assert lr_factor(Optim(epochs=1, warmup_epochs=5), 1) == pytest.approx(7 / 15)
 
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda p: p.stem)
@@ -251,7 +276,6 @@ def test_inaturalist_has_a_longer_variant(year, digits):
     dataset = type(digits)(digits.root, {**digits.manifest, "preset": f"inat{year}"}, digits.splits)
     settings = {variant: preset(dataset, "training", "bbn", variant=variant) for variant in (None, "2x")}
     assert [settings[variant]["optim"].pop("epochs") for variant in (None, "2x")] == [90, 180]
-    assert [settings[variant]["method"].pop("alpha_epochs") for variant in (None, "2x")] == [100, 200]
     assert settings[None] == settings["2x"]
 
 

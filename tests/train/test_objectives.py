@@ -8,20 +8,20 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.batch import Batch
+from train.engine.launch import run
+from train.engine.method import Progress
+from train.engine.objectives import adjusted_cross_entropy, gradual_weight, log_prior, make_objective
 from train.erm import ERM
-from train.loop import run
-from train.method import Progress
-from train.objectives import adjusted_cross_entropy, gradual_weight, log_prior
 
 COUNTS = np.array([60, 30, 10])
 
 
 def test_the_gradual_weight_is_equation_3():
     assert [gradual_weight(epoch, 5, 1.0, 2.0) for epoch in range(1, 6)] == pytest.approx(
-        [2 ** (t / 4) - 1 for t in range(5)]
+        [2 ** (t / 5) - 1 for t in range(1, 6)]
     )
     assert gradual_weight(200, 200, 0.5, 2.0) == 0.5
-    assert gradual_weight(1, 1, 1.0, 2.0) == 0
+    assert gradual_weight(1, 1, 1.0, 2.0) == 1
     assert gradual_weight(3, 5, 1.0, 8.0) < (gradual_weight(1, 5, 1.0, 8.0) + gradual_weight(5, 5, 1.0, 8.0)) / 2
 
 
@@ -34,15 +34,16 @@ def test_the_adjusted_loss_is_the_right_hand_side_of_equation_2():
         for row, y in zip(z, labels.tolist(), strict=True)
     ]
     loss = adjusted_cross_entropy(z, labels, log_prior(COUNTS), tau)
-    torch.testing.assert_close(loss, torch.stack(by_hand).mean())
+    torch.testing.assert_close(loss, torch.stack(by_hand))
 
 
 def test_without_adjustment_it_is_cross_entropy_even_where_a_class_has_no_images():
     z, labels = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
     prior = log_prior(np.array([5, 3, 0]))
-    torch.testing.assert_close(adjusted_cross_entropy(z, labels, prior, 0.0), F.cross_entropy(z, labels))
+    without = F.cross_entropy(z, labels, reduction="none")
+    torch.testing.assert_close(adjusted_cross_entropy(z, labels, prior, 0.0), without)
     z.requires_grad_()
-    adjusted_cross_entropy(z, labels, prior, 1.0).backward()
+    adjusted_cross_entropy(z, labels, prior, 1.0).mean().backward()
     assert z.grad.isfinite().all()
     assert (z.grad[:, 2] == 0).all()  # a class that cannot occur is pushed nowhere
 
@@ -52,9 +53,10 @@ def test_without_adjustment_it_is_cross_entropy_even_where_a_class_has_no_images
     [
         ({}, "CE", (0, 0, 0)),
         ({"q": 0.0}, "CE, q=0", (0, 0, 0)),
-        ({"objective": "adjusted", "tau": 1.5}, "logit-adjusted, τ=1.5", (1.5, 1.5, 1.5)),
-        ({"objective": "gradual"}, "GraLoss", (0, 2**0.5 - 1, 1)),
-        ({"objective": "gradual", "gradual": 0.5, "gradual_base": 4.0, "q": 0.5}, "GraLoss, q=0.5", (0, 0.5, 1.5)),
+        ({"objective": "adjusted(tau=1.5)"}, "logit-adjusted, τ=1.5", (1.5, 1.5, 1.5)),
+        ({"objective": "adjusted"}, "balanced softmax", (1, 1, 1)),
+        ({"objective": "gradual"}, "GraLoss", (2**0.1 - 1, 2**0.5 - 1, 1)),
+        ({"objective": "gradual(scale=0.5, base=4)", "q": 0.5}, "GraLoss, q=0.5", (2**-0.8 - 0.5, 0.5, 1.5)),
     ],
 )
 def test_a_step_adjusts_by_its_epoch(make_method, settings, title, taus):
@@ -63,27 +65,58 @@ def test_a_step_adjusts_by_its_epoch(make_method, settings, title, taus):
     assert method.title == title
     images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     batch = {"train": Batch(images, torch.tensor([0, 1, 2]), np.arange(3))}
-    for epoch, tau in zip((1, 6, 11), taus, strict=True):
-        result = method.step(batch, Progress(epoch=epoch, epochs=11, step=0, seed=0))
-        shifted = result.logits + tau * torch.from_numpy(np.log(COUNTS / 100)).float()
+    for epoch, tau in zip((1, 5, 10), taus, strict=True):
+        result = method.step(batch, Progress(epoch=epoch, epochs=10, step=0, seed=0))
+        shifted = method.predict(images) + tau * torch.from_numpy(np.log(COUNTS / 100)).float()
         torch.testing.assert_close(result.loss, F.cross_entropy(shifted, batch["train"].labels_B))
-        torch.testing.assert_close(result.logits, method.predict(images))  # what predicts is not adjusted
-        assert result.log == ({} if title.startswith("CE") else {"tau": pytest.approx(tau)})
+        assert result.sums == ({} if title.startswith("CE") else {"tau": pytest.approx(tau)})
 
 
 def test_graloss_is_told_in_rows_and_summary(workplace):
     common = ["--optim.epochs", "2", "--input.batch_size", "64", "--input.image_size", "8", "--loop.eval_every", "2"]
     run(ERM, [*common, "--run", "runs/a", "--method.objective", "gradual"])
     rows = [json.loads(line) for line in (workplace / "runs/a/metrics.jsonl").read_text().splitlines()]
-    assert [row["tau"] for row in rows] == [0, 1]
+    assert [row["tau"] for row in rows] == pytest.approx([2**0.5 - 1, 1])
     assert json.loads((workplace / "runs/a/summary.json").read_text())["title"] == "GraLoss"
 
 
-@pytest.mark.parametrize("wrong", [["--method.objective", "focal"], ["--method.tau", "-1"], ["--method.gradual", "-1"]])
-def test_wrong_settings_are_named(workplace, capsys, wrong):
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ("adjust", "is unknown; did you mean adjusted?; choose one of: ce, adjusted, gradual"),
+        ("ce(tau=1)", "ce has no setting 'tau'; it has no settings"),
+        ("gradual(tau=1)", "gradual has no setting 'tau'; its settings are: scale, base"),
+        ("adjusted(tau=-1)", "tau"),
+        ("adjusted(1.5)", "is not understood; write it as gradual or gradual(scale=0.5)"),
+        ("adjusted(tau=", "is not understood"),
+        ("nowhere.Loss", "cannot be imported (No module named 'nowhere'); is its folder on PYTHONPATH?"),
+        ("json.JSONDecoder", "is no Objective of train.engine.objectives; derive it from that class"),
+    ],
+)
+def test_wrong_objectives_are_named(workplace, capsys, objective, message):
     with pytest.raises(SystemExit) as stopped:
-        run(ERM, wrong)
+        run(ERM, ["--method.objective", objective])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert wrong[1] in error
-    assert wrong[0].removeprefix("--") in error
+    assert "method.objective=" + objective in error
+    assert message in error
+    assert not list(workplace.glob("runs/*"))
+
+
+def test_an_objective_from_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "my_losses.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from train.engine.objectives import CrossEntropy\n"
+        "class Doubled(CrossEntropy):\n"
+        "    title = 'doubled'\n"
+        "    @dataclass\n"
+        "    class Settings:\n"
+        "        factor: float = 2.0\n"
+        "    def losses(self, logits_BC, labels_B, progress):\n"
+        "        return self.settings.factor * super().losses(logits_BC, labels_B, progress)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    objective = make_objective("my_losses.Doubled(factor=3)", COUNTS)
+    z, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    expected = 3 * F.cross_entropy(z, labels, reduction="none")
+    torch.testing.assert_close(objective.losses(z, labels, Progress(1, 1, 0, 0)), expected)

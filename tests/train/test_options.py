@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.batch import Batch
-from train.batch_norm import StreamBatchNorm2d
 from train.bbn import BBN
-from train.config import Loop
+from train.engine.config import Loop
+from train.engine.launch import run
+from train.engine.loop import Training, prepare_network, split_batch
 from train.erm import ERM
-from train.loop import Training, prepare_network, run, split_batch
-from train.networks import Normalize, build_network
+from train.networks.backbones import Normalize
+from train.networks.batch_norm import StreamBatchNorm2d
+from train.networks.networks import build_network
 
 SHORT = ["--optim.epochs", "1", "--input.batch_size", "64", "--input.image_size", "8", "--optim.lr", "0.02"]
 

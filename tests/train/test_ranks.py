@@ -16,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline import resident_loader
 from train.bbn import BBN
-from train.interrupts import EXIT_STATUS, Consensus
-from train.loop import Training, run
+from train.engine.interrupts import EXIT_STATUS, Consensus
+from train.engine.launch import run
+from train.engine.loop import Training
 
 ROOT = Path(__file__).parents[2]
 # Unset, accelerate warns on every rank.
@@ -76,10 +78,10 @@ def _train_and_record(rank: int, argv: list[str]) -> None:
 
     def step_and_keep(self, batch, *arguments):
         steps.update({f"{name} {self._counters.step}": part.ids_B for name, part in batch.items()})
-        loss, log = original(self, batch, *arguments)
+        loss = original(self, batch, *arguments)
         steps[f"loss {self._counters.step}"] = loss.numpy()
         np.savez(f"steps-{rank}.npz", **steps)
-        return loss, log
+        return loss
 
     Training._step = step_and_keep
     run(BBN, argv)
@@ -106,7 +108,7 @@ def test_two_processes_are_one(workplace):
             assert ours["eval"][figure] == pytest.approx(theirs["eval"][figure], abs=0.05)
     per_class = [json.loads((workplace / f"runs/{name}/per_class.json").read_text()) for name in ("one", "two")]
     assert per_class[0]["total"] == per_class[1]["total"]
-    assert len((workplace / "rank-0.log").read_text().splitlines()) == 5
+    assert len((workplace / "rank-0.log").read_text().splitlines()) == 6
     assert (workplace / "rank-1.log").read_text() == ""
 
 
@@ -152,6 +154,20 @@ def _agree(rank: int) -> None:
 
 def test_ranks_agree_a_call_later(tmp_path):
     assert on_ranks(tmp_path, _agree) == [0, 0], (tmp_path / "rank-0.log").read_text()
+
+
+def _train_with_no_room(rank: int, argv: list[str], without: int) -> None:
+    if rank == without:
+        resident_loader.free_memory = lambda device: 0
+    run(BBN, argv)
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_all_ranks_take_one_loader(workplace, without):
+    settings = [*SETTINGS, "--optim.epochs", "1", "--run", "runs/auto"]
+    assert on_ranks(workplace, _train_with_no_room, settings, without) == [0, 0]
+    assert json.loads((workplace / "runs/auto/summary.json").read_text())["environment"]["loader"] == "dali"
+    assert "loader: dali (" in (workplace / "rank-0.log").read_text()
 
 
 def test_a_batch_must_be_shared_evenly(workplace):

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from train.bbn import BBN
+from train.engine.interrupts import EXIT_STATUS, Consensus, Interrupts
+from train.engine.launch import run
+from train.engine.loop import Training
 from train.erm import ERM
-from train.interrupts import EXIT_STATUS, Consensus, Interrupts
-from train.loop import Training, run
 
 TIMINGS = ("seconds", "images_per_second", "eval_seconds")
 SHORT = ["--optim.epochs", "2", "--input.batch_size", "48", "--input.image_size", "8", "--optim.lr", "0.02",

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from analysis.metrics import Tally, tally
 from shards.errors import UserError
-from train.mixing import Batches
-from train.objectives import gradual_weight
+from train.engine.objectives import gradual_weight
+from train.features.mixing import Batches
 
 Kind = Literal["scaled", "lws", "linear"]
 # Features that are evaluated at once: a bound on memory.
@@ -178,15 +178,12 @@ def logit_adjusted(linear: nn.Linear, counts_C: Tensor, tau: float) -> nn.Linear
 
 
 @torch.no_grad()
-def measure(
-    linear: nn.Linear, bank: tuple[Tensor, Tensor], see: Callable[[Tensor], Tensor] = Tensor.float
-) -> tuple[Tally, float]:
+def measure(linear: nn.Linear, bank: tuple[Tensor, Tensor]) -> tuple[Tally, float]:
     """Evaluate a classifier on a bank of at least one feature.
 
     Args:
         linear: the classifier.
         bank: features (N, D), of any floating dtype, and labels (N,).
-        see: what is done to features before the classifier sees them.
 
     Returns:
         The tally, and the mean cross-entropy.
@@ -196,7 +193,7 @@ def measure(
     """
     total, loss = Tally.zeros(linear.out_features), 0.0
     for features_BD, labels_B in zip(*(part.split(FEATURES_PER_BLOCK) for part in bank), strict=True):
-        logits_BC = linear(see(features_BD))
+        logits_BC = linear(features_BD.float())
         loss += F.cross_entropy(logits_BC, labels_B, reduction="sum").item()
         try:
             total = total + tally(logits_BC.cpu().numpy(), labels_B.cpu().numpy())

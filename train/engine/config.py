@@ -12,17 +12,19 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.batch import Loader
-from pipeline.loader import Decode, LoaderKind, open_loader
+from pipeline.loader import ChosenLoader, Decode, LoaderKind, choose_loader, open_loader
 from pipeline.plan import Plan
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
-from train.tracking import Tracker
+from train.engine.tracking import Tracker
 
-PRESETS = Path(__file__).parent / "presets"
+PRESETS = Path(__file__).parents[1] / "presets"
 DATA = Path("data")
 
 
@@ -59,6 +61,17 @@ class Input:
     fault_limit: NonNegativeInt | None = None
     shard_window: NonNegativeInt | None = None
 
+    def settle_loader(self, dataset: Dataset, accelerator: Accelerator) -> None:
+        """Decide what the loader `auto` is, once for all splits and all processes, and say so."""
+        if self.loader != "auto":
+            return
+
+        def agree(mine: ChosenLoader) -> ChosenLoader:
+            return min(gather_object([mine]), key=("torch", "dali", "resident").index)  # what all of them can
+
+        self.loader, why = choose_loader(dataset.splits.values(), accelerator.device, self.resident_gb, agree)
+        accelerator.print(f"loader: {self.loader} ({why})")
+
     def open_loader(self, plan: Plan, device: torch.device, start_step: int = 0) -> Loader:
         """Open a loader for a plan as configured."""
         return open_loader(
@@ -93,7 +106,9 @@ class Optim:
         schedule: step (times `decay` at each milestone), cosine (to 0), or constant.
         warmup_epochs: epochs at the start over which the rate rises linearly. Without any, BBN stays stuck at a
             rate of 0.1: its doubled features make the first steps too large.
-        milestones: after which shares of the epochs the rate drops (so that drops scale with `epochs`).
+        warmup_start: the share of the rate that warm-up starts from, at epoch 0, before the first; BBN's is a third.
+        milestones: at which shares of the epochs the rate drops (so that drops scale with `epochs`): 0.6 of 200 makes
+            epoch 120 the first one with the lower rate, as BBN's code does.
         decay: the factor of each drop.
         accumulate: in how many parts a process works through its share of a batch, to need less memory. Batch norm
             sees the parts one by one.
@@ -109,6 +124,7 @@ class Optim:
     weight_decay: NonNegativeFloat = 2e-4
     schedule: Literal["step", "cosine", "constant"] = "step"
     warmup_epochs: NonNegativeInt = 5
+    warmup_start: ClosedUnitInterval = 1 / 3
     milestones: list[ClosedUnitInterval] = field(default_factory=lambda: [0.6, 0.8])
     decay: PositiveFloat = 0.01
     accumulate: PositiveInt = 1
@@ -151,6 +167,17 @@ class Loop:
     keep_checkpoints: PositiveInt = 2
     stall_minutes: PositiveFloat = 10.0
     track: Tracker = "none"
+
+
+@dataclass
+class Config:
+    """A training run's settings; `method` is the method's own Settings."""
+
+    input: Input
+    model: Model
+    method: Any
+    optim: Optim
+    loop: Loop
 
 
 class _ConfigFile(ActionConfigFile):

@@ -29,11 +29,12 @@ from tqdm import tqdm
 from pipeline.augment import Flips, Recipe, Windows, find_recipe
 from pipeline.plan import Draw, rank_slice
 from pipeline.sampling import random_generator
+from shards.atomic import write_json
 from shards.errors import UserError
 from shards.index import MANIFEST, Dataset, Split
-from train.config import Input
-from train.networks import WEIGHTS_FILE, BilateralNetwork, PlainNetwork
-from train.runs import write_json
+from train.engine.config import Input
+from train.networks.model_files import WEIGHTS_FILE
+from train.networks.networks import BilateralNetwork, PlainNetwork
 
 FOLDER = "features"
 ARRAYS = ("features", "labels", "seen")

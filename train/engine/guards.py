@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.batch import Batch, Loader
+from shards.atomic import write_json
 from shards.errors import UserError
 from shards.index import Split
-from train.runs import write_json
 
 STALLED_STATUS = 1
 

@@ -1,7 +1,7 @@
 """Gaussians over features, one per class, without a single covariance matrix; and what each feature may borrow.
 
 The first half of the Adaptive Feature Generator of "GLAG" (gradual balanced loss and adaptive feature generation),
-section 4.2; `train.generation` is the second:
+section 4.2; `train.features.generation` is the second:
 
     features ─ Tukey ─ fit ─────────── means μ_c; the class-sorted features X_c stand for Σ_c
                         │

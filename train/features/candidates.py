@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.metrics import percent, summarize
-from train.classifiers import (
+from train.features.classifiers import (
     ClassifierOptim,
     Kind,
     ScaledLinear,
@@ -30,7 +30,7 @@ from train.classifiers import (
     tau_normalized,
     train_classifier,
 )
-from train.mixing import Mixture, Sampling, real_epoch
+from train.features.mixing import Mixture, Sampling, real_epoch
 
 Bank = tuple[Tensor, Tensor]
 # Factors of optim.lr, and τ: what the held-out split chooses from. The first is taken where there is none.
@@ -54,19 +54,17 @@ class Judge:
         watched: the held-out split's features and labels, or None.
         test: the test split's.
         train_counts_C: n_j, which decide many, medium and few.
-        see: what is done to features before a classifier sees them.
     """
 
     watched: Bank | None
     test: Bank
     train_counts_C: Any
-    see: Callable[[Tensor], Tensor] = Tensor.float
 
     def score(self, linear: nn.Linear) -> tuple[float, float]:
         """Return balanced accuracy and minus the loss: small held-out splits tie often, then the loss decides."""
         if self.watched is None:
             return 0.0, 0.0
-        total, loss = measure(linear, self.watched, self.see)
+        total, loss = measure(linear, self.watched)
         return summarize(total, self.train_counts_C)["balanced_accuracy"] or 0.0, -loss
 
     def best(self, candidates: Iterator[Candidate]) -> Candidate:
@@ -77,7 +75,7 @@ class Judge:
 
     def report(self, linear: nn.Linear) -> dict[str, float | None]:
         """Return the figures on the test split."""
-        return summarize(measure(linear, self.test, self.see)[0], self.train_counts_C)
+        return summarize(measure(linear, self.test)[0], self.train_counts_C)
 
 
 def baselines(

@@ -14,46 +14,18 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from shards.atomic import write_text
 from shards.errors import UserError
 
 RUNS = Path("runs")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-@contextmanager
-def partial_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder, whose files are to be moved to their places when they are whole; what is left of it goes.
-
-    A kill may leave it. The path is always the same, so that the next attempt clears it.
-    """
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir()
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically, indented."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_config(run: Path, content: dict[str, Any]) -> None:
@@ -167,7 +139,7 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """Return the commit of the code, marked where files differ from it; None outside a checkout."""
-    here = Path(__file__).parent.parent
+    here = Path(__file__).parents[2]
     try:
         said = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from train.gaussians import ClassGaussians, Support, tukey
-from train.generation import generate_chunks, take_turns
+from train.features.gaussians import ClassGaussians, Support
+from train.features.generation import generate_chunks, take_turns
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 Sampling = Literal["each-once", "oversampled", "class-balanced"]
@@ -23,7 +23,7 @@ class Mixture:
         gaussians: the classes' Gaussians in Tukey space.
         support: what each feature borrows from.
         targets_C: features to generate per class and epoch, n_max − n_c.
-        gamma, gamma_kind, space, chunk: see `generate_chunks`.
+        gamma, chunk: see `generate_chunks`.
         rank, world_size: each rank sees its own share of every epoch, all of the same size.
     """
 
@@ -33,8 +33,6 @@ class Mixture:
     support: Support
     targets_C: Tensor
     gamma: float = 0.0
-    gamma_kind: Literal["isotropic", "ones"] = "isotropic"
-    space: Literal["feature", "tukey"] = "feature"
     chunk: int = 65536
     rank: int = 0
     world_size: int = 1
@@ -45,9 +43,8 @@ class Mixture:
         return mine.to(self.features_ND.device)
 
     def real(self, rows_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return real features, float32, in the space of the classifier, and their labels."""
-        features_BD = self.features_ND[rows_B].float()
-        return (tukey(features_BD, self.gaussians.lam) if self.space == "tukey" else features_BD), self.labels_N[rows_B]
+        """Return real features, float32, and their labels."""
+        return self.features_ND[rows_B].float(), self.labels_N[rows_B]
 
     def generated(self, beta: float | Tensor, generator: torch.Generator) -> Batches:
         """Return this rank's chunks of an epoch's generated features; see `generate_chunks`."""
@@ -58,8 +55,6 @@ class Mixture:
             beta,
             generator,
             gamma=self.gamma,
-            gamma_kind=self.gamma_kind,
-            space=self.space,
             chunk=self.chunk,
             rank=self.rank,
             world_size=self.world_size,

@@ -4,9 +4,9 @@ import torch
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import functional as theirs
 
-from pipeline.augment import DISTORTION, draw_distortions
-from pipeline.distort import distort
+from pipeline.distortions.strong import DISTORTION, Strong
 
+distort = Strong().apply
 COLOURS = ("brightness", "contrast", "saturation", "hue")
 
 
@@ -19,6 +19,10 @@ def pictures(count: int, height: int, width: int) -> torch.Tensor:
         top, left = generator.integers(0, photograph.shape[0] - height), generator.integers(0, 640 - width)
         cuts.append(photograph[top : top + height, left : left + width])
     return torch.from_numpy(np.stack(cuts))
+
+
+def draw(generator: np.random.Generator, count: int) -> np.ndarray:
+    return Strong().draw(generator, count, 32)
 
 
 def rows(count: int, **fields) -> np.ndarray:
@@ -49,7 +53,7 @@ def torchvisions(images_BHWC: torch.Tensor, distortions_B: np.ndarray) -> torch.
 def test_a_row_that_asks_for_nothing_changes_no_bit():
     images = torch.arange(256, dtype=torch.uint8).repeat(3)[: 16 * 16 * 3].view(1, 16, 16, 3).repeat(8, 1, 1, 1)
     distortions = rows(8)
-    distortions[3] = draw_distortions(np.random.default_rng(0), 1)[0]
+    distortions[3] = draw(np.random.default_rng(0), 1)[0]
     distortions["sigma"][3] = 1
     shown = distort(images, distortions)
     assert shown.dtype == torch.uint8
@@ -76,7 +80,7 @@ def test_each_step_is_torchvisions_within_a_grey_level(field, value):
 @pytest.mark.parametrize(("height", "width"), [(224, 224), (32, 32), (30, 47)])
 def test_drawn_distortions_are_torchvisions_within_a_grey_level(height, width):
     count = 12 if height == 224 else 120
-    images, distortions = pictures(count, height, width), draw_distortions(np.random.default_rng(2), count)
+    images, distortions = pictures(count, height, width), draw(np.random.default_rng(2), count)
     ours, expected = distort(images, distortions).float(), torchvisions(images, distortions)
     assert (ours - expected).abs().max() <= 1
     assert (ours - expected).abs().mean() <= 0.26  # rounding alone costs a quarter
@@ -92,7 +96,7 @@ def test_a_blur_of_three_sigmas_is_the_usual_kernel_of_a_tenth_of_the_picture():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_pictures_smaller_than_the_blur_reaches(size):
-    images, distortions = pictures(4, size, size), draw_distortions(np.random.default_rng(1), 4)
+    images, distortions = pictures(4, size, size), draw(np.random.default_rng(1), 4)
     distortions["sigma"] = 2
     ours, expected = distort(images, distortions).float(), torchvisions(images, distortions)
     assert ours.shape == (4, size, size, 3)
@@ -100,7 +104,7 @@ def test_pictures_smaller_than_the_blur_reaches(size):
 
 
 def test_what_becomes_of_an_image_does_not_depend_on_the_others():
-    images, distortions = pictures(150, 24, 24), draw_distortions(np.random.default_rng(5), 150)
+    images, distortions = pictures(150, 24, 24), draw(np.random.default_rng(5), 150)
     together = distort(images, distortions)
     alone = torch.cat([distort(images[i : i + 1], distortions[i : i + 1]) for i in range(150)])
     assert torch.equal(together, alone)
@@ -114,7 +118,7 @@ def test_one_image_and_none():
 
 
 def test_any_memory_layout_is_taken():
-    images, distortions = pictures(4, 20, 20), draw_distortions(np.random.default_rng(3), 4)
+    images, distortions = pictures(4, 20, 20), draw(np.random.default_rng(3), 4)
     mirrored = images.flip(2)
     planar = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     assert torch.equal(distort(planar, distortions), distort(images, distortions))
@@ -127,7 +131,7 @@ def test_grey_pictures_stay_grey_when_the_hue_turns():
 
 
 def test_frequencies_and_strengths_are_those_of_the_papers():
-    drawn = draw_distortions(np.random.default_rng(0), 20_000)
+    drawn = draw(np.random.default_rng(0), 20_000)
     coloured = drawn["hue"] != 0
     for share, expected in ((coloured, 0.8), (drawn["grey"], 0.2), (drawn["sigma"] > 0, 0.5)):
         assert abs(share.mean() - expected) < 5 * np.sqrt(expected * (1 - expected) / 20_000)
@@ -146,7 +150,7 @@ def test_frequencies_and_strengths_are_those_of_the_papers():
 
 @pytest.mark.gpu
 def test_a_gpu_distorts_alike():
-    images, distortions = pictures(40, 64, 64), draw_distortions(np.random.default_rng(4), 40)
+    images, distortions = pictures(40, 64, 64), draw(np.random.default_rng(4), 40)
     shown = distort(images.cuda(), distortions)
     assert shown.is_cuda
     assert (shown.cpu().float() - distort(images, distortions).float()).abs().max() <= 1

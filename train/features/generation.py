@@ -1,7 +1,7 @@
 """Features drawn from calibrated Gaussians, exactly and without a covariance: every sample is a sum of real features.
 
-The second half of the Adaptive Feature Generator of "GLAG", section 4.2, after `train.gaussians`. A parent x̂ of class
-c with its support S and weights ω (summing to 1) gives (Eq. 8 and 9)
+The second half of the Adaptive Feature Generator of "GLAG", section 4.2, after `train.features.gaussians`. A parent x̂
+of class c with its support S and weights ω (summing to 1) gives (Eq. 8 and 9)
 
     x ~ N( (1−β)·x̂ + β·Σ_S ω_j μ_j ,  (1−β)²·Σ_c + β²·Σ_S ω_j Σ_j + γ )
 
@@ -17,7 +17,7 @@ Where n_j > D, noise of length D meets the factor R_j instead. All mathematics i
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from shards.errors import UserError
 from shards.groups import MANY_ABOVE
-from train.gaussians import ClassGaussians, Support, find_support, fit, head_classes, inverse_tukey_
+from train.features.gaussians import ClassGaussians, Support, find_support, fit, head_classes, inverse_tukey_
 
 # Numbers in one block of weights and of products: bounds on memory.
 BLOCK_VALUES = 2**24
@@ -39,8 +39,6 @@ def generate_chunks(
     generator: torch.Generator,
     *,
     gamma: float = 0.0,
-    gamma_kind: Literal["isotropic", "ones"] = "isotropic",
-    space: Literal["feature", "tukey"] = "feature",
     chunk: int = 65536,
     rank: int = 0,
     world_size: int = 1,
@@ -60,9 +58,7 @@ def generate_chunks(
         targets_C: int64 >= 0, how many features to generate per class, over all ranks.
         beta: β in [0, 1], the trust in borrowed knowledge; one for all, or shape (C,).
         generator: on any device; the same state and world size give the same features on the same kind of device.
-        gamma: γ >= 0, added to the covariance.
-        gamma_kind: "isotropic" adds γ·I, "ones" adds γ to every entry (one shift for all dimensions).
-        space: "feature" undoes Tukey's transformation, "tukey" leaves the samples in it.
+        gamma: γ >= 0; γ·I is added to the covariance.
         chunk: M >= 1, rows per chunk; each takes 4·M·D bytes, and a new one is made beside one still held. The larger,
             the more samples share a product: thousands of classes want tens of thousands of rows.
         rank: this process's number.
@@ -72,8 +68,7 @@ def generate_chunks(
         features_MD, float32, and labels_M, int64; the last chunk may be shorter.
 
     Raises:
-        UserError: β, γ or `chunk` out of range, an unknown `gamma_kind` or `space`, or too little memory for a chunk;
-            before the first chunk.
+        UserError: β, γ or `chunk` out of range, or too little memory for a chunk; before the first chunk.
     """
     counts_C = gaussians.counts_C
     beta_C = torch.as_tensor(beta, dtype=torch.float32, device=counts_C.device).broadcast_to(counts_C.shape)
@@ -82,10 +77,6 @@ def generate_chunks(
         raise UserError(f"β must lie in [0, 1], got {outside[0].item():g}; 0 borrows nothing, 1 everything")
     if not (math.isfinite(gamma) and gamma >= 0):
         raise UserError(f"γ must be finite and >= 0, got {gamma}; 0 adds no spread")
-    if gamma_kind not in ("isotropic", "ones"):
-        raise UserError(f"gamma_kind {gamma_kind!r} is unknown; choose isotropic or ones")
-    if space not in ("feature", "tukey"):
-        raise UserError(f"space {space!r} is unknown; choose feature or tukey")
     if chunk < 1:
         raise UserError(f"a chunk must have at least 1 row, got {chunk}; 65536 is usual")
     assert 0 <= rank < world_size, (rank, world_size)
@@ -101,10 +92,8 @@ def generate_chunks(
         for parents_M in parents_T[rank::world_size][:share].split(chunk) if share else ():
             samples_MD = _sample(gaussians, support, parents_M, beta_C, noise)
             if gamma:
-                columns = 1 if gamma_kind == "ones" else samples_MD.shape[1]
-                samples_MD += gamma**0.5 * _noise(len(parents_M), columns, noise)
-            if space == "feature":
-                inverse_tukey_(samples_MD, gaussians.lam)
+                samples_MD += gamma**0.5 * _noise(len(samples_MD), samples_MD.shape[1], noise)
+            inverse_tukey_(samples_MD, gaussians.lam)
             labels_M = gaussians.labels_N[parents_M]
             yield samples_MD, labels_M
             del samples_MD  # before the next one is made
@@ -236,8 +225,6 @@ def generate(
     k: int = 2,
     lam: float = 0.5,
     gamma: float = 0.0,
-    gamma_kind: Literal["isotropic", "ones"] = "isotropic",
-    space: Literal["feature", "tukey"] = "feature",
     head_above: int = MANY_ABOVE,
     seed: int = 0,
 ) -> tuple[NDArray[Any], NDArray[Any]] | tuple[Tensor, Tensor]:
@@ -253,9 +240,7 @@ def generate(
         beta: β in [0, 1], the trust in what larger classes lend; 0 keeps to a class's own Gaussian.
         k: K >= 1, the larger classes that a feature borrows from.
         lam: Tukey's λ >= 0; 0 is the logarithm.
-        gamma: γ >= 0, added to the covariance.
-        gamma_kind: "isotropic" (γ·I) or "ones" (γ in every entry).
-        space: "feature" (ordinary features) or "tukey" (left in Tukey's space).
+        gamma: γ >= 0; γ·I is added to the covariance.
         head_above: classes with more samples are head and borrow nothing.
         seed: the same seed gives the same features.
 
@@ -283,8 +268,7 @@ def generate(
         raise UserError(f"targets must be {len(counts_C)} integers >= 0, one per class, got {targets.tolist()}")
     support = find_support(gaussians, k, head_classes(counts_C, head_above))
     generator = torch.Generator().manual_seed(seed)
-    settings: dict[str, Any] = {"gamma": gamma, "gamma_kind": gamma_kind, "space": space}
     empty = (features.new_empty(0, features.shape[1], dtype=torch.float32), labels[:0])
-    chunks = [empty, *generate_chunks(gaussians, support, targets, beta, generator, **settings)]
+    chunks = [empty, *generate_chunks(gaussians, support, targets, beta, generator, gamma=gamma)]
     features_MD, labels_M = (torch.cat(parts) for parts in zip(*chunks, strict=True))
     return (features_MD, labels_M) if isinstance(features_ND, Tensor) else (features_MD.numpy(), labels_M.numpy())

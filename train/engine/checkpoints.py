@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from shards.atomic import partial_folder, write_json
 from shards.errors import UserError
-from train.networks import load_weights
-from train.runs import partial_folder, write_json
+from train.networks.model_files import load_weights
 
 FOLDER = "checkpoints"
 SUMS = "sums.json"
@@ -40,7 +40,6 @@ class Counters:
         images: training images seen over all ranks and streams, in whole epochs.
         training_seconds: time spent in training steps alone, in whole epochs.
         evaluation_seconds: time spent evaluating.
-        loss_sum: the losses of the epoch's steps so far, summed; the mean over ranks.
         epoch_seconds: time spent in the epoch's steps so far.
     """
 
@@ -50,7 +49,6 @@ class Counters:
     images: int = 0
     training_seconds: float = 0.0
     evaluation_seconds: float = 0.0
-    loss_sum: float = 0.0
     epoch_seconds: float = 0.0
 
 

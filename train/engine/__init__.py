@@ -1,0 +1,1 @@
+"""From a command line to a finished run: the same for every method."""

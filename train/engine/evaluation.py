@@ -1,0 +1,156 @@
+"""Evaluating a method, and what a finished run leaves: results, and the lines that people read."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from analysis.metrics import Tally, percent, summarize, tally
+from pipeline.faults import faults_of
+from pipeline.plan import EvalPlan
+from shards.atomic import write_json
+from shards.errors import UserError
+from shards.index import Dataset, Split
+from train.engine import runs
+from train.engine.checkpoints import Counters, read_selected
+from train.engine.config import Config, Input
+from train.engine.method import Method, unwrapped
+from train.networks.model_files import load_weights, save_model
+
+# What a line says of an epoch in its own way, or leaves to metrics.jsonl; everything else that is logged follows.
+SAID = {"epoch", "step", "loss", "lr", "images_per_second", "eval", "eval_seconds", "seconds"}
+
+
+def test_split(dataset: Dataset) -> Split:
+    """Return the split that results are reported on: test, else val."""
+    for name in ("test", "val"):
+        if name in dataset.splits and len(dataset.splits[name]):
+            return dataset.splits[name]
+    raise UserError(f"{dataset.root} has neither a test nor a val split; build it again with --test-fraction 0.25")
+
+
+@torch.inference_mode()
+def evaluate(method: Method, split: Split, input: Input, accelerator: Accelerator) -> Tally:
+    """Evaluate `method.predict` on every image of a split exactly once over all ranks."""
+    network = unwrapped(method.network)
+    was_training = network.training
+    network.eval()
+    plan = EvalPlan(
+        split,
+        input.batch_size,
+        input.image_size,
+        input.eval_augment,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    total = Tally.zeros(len(split.class_counts))
+    with input.open_loader(plan, accelerator.device) as loader:
+        for batch in loader:
+            with accelerator.autocast():
+                logits_BC = method.predict(batch["eval"].images_BHWC)
+            try:
+                total = total + tally(logits_BC.float().cpu().numpy(), batch["eval"].labels_B.cpu().numpy())
+            except ValueError as error:
+                raise UserError(f"on {split.name}, {error}") from None
+    network.train(was_training)
+    # Through float64, which the counts fit exactly.
+    vector = torch.from_numpy(total.to_vector()).to(accelerator.device)
+    return Tally.from_vector(accelerator.reduce(vector, "sum").cpu().numpy(), len(split.class_counts))
+
+
+def finish(
+    method: Method, config: Config, dataset: Dataset, run_folder: Path, accelerator: Accelerator, counters: Counters
+) -> None:
+    """Evaluate the last and the selected weights on the test split and write the run's results."""
+    network, test = method.model, test_split(dataset)
+    final = evaluate(method, test, config.input, accelerator)
+    last, selected = summarize(final, dataset.train_counts), None
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_model(network, run_folder)
+    chosen = read_selected(run_folder) if config.loop.select else None
+    if chosen is not None:
+        path, epoch, _ = chosen
+        load_weights(network, path)
+        measured = summarize(evaluate(method, test, config.input, accelerator), dataset.train_counts)
+        selected = {"epoch": epoch, **measured}
+    summary = {
+        "method": method.name,
+        "title": method.title,
+        "stage": 1,
+        "from": None,
+        "dataset": dataset.name,
+        "seed": config.loop.seed,
+        "epochs": config.optim.epochs,
+        "last": last,
+        "selected": selected,
+        "selected_on": "val" if selected else None,
+        "evaluated_on": test.name,
+        "images_per_second": counters.images / counters.training_seconds if counters.training_seconds else None,
+        "seconds": counters.seconds,
+        "evaluation_seconds": counters.evaluation_seconds,
+        "faults": collect_faults(dataset, accelerator),
+        "environment": runs.environment(device_name(accelerator.device), accelerator.num_processes)
+        | {"loader": config.input.loader},
+        "command": runs.command(),
+    }
+    if accelerator.is_main_process:
+        write_results(run_folder, summary, final, dataset)
+
+
+def write_results(run_folder: Path, summary: dict[str, Any], final: Tally, dataset: Dataset) -> None:
+    """Write per_class.json, then summary.json, and say where they are."""
+    write_json(
+        run_folder / "per_class.json",
+        {
+            "split": summary["evaluated_on"],
+            "classes": dataset.classes,
+            "train_counts": dataset.train_counts.tolist(),
+            "correct": final.correct_C.tolist(),
+            "total": final.total_C.tolist(),
+        },
+    )
+    write_json(run_folder / "summary.json", summary)
+    print(f"{summary['title']}, last epoch, on {summary['evaluated_on']}: {accuracy_line(summary['last'])}")
+    print(f"wrote {run_folder}/summary.json; for a page with figures: python -m analysis report {run_folder}")
+
+
+def collect_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Return a row per image that did not decode, in whichever process, and say how many there are."""
+    mine = [{"split": name} | row for name, split in dataset.splits.items() for row in faults_of(split).rows()]
+    found, times = {}, Counter[tuple[str, int]]()
+    for row in gather_object(mine):
+        image = row["split"], row["sample"]
+        found[image] = row
+        times[image] += row["times"]
+    if found:
+        accelerator.print(
+            f"{len(found)} images did not decode and were replaced or left out, {times.total()} times in all:"
+            f" see summary.json, and run: python -m shards verify {dataset.place}"
+        )
+    return [row | {"times": times[image]} for image, row in sorted(found.items())]
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a person calls the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def accuracy_line(result: dict[str, Any]) -> str:
+    """Return "overall 97.1, many …" in percent."""
+    return f"overall {percent(result['top1'])}" + "".join(
+        f", {group} {percent(result[group])}" for group in ("many", "medium", "few")
+    )
+
+
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """Return the one line that an epoch leaves on the screen."""
+    parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", f"loss {row['loss']:.4f}", f"lr {row['lr']:.2g}"]
+    parts += [f"{name} {value:.4g}" for name, value in row.items() if name not in SAID and isinstance(value, float)]
+    parts += [f"{row['images_per_second']:,.0f} images/s"]
+    if "eval" in row:
+        parts.append(f"{row['eval']['split']}: {accuracy_line(row['eval'])}")
+    return "  ".join(parts)

@@ -1,0 +1,178 @@
+"""From a command line to a finished run: the whole of what a launchable file does."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+
+from pipeline.loader import windowed
+from pipeline.plan import TrainPlan
+from shards.errors import UserError, user_errors_exit_2
+from shards.index import Dataset
+from train.engine import runs
+from train.engine.checkpoints import Counters, load_checkpoint
+from train.engine.config import (
+    Config,
+    Input,
+    Loop,
+    Model,
+    Optim,
+    find_dataset,
+    make_parser,
+    parse,
+    peek,
+    plain_sections,
+    preset,
+)
+from train.engine.evaluation import finish, test_split
+from train.engine.guards import check_devices, told_in_one_line
+from train.engine.interrupts import EXIT_STATUS, Interrupted
+from train.engine.loop import Training
+from train.engine.method import Method
+from train.engine.tracking import Tracking
+
+
+def run(method_class: type[Method], argv: list[str] | None = None) -> None:
+    """Run a method from its command line: the whole of what a launchable file does.
+
+    Exits with 2 for a user's mistake, told in one line.
+    """
+    program = f"train/{method_class.name}.py"
+    with user_errors_exit_2(program):
+        _run(method_class, program, argv)
+
+
+def _run(method_class: type[Method], program: str, argv: list[str] | None) -> None:
+    description = (sys.modules[method_class.__module__].__doc__ or "").split("\n")[0]
+    parser = make_parser(
+        program, description, input=Input, model=Model, method=method_class.Settings, optim=Optim, loop=Loop
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with --run, or with the newest unfinished run")
+    parser.add_argument("--variant", type=str | None, help="of the dataset's preset, such as 2x: twice the epochs")
+
+    asked = peek(parser, argv)
+    resumed = None
+    if asked.resume:
+        resumed = Path(asked.run) if asked.run else runs.newest_run({1}, method=method_class.name, finished=False)
+    if resumed is not None and (resumed / "config.yaml").exists():
+        saved = runs.read_config(resumed)
+        about = saved.pop("about", {})
+        if about.get("method") != method_class.name:
+            raise UserError(f"{resumed} is a run of {about.get('method')}, not of {method_class.name}; name another")
+        dataset = find_dataset(asked.data or about["data"])
+        defaults = saved
+    else:
+        dataset = find_dataset(asked.data)
+        defaults = preset(dataset, "training", method_class.name, variant=asked.variant)
+    settings = parse(parser, argv, defaults)
+    chosen = parser.instantiate(settings)
+    config = Config(chosen.input, chosen.model, chosen.method, chosen.optim, chosen.loop)
+
+    accelerator = make_accelerator(config.loop.precision, config.loop.device)
+    with told_in_one_line(resumed):
+        _train_and_finish(
+            method_class, config, dataset, resumed, asked.run, plain_sections(parser, settings), accelerator
+        )
+
+
+def _train_and_finish(
+    method_class: type[Method],
+    config: Config,
+    dataset: Dataset,
+    resumed: Path | None,
+    named: str | None,
+    sections: dict[str, Any],
+    accelerator: Accelerator,
+) -> None:
+    set_seed(config.loop.seed)
+    method = method_class(config, dataset.train_counts)
+    plan = TrainPlan(
+        dataset.splits["train"],
+        windowed(method.streams, dataset.splits["train"], config.input.shard_window),
+        config.input.batch_size,
+        config.input.image_size,
+        config.loop.seed,
+        config.optim.epochs,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    if plan.rank_batch % config.optim.accumulate:
+        raise UserError(
+            f"optim.accumulate={config.optim.accumulate} does not divide the {plan.rank_batch} images per stream of"
+            " each process; choose a divisor"
+        )
+    test_split(dataset)  # tells early where there is none
+    tracking = Tracking(config.loop.track)
+    # Whatever can fail comes before the folder is made or touched.
+    restored = load_checkpoint(resumed, method.network) if resumed else None
+    counters = restored[1] if restored else Counters()
+    if resumed and counters.epochs >= config.optim.epochs and (resumed / "summary.json").exists():
+        accelerator.print(f"{resumed} is finished: it has its {counters.epochs} epochs (more with --optim.epochs)")
+        return
+    if counters.step // plan.steps_per_epoch != counters.epochs:
+        raise UserError(
+            f"{resumed} did {counters.step} steps in {counters.epochs} epochs, and an epoch has {plan.steps_per_epoch}"
+            " now: resume with the dataset and input.batch_size that it began with"
+        )
+    (first_step,) = broadcast_object_list([counters.step])
+    if first_step != counters.step:
+        raise UserError(
+            f"process {accelerator.process_index} finds a checkpoint of step {counters.step} in {resumed}, the first"
+            f" process one of step {first_step}; put the run on a file system that all machines share"
+        )
+    config.input.settle_loader(dataset, accelerator)
+    loader = config.input.open_loader(plan, accelerator.device, counters.step)
+    folder: list[Path | None] = [None]
+    if accelerator.is_main_process:
+        if resumed or named:
+            folder = [runs.use_run(resumed or Path(str(named)), bool(resumed))]
+        else:
+            folder = [runs.new_run(f"{dataset.name}-{method.name}")]
+    (run_folder,) = broadcast_object_list(folder)
+    assert run_folder is not None
+    if accelerator.is_main_process:
+        about = {"method": method.name, "dataset": dataset.name, "data": dataset.place}
+        runs.write_config(run_folder, {"about": about, **sections})
+        runs.truncate_rows(run_folder, counters.epochs)
+        (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
+        tracking.open(run_folder, counters.step)
+    if restored:
+        within = counters.step - counters.epochs * plan.steps_per_epoch
+        where = f" and {within} of {plan.steps_per_epoch} steps" if within else ""
+        accelerator.print(f"resuming {run_folder} after epoch {counters.epochs}{where}")
+    with loader, told_in_one_line(run_folder):
+        training = Training(method, config, dataset, plan, run_folder, accelerator, counters, tracking)
+        if restored:
+            training.restore(restored[0])
+        try:
+            training.run(loader)
+        except Interrupted as interrupted:
+            accelerator.print(
+                f"stopped by {interrupted.signal} after step {counters.step}, with a checkpoint; go on with:"
+                f" train/{method.name}.py --run {run_folder} --resume",
+                flush=True,
+            )
+            sys.exit(EXIT_STATUS)
+        finally:
+            tracking.close()
+        finish(training.evaluated, config, dataset, run_folder, accelerator, counters)
+
+
+def make_accelerator(precision: str, device: str = "auto") -> Accelerator:
+    """Make the Accelerator, or say in one line what stands in its way here."""
+    check_devices(os.environ, device, torch.cuda.device_count())
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    if cpu and precision == "fp16":
+        raise UserError("loop.precision=fp16 needs a GPU; use --loop.precision bf16, or no")
+    try:
+        with told_in_one_line():
+            # Unless it is told about CPUs, several processes on them would each think itself alone.
+            return Accelerator(mixed_precision=None if precision == "auto" else precision, cpu=cpu)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"loop.precision={precision}: {' '.join(str(error).split())}") from None

@@ -1,0 +1,1 @@
+"""What second stages do with the features of a frozen network."""

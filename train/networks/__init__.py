@@ -1,0 +1,1 @@
+"""What is computed: backbones, networks, objectives; and trained models as files."""

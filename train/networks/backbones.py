@@ -1,0 +1,186 @@
+"""Backbones: a network cut before its last residual block, and the layer that normalises pictures."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from shards.errors import UserError
+from train.networks.weights import load_state, read_state
+
+CIFAR_MEAN_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Normalize(nn.Module):
+    """Grey levels to normalised channels: (x / 255 − mean) / std, in float32 whatever autocast says.
+
+    Takes images_BHWC, uint8 in 0..255 (a mixture of images may be floating point in the same range).
+    Returns images_BCHW, float32, in channels_last memory, where the permutation copies nothing, or contiguous.
+    """
+
+    channels_last: bool = True
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean_std: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET_MEAN_STD) -> None:
+        super().__init__()
+        mean_C, std_C = mean_std
+        self.register_buffer("mean", torch.tensor(mean_C).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std_C).view(-1, 1, 1))
+
+    def forward(self, images_BHWC: Tensor) -> Tensor:
+        """See the class."""
+        images_BCHW = (images_BHWC.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        return images_BCHW if self.channels_last else images_BCHW.contiguous()
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A ResNet cut before its last residual block. One backbone serves one network.
+
+    Attributes:
+        name: as in `make_backbone`.
+        normalize: the first layer.
+        trunk: normalised images_BCHW -> maps, everything up to the last block.
+        make_branch: returns a new last block at each call: initialised on its own, or a copy of the
+            pretrained block where weights were given.
+        feature_dim: D, channels of the branch's output.
+    """
+
+    name: str
+    normalize: Normalize
+    trunk: nn.Sequential
+    make_branch: Callable[[], nn.Module]
+    feature_dim: int
+
+
+def make_backbone(name: str, weights: str | None = None) -> Backbone:
+    """Build a backbone by name.
+
+    Args:
+        name: "resnet32" (the CIFAR network of He et al., "Deep Residual Learning for Image Recognition",
+            2015, section 4.2), "resnet10" (one basic block in each of the four stages, as Liu et al., "Large-Scale
+            Long-Tailed Recognition in an Open World", 2019, train on ImageNet-LT), or any torchvision ResNet such
+            as "resnet50" or "resnext50_32x4d".
+        weights: None for a random start; a name that torchvision has for this backbone ("DEFAULT",
+            "IMAGENET1K_V2", downloaded on first use); or the path of a .safetensors or .pth file with a state dict
+            of the whole ResNet, in torchvision's names. Its classifier (`fc.*` or `linear.*`) is left out.
+
+    Raises:
+        UserError: unknown backbone, or weights that are unknown, unreadable or of another backbone.
+    """
+    if name in _OWN_RESNETS:
+        net, owner = _OWN_RESNETS[name](), "a"
+    elif name in _torchvision_resnets():
+        net, owner = torchvision.models.get_model(name, weights=None), "torchvision's"
+    else:
+        choices = ", ".join([*_OWN_RESNETS, *_torchvision_resnets()])
+        raise UserError(f"backbone {name!r} is unknown; choose one of: {choices}")
+    stages = OrderedDict((key, child) for key, child in net.named_children() if key not in ("avgpool", "fc"))
+    if weights is not None:
+        state = {
+            key: value for key, value in _pretrained(name, weights).items() if not key.startswith(("fc.", "linear."))
+        }
+        layers = ", ".join(key for key, stage in stages.items() if stage.state_dict())
+        load_state(nn.Sequential(stages), state, weights, f"give the state dict of {owner} {name} ({layers})")
+    last_stage = next(reversed(stages))
+    *first_blocks, last_block = stages[last_stage].children()
+    stages[last_stage] = nn.Sequential(*first_blocks)
+    *_, last_norm = (module for module in last_block.modules() if isinstance(module, nn.BatchNorm2d))
+
+    def make_branch() -> nn.Module:
+        branch = copy.deepcopy(last_block)
+        return branch if weights else branch.apply(_he_initialise)
+
+    normalize = Normalize(CIFAR_MEAN_STD if name == "resnet32" else IMAGENET_MEAN_STD)
+    return Backbone(name, normalize, nn.Sequential(stages), make_branch, last_norm.num_features)
+
+
+def _torchvision_resnets() -> list[str]:
+    models = torchvision.models
+    return [
+        name
+        for name in models.list_models(module=models)
+        if models.get_model_builder(name).__module__ == "torchvision.models.resnet"
+    ]
+
+
+def _pretrained(backbone: str, weights: str) -> dict[str, Tensor]:
+    named = {} if backbone in _OWN_RESNETS else torchvision.models.get_model_weights(backbone).__members__
+    if weights in named:
+        try:
+            return named[weights].get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"weights {weights!r} of {backbone} cannot be downloaded ({type(error).__name__});"
+                f" get {named[weights].url} another way and give the path of the file"
+            ) from None
+    if not Path(weights).is_file():
+        names = ", ".join(named) or "none"
+        raise UserError(
+            f"weights {weights!r} are neither a file nor one of torchvision's names for {backbone}: {names}"
+        )
+    return read_state(Path(weights))
+
+
+def _he_initialise(module: nn.Module) -> None:
+    """Initialise a convolution as torchvision's ResNets do; in ResNet-32's last block both fans are the same."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class CifarBlock(nn.Module):
+    """Two 3×3 convolutions and a parameter-free shortcut (He et al. 2015, option A).
+
+    Maps (B, in_channels, H, W) to (B, channels, ⌈H/stride⌉, ⌈W/stride⌉); where the shape changes, the shortcut
+    takes every second pixel and pads the channels with zeros on both sides.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride = stride
+        self.padding = (channels - in_channels) // 2
+        for conv in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(conv.weight)
+
+    def forward(self, maps_BCHW: Tensor) -> Tensor:
+        """See the class."""
+        out_BCHW = F.relu(self.bn1(self.conv1(maps_BCHW)))
+        out_BCHW = self.bn2(self.conv2(out_BCHW))
+        if self.padding:
+            maps_BCHW = maps_BCHW[:, :, :: self.stride, :: self.stride]
+            maps_BCHW = F.pad(maps_BCHW, (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(out_BCHW + maps_BCHW)
+
+
+def _resnet32() -> nn.Module:
+    stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight)
+    return nn.Sequential(
+        OrderedDict(
+            conv1=stem,
+            bn1=nn.BatchNorm2d(16),
+            relu=nn.ReLU(inplace=True),
+            layer1=nn.Sequential(*(CifarBlock(16, 16) for _ in range(5))),
+            layer2=nn.Sequential(CifarBlock(16, 32, stride=2), *(CifarBlock(32, 32) for _ in range(4))),
+            layer3=nn.Sequential(CifarBlock(32, 64, stride=2), *(CifarBlock(64, 64) for _ in range(4))),
+        )
+    )
+
+
+_OWN_RESNETS: dict[str, Callable[[], nn.Module]] = {
+    "resnet32": _resnet32,
+    "resnet10": lambda: ResNet(BasicBlock, [1, 1, 1, 1]),
+}

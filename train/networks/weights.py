@@ -1,0 +1,43 @@
+"""State dicts out of files, checked against the network that they are for."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from shards.errors import UserError
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Return the state dict of a .safetensors file, or of one that torch.save wrote, on the CPU.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds no plain state dict.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give the file of a trained model") from None
+    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}); replace the damaged file") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no plain state dict; save model.state_dict() and give that file")
+    return state
+
+
+def load_state(module: nn.Module, state: dict[str, Tensor], source: Path | str, remedy: str) -> None:
+    """Load `state` into `module` if all names and shapes agree, else name the first that does not."""
+    own = module.state_dict()
+    for key in [*own, *(key for key in state if key not in own)]:
+        # Old files lack this counter, which batch norm with a momentum never reads.
+        if key.endswith("num_batches_tracked"):
+            continue
+        here, there = (str(tuple(side[key].shape)) if key in side else "absent" for side in (own, state))
+        if here != there:
+            raise UserError(f"{source} is of another model: {key} is {there} in it and {here} here; {remedy}")
+    module.load_state_dict(state, strict=False)
