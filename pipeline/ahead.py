@@ -22,7 +22,8 @@ from pipeline.reader import ShardReader
 
 # To read takes a fiftieth of what it takes to decode, so these threads mostly wait: for a disk, or for a network.
 READERS = 4
-READ_AHEAD = 4  # steps
+READ_AHEAD = 4  # steps, or fewer where their files take more than this:
+READ_AHEAD_BYTES = 2**28
 SMALL_FILE = 8192  # bytes
 
 Files = list[NDArray[np.uint8]] | NDArray[np.uint8]
@@ -49,6 +50,9 @@ class ReadAhead:
     def __init__(self, plan: Plan, reader: ShardReader, start_step: int) -> None:
         self._plan, self._reader, self._step = plan, reader, start_step
         self._faults = faults_of(plan.split)
+        images = plan.rank_batch * len(plan.streams)
+        step_bytes = images * float(plan.split.samples["size"][:1000].mean()) if len(plan.split) else 1.0
+        self._most = int(min(READ_AHEAD, max(2, READ_AHEAD_BYTES // step_bytes)))
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
         self._asking, self._drawing = threading.Lock(), threading.Lock()
         self._coming: list[deque[Future[list[Read]]]] = [deque() for _ in plan.streams]
@@ -60,7 +64,7 @@ class ReadAhead:
             UserError: a shard cannot be read, or no image of a batch's classes decodes.
         """
         with self._asking:
-            while len(self._coming[stream]) < READ_AHEAD and self._step != self._plan.steps:
+            while len(self._coming[stream]) < self._most and self._step != self._plan.steps:
                 reading = self._pool.submit(self._read, self._step)
                 for coming in self._coming:
                     coming.append(reading)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
 
-from pipeline.ahead import Files, Read, ReadAhead, RunAhead
+from pipeline.ahead import Files, ReadAhead, RunAhead
 from pipeline.augment import Recipe
 from pipeline.batch import Loader, Shown
 from pipeline.distort import distort
@@ -132,7 +132,7 @@ class _Stream:
         self._steps = steps  # still to be taken
         self._faults = faults_of(plan.split)
         self._unexplained = 0
-        self._loading: deque[Read] = deque()  # what is in the pipeline
+        self._loading: deque[tuple[Draw, Draw]] = deque()  # what the plan drew and what is in the pipeline
         gpu = None if device.type == "cpu" else (device.index or 0)
         self._recipe = plan.recipes[index]
         self._whole = self._recipe.pads or decode == "whole"
@@ -145,7 +145,7 @@ class _Stream:
 
     def _feed(self) -> Feed:
         read = self._reads.next(self._index)
-        self._loading.append(read)
+        self._loading.append((read.drawn, read.fed))
         return (
             read.files,
             np.ascontiguousarray(read.fed.windows_B4[:, :2]),
@@ -161,7 +161,7 @@ class _Stream:
 
     def _parts(self) -> Iterator[_Part]:
         while self._steps:
-            drawn, fed, _ = self._loading.popleft()
+            drawn, fed = self._loading.popleft()
             images_BHWC, shown = self._take(fed)
             self._steps -= 1
             if self._steps:
@@ -258,7 +258,9 @@ def _free(parts: list[Iterator[_Part]], reads: ReadAhead, streams: list[_Stream]
     threads = [ahead for ahead in parts if isinstance(ahead, RunAhead)]
     for ahead in threads:
         ahead.cancel()
-    reads.cancel()  # else the threads would wait for what nobody needs
+    # Else the threads would wait for what nobody needs.
+    reads.cancel()
+    reader.close()
     for ahead in threads:
         ahead.close()
     parts.clear()

@@ -3,9 +3,10 @@
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from contextlib import suppress
 from pathlib import Path
-from threading import Lock
+from threading import BoundedSemaphore, Lock, Thread
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ class ShardReader:
         self._split = split
         self._lock = Lock()
         self._here: dict[int, Future[Path]] = {}  # shards of a remote dataset that are fetched, or were
-        self._transfers: ThreadPoolExecutor | None = None
+        self._transfers = BoundedSemaphore(TRANSFERS)
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()  # last used, last
 
     def __reduce__(self) -> tuple[type["ShardReader"], tuple[Split]]:
@@ -112,12 +113,20 @@ class ShardReader:
     def _fetching(self, shards: list[int]) -> list[Future[Path]]:
         """Begin to fetch those that were not begun, several at a time."""
         with self._lock:
-            if self._transfers is None:
-                self._transfers = ThreadPoolExecutor(TRANSFERS, thread_name_prefix="fetch")
             for shard in shards:
                 if shard not in self._here:
-                    self._here[shard] = self._transfers.submit(self._split.local_shard, shard)
+                    self._here[shard] = coming = Future[Path]()
+                    # Not a pool's thread, for which the interpreter waits when it ends: a slow link may take minutes.
+                    Thread(target=self._fetch_one, args=(shard, coming), daemon=True).start()
             return [self._here[shard] for shard in shards]
+
+    def _fetch_one(self, shard: int, coming: Future[Path]) -> None:
+        with self._transfers, suppress(InvalidStateError):  # nobody waits any more
+            if not coming.done():
+                try:
+                    coming.set_result(self._split.local_shard(shard))
+                except Exception as error:
+                    coming.set_exception(error)
 
     def _too_short(self, shard: int, length: int, end: int) -> UserError:
         path = self._split.shard_paths[shard]
@@ -127,13 +136,16 @@ class ShardReader:
         )
 
     def close(self) -> None:
-        """Close the shards. Reading afterwards opens them again."""
+        """Close the shards. Reading afterwards opens them again.
+
+        Who waits for a shard to be fetched gets a CancelledError.
+        """
         with self._lock:
             self._open.clear()
+            for coming in self._here.values():
+                with suppress(InvalidStateError):
+                    coming.set_exception(CancelledError())
             self._here.clear()
-            if self._transfers is not None:
-                self._transfers.shutdown(wait=False, cancel_futures=True)
-                self._transfers = None
 
 
 class _OpenFile:

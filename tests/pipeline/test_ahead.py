@@ -133,3 +133,12 @@ def test_a_thread_ahead_ends_although_nobody_takes_what_it_makes():
     endless = RunAhead(lambda: iter(int, 1), most=2)
     assert next(endless) == 0
     endless.close()
+
+
+def test_few_steps_of_large_files_are_read_ahead(photos, slow_reader, monkeypatch):
+    plan = two_streams(photos.splits["train"])
+    monkeypatch.setattr("pipeline.ahead.READ_AHEAD_BYTES", 1000)
+    reads = ReadAhead(plan, ShardReader(plan.split), 0)
+    reads.next(0)
+    reads.close()
+    assert slow_reader.read.total() <= 2 * 2

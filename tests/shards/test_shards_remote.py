@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -255,6 +255,28 @@ def test_shards_are_read_while_others_come(remote, monkeypatch):
         go_on.set()
         assert len(waiting.result()) == len(firsts) - 1
     assert len(coming) == len(firsts) - 1 > 1
+    reader.close()
+
+
+def test_nobody_waits_for_a_slow_link_once_the_reader_is_closed(remote, monkeypatch):
+    split, begun, go_on = open_dataset(remote).splits["train"], threading.Event(), threading.Event()
+    fetch = shards.remote._fetch
+
+    def slow(*where):
+        begun.set()
+        assert go_on.wait(20)
+        fetch(*where)
+
+    monkeypatch.setattr(shards.remote, "_fetch", slow)
+    reader = ShardReader(split)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(reader.encoded, [0])
+        assert begun.wait(20)
+        reader.close()
+        with pytest.raises(CancelledError):
+            waiting.result(20)
+    go_on.set()
+    assert len(reader.encoded([0])) == 1  # reading afterwards waits for it anew
     reader.close()
 
 
