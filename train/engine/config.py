@@ -37,7 +37,8 @@ class Input:
         batch_size: images per stream in the global batch.
         loader: resident (images are decoded once and kept in memory), dali, torch, or auto: resident where the images
             fit, else DALI where it is installed.
-        augment: the recipe of the training streams: none, shift, cifar, imagenet or eval.
+        augment: the recipe of the training streams: a crop (none, shift, cifar, imagenet, eval) and what follows it,
+            such as imagenet+rand(2,9) or cifar+autoaugment+cutout(16).
         eval_augment: the recipe of evaluation: none (whole image) or eval (centre crop of 7/8).
         threads: decoding threads per stream.
         decode: what DALI decodes of an image: the window that is shown, the whole, or auto: the window on a CPU, the
