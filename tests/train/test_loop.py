@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from shards.build import build
 from shards.index import open_dataset
 from train.bbn import BBN
+from train.engine import config as config_module
 from train.engine import launch as launch_module
 from train.engine import runs as runs_module
 from train.engine.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
@@ -66,6 +67,19 @@ def test_a_run_needs_no_arguments_but_time_and_leaves_a_whole_folder(workplace, 
     run(method, [*SHORT[:2], "--optim.epochs", "1", "--input.batch_size", "128"])
     assert (workplace / "runs" / f"digits-{method.name}-2" / "summary.json").exists()
     assert "overall" in capsys.readouterr().out
+
+
+def test_auto_is_decided_once_printed_and_recorded(workplace, monkeypatch, capsys):
+    decided = []
+    choose = config_module.choose_loader
+    monkeypatch.setattr(config_module, "choose_loader", lambda *about: decided.append(choose(*about)) or decided[-1])
+    monkeypatch.setattr("pipeline.loader.choose_loader", None)  # opened with auto, a loader would decide by itself
+    run(ERM, [*SHORT, "--run", "runs/auto", "--input.resident_gb", "0"])
+    assert [chosen for chosen, _ in decided] == ["dali"]
+    summary = json.loads((workplace / "runs/auto/summary.json").read_text())
+    assert summary["environment"]["loader"] == "dali"
+    assert "loader: dali (" in capsys.readouterr().out
+    assert yaml.safe_load((workplace / "runs/auto/config.yaml").read_text())["input"]["loader"] == "auto"
 
 
 @pytest.mark.parametrize("stop_at", [2, 3])

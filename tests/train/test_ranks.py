@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline import resident_loader
 from train.bbn import BBN
 from train.engine.interrupts import EXIT_STATUS, Consensus
 from train.engine.launch import run
@@ -107,7 +108,7 @@ def test_two_processes_are_one(workplace):
             assert ours["eval"][figure] == pytest.approx(theirs["eval"][figure], abs=0.05)
     per_class = [json.loads((workplace / f"runs/{name}/per_class.json").read_text()) for name in ("one", "two")]
     assert per_class[0]["total"] == per_class[1]["total"]
-    assert len((workplace / "rank-0.log").read_text().splitlines()) == 5
+    assert len((workplace / "rank-0.log").read_text().splitlines()) == 6
     assert (workplace / "rank-1.log").read_text() == ""
 
 
@@ -153,6 +154,20 @@ def _agree(rank: int) -> None:
 
 def test_ranks_agree_a_call_later(tmp_path):
     assert on_ranks(tmp_path, _agree) == [0, 0], (tmp_path / "rank-0.log").read_text()
+
+
+def _train_with_no_room(rank: int, argv: list[str], without: int) -> None:
+    if rank == without:
+        resident_loader.free_memory = lambda device: 0
+    run(BBN, argv)
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_all_ranks_take_one_loader(workplace, without):
+    settings = [*SETTINGS, "--optim.epochs", "1", "--run", "runs/auto"]
+    assert on_ranks(workplace, _train_with_no_room, settings, without) == [0, 0]
+    assert json.loads((workplace / "runs/auto/summary.json").read_text())["environment"]["loader"] == "dali"
+    assert "loader: dali (" in (workplace / "rank-0.log").read_text()
 
 
 def test_a_batch_must_be_shared_evenly(workplace):

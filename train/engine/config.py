@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.batch import Loader
-from pipeline.loader import LoaderKind, open_loader
+from pipeline.loader import ChosenLoader, Decode, LoaderKind, choose_loader, open_loader
 from pipeline.plan import Plan
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
@@ -39,9 +41,14 @@ class Input:
             such as imagenet+rand(2,9) or cifar+autoaugment+cutout(16).
         eval_augment: the recipe of evaluation: none (whole image) or eval (centre crop of 7/8).
         threads: decoding threads per stream.
+        decode: what DALI decodes of an image: the window that is shown, the whole, or auto: the window on a CPU, the
+            whole on a GPU, where decoding windows has crashed with some versions of nvImageCodec.
         resident_gb: how many gigabytes decoded images may take in each process; by default a quarter of what is free.
         fault_limit: how many images of a split may fail to decode before the run ends; by default 10, or a thousandth
             of the split if that is more.
+        shard_window: how many shards an epoch of the data as it is reads at a time, for storage with slow random
+            reads; 0 shuffles over all of them. By default 16 for a remote dataset of which no stream draws with
+            replacement, else 0.
     """
 
     image_size: PositiveInt = 32
@@ -50,12 +57,27 @@ class Input:
     augment: str = "cifar"
     eval_augment: str = "none"
     threads: PositiveInt = 2
+    decode: Decode = "auto"
     resident_gb: NonNegativeFloat | None = None
     fault_limit: NonNegativeInt | None = None
+    shard_window: NonNegativeInt | None = None
+
+    def settle_loader(self, dataset: Dataset, accelerator: Accelerator) -> None:
+        """Decide what the loader `auto` is, once for all splits and all processes, and say so."""
+        if self.loader != "auto":
+            return
+
+        def agree(mine: ChosenLoader) -> ChosenLoader:
+            return min(gather_object([mine]), key=("torch", "dali", "resident").index)  # what all of them can
+
+        self.loader, why = choose_loader(dataset.splits.values(), accelerator.device, self.resident_gb, agree)
+        accelerator.print(f"loader: {self.loader} ({why})")
 
     def open_loader(self, plan: Plan, device: torch.device, start_step: int = 0) -> Loader:
         """Open a loader for a plan as configured."""
-        return open_loader(plan, self.loader, device, self.threads, start_step, self.resident_gb, self.fault_limit)
+        return open_loader(
+            plan, self.loader, device, self.threads, start_step, self.resident_gb, self.fault_limit, self.decode
+        )
 
 
 @dataclass

@@ -93,7 +93,8 @@ def finish(
         "seconds": counters.seconds,
         "evaluation_seconds": counters.evaluation_seconds,
         "faults": collect_faults(dataset, accelerator),
-        "environment": runs.environment(device_name(accelerator.device), accelerator.num_processes),
+        "environment": runs.environment(device_name(accelerator.device), accelerator.num_processes)
+        | {"loader": config.input.loader},
         "command": runs.command(),
     }
     if accelerator.is_main_process:

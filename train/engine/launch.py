@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
+from pipeline.loader import windowed
 from pipeline.plan import TrainPlan
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset
@@ -91,7 +92,7 @@ def _train_and_finish(
     method = method_class(config, dataset.train_counts)
     plan = TrainPlan(
         dataset.splits["train"],
-        method.streams,
+        windowed(method.streams, dataset.splits["train"], config.input.shard_window),
         config.input.batch_size,
         config.input.image_size,
         config.loop.seed,
@@ -123,6 +124,7 @@ def _train_and_finish(
             f"process {accelerator.process_index} finds a checkpoint of step {counters.step} in {resumed}, the first"
             f" process one of step {first_step}; put the run on a file system that all machines share"
         )
+    config.input.settle_loader(dataset, accelerator)
     loader = config.input.open_loader(plan, accelerator.device, counters.step)
     folder: list[Path | None] = [None]
     if accelerator.is_main_process:
