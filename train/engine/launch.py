@@ -31,6 +31,7 @@ from train.engine.evaluation import finish, test_split
 from train.engine.guards import check_devices, told_in_one_line
 from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.loop import Training
+from train.engine.machine import check_launcher, take_threads, unusable_gpu
 from train.engine.method import Method
 from train.engine.tracking import Tracking
 
@@ -71,7 +72,7 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None) -> No
     chosen = parser.instantiate(settings)
     config = Config(chosen.input, chosen.model, chosen.method, chosen.optim, chosen.loop)
 
-    accelerator = make_accelerator(config.loop.precision, config.loop.device)
+    accelerator = make_accelerator(config.loop.precision, config.loop.device, config.loop.threads)
     with told_in_one_line(resumed):
         _train_and_finish(
             method_class, config, dataset, resumed, asked.run, plain_sections(parser, settings), accelerator
@@ -160,10 +161,14 @@ def _train_and_finish(
         finish(training.evaluated, config, dataset, run_folder, accelerator, counters)
 
 
-def make_accelerator(precision: str, device: str = "auto") -> Accelerator:
-    """Make the Accelerator, or say in one line what stands in its way here."""
+def make_accelerator(precision: str, device: str = "auto", threads: int | None = None) -> Accelerator:
+    """Make the Accelerator and take this process's share of the cores, or say in one line what stands in the way."""
+    check_launcher(os.environ, device)
     check_devices(os.environ, device, torch.cuda.device_count())
     cpu = device == "cpu" or not torch.cuda.is_available()
+    if device != "cpu" and os.environ.get("RANK", "0") == "0" and (warning := unusable_gpu(os.environ)):
+        print(warning, file=sys.stderr, flush=True)
+    take_threads(threads, os.environ)
     if cpu and precision == "fp16":
         raise UserError("loop.precision=fp16 needs a GPU; use --loop.precision bf16, or no")
     try:
