@@ -166,6 +166,17 @@ def test_all_ranks_evaluate_the_model_that_is_saved(workplace, more):
         np.testing.assert_array_equal(values, second[name], err_msg=name)
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(workplace, before, after):
+    settings = [*SETTINGS, "--optim.lr", "0.0001", "--loop.sync_batch_norm", "true", "--run"]
+    assert on_ranks(workplace, _train, [*settings, "runs/whole"], ranks=1) == [0]
+    stopped = on_ranks(workplace, _train_until_signalled, [*settings, "runs/cut"], 4, 0, ranks=before)
+    assert stopped == [EXIT_STATUS] * before
+    assert on_ranks(workplace, _train, ["--resume", "--run", "runs/cut"], ranks=after) == [0] * after
+    for ours, theirs in zip(rows(workplace / "runs/cut"), rows(workplace / "runs/whole"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
 def _agree(rank: int) -> None:
     torch.distributed.init_process_group("gloo")
     consensus = Consensus(2)

@@ -121,6 +121,7 @@ def write_results(run_folder: Path, summary: dict[str, Any], final: Tally, datas
         },
     )
     write_json(run_folder / "summary.json", summary)
+    runs.unlock()
     print(f"{summary['title']}, last epoch, on {summary['evaluated_on']}: {accuracy_line(summary['last'])}")
     print(f"wrote {run_folder}/summary.json; for a page with figures: python -m analysis report {run_folder}")
 

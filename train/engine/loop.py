@@ -108,6 +108,12 @@ class Training:
             f" classes, {config.optim.epochs} epochs of {plan.steps_per_epoch} steps, {config.model.backbone},"
             f" {device_text(accelerator.device)} -> {self._run_folder}"
         )
+        if config.optim.warmup_epochs > config.optim.epochs:
+            reached = config.optim.lr * lr_factor(config.optim, config.optim.epochs)
+            accelerator.print(
+                f"warning: optim.warmup_epochs={config.optim.warmup_epochs} is more than the {config.optim.epochs}"
+                f" epochs: the rate rises to {reached:.2g} only, not to optim.lr={config.optim.lr:g}; lower it"
+            )
         self._started = time.perf_counter() - counters.seconds
         self._saved = time.perf_counter()
         self._consensus = Consensus(accelerator.num_processes)
