@@ -21,10 +21,10 @@ from torch import Tensor
 
 from pipeline.batch import Batch
 from pipeline.plan import Stream
-from pipeline.sampling import Exponent
+from pipeline.sampling import Exponent, class_probabilities
 from train.engine.launch import run
 from train.engine.method import Method, Progress, StepResult
-from train.engine.objectives import make_objective
+from train.engine.objectives import Adjusted, make_objective
 from train.networks.networks import build_network
 
 
@@ -49,6 +49,8 @@ class ERM(Method):
     def __init__(self, config: Any, train_counts_C: NDArray[np.int64]) -> None:
         q, model = config.method.q, config.model
         self._objective = make_objective(config.method.objective, train_counts_C)
+        if isinstance(self._objective, Adjusted) and q != 1:
+            self._objective.draw_by(lambda progress: _drawn(train_counts_C, q, progress))
         drawn = "" if q == 1 else f", q={q if isinstance(q, str) else format(q, 'g')}"
         self.title = self._objective.title + drawn
         self.streams = (Stream("train", q=q, augment=config.input.augment),)
@@ -68,6 +70,11 @@ class ERM(Method):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
         self._objective.load_state_dict(state)
+
+
+def _drawn(train_counts_C: NDArray[np.int64], q: Exponent, progress: Progress) -> NDArray[np.float64]:
+    """Return the probability of drawing each class in an epoch, (C,), as `pipeline.plan.TrainPlan` has it."""
+    return class_probabilities(train_counts_C, q, (progress.epoch - 1) / max(1, progress.epochs - 1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Stage one from its command line: what it leaves, how it resumes, and what it says when something is wrong."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -259,6 +261,31 @@ def test_cosine_and_constant_schedules():
     assert lr_factor(cosine, 6) == pytest.approx(0.5 * (1 + np.cos(np.pi * 4 / 9)))
     assert {lr_factor(Optim(epochs=10, warmup_epochs=0, schedule="constant"), e) for e in range(1, 11)} == {1.0}
     assert lr_factor(Optim(epochs=1, warmup_epochs=5), 1) == pytest.approx(7 / 15)
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_told(workplace, capsys):
+    run(ERM, [*SHORT, "--optim.warmup_epochs", "5"])
+    warning = (
+        "warning: optim.warmup_epochs=5 is more than the 2 epochs: the rate rises to 0.012 only, not to optim.lr=0.02"
+    )
+    assert warning in capsys.readouterr().out
+    run(ERM, [*SHORT, "--optim.warmup_epochs", "2"])
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_dataset_that_has_moved_or_changed(workplace, capsys):
+    shutil.copytree("data/digits", "elsewhere")
+    run(ERM, [*SHORT, "--data", "elsewhere", "--run", "runs/a"])
+    Path("elsewhere").rename("moved")
+    resume = ["--resume", "--run", "runs/a", "--optim.epochs", "3"]
+    message = fails_with(capsys, ERM, *resume)
+    assert "elsewhere does not exist" in message
+    assert "runs/a was trained on it: if it has moved, name its new place with --data" in message
+    build("digits", out="other", seed=1, workers=1)
+    message = fails_with(capsys, ERM, *resume, "--data", "other")
+    assert "other does not hold the images that runs/a was trained on; name that dataset with --data, or" in message
+    run(ERM, [*resume, "--data", "moved"])
+    assert len(rows(workplace / "runs/a")) == 3
 
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda p: p.stem)

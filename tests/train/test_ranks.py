@@ -44,7 +44,7 @@ def _rank(function, rank: int, ranks: int, port: int, folder: str, *arguments) -
     torch.set_num_threads(1)
     os.chdir(folder)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with (
         open(f"rank-{rank}.log", "w", buffering=1) as log,
@@ -140,6 +140,42 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step_and_they_go_on_toget
     ours, theirs = (load_file(workplace / f"runs/{name}/model.safetensors") for name in ("cut", "whole"))
     for key, value in ours.items():
         torch.testing.assert_close(value, theirs[key])
+
+
+def _train_and_keep_statistics(rank: int, argv: list[str]) -> None:
+    """Train, and keep the batch-norm statistics of every evaluation in statistics-RANK.npz."""
+    seen: dict[str, np.ndarray] = {}
+    predict = BBN.predict
+
+    def predict_and_keep(self, images_BHWC):
+        buffers = dict(self.model.named_buffers())
+        seen.update({f"{name} {len(seen)}": buffer.numpy().copy() for name, buffer in buffers.items()})
+        np.savez(f"statistics-{rank}.npz", **seen)
+        return predict(self, images_BHWC)
+
+    BBN.predict = predict_and_keep
+    run(BBN, argv)
+
+
+@pytest.mark.parametrize("more", [[], ["--optim.ema", "0.9"]])
+def test_all_ranks_evaluate_the_model_that_is_saved(workplace, more):
+    settings = [*SETTINGS, "--input.batch_size", "200", *more, "--run", "runs/a"]
+    assert on_ranks(workplace, _train_and_keep_statistics, settings) == [0, 0], (workplace / "rank-0.log").read_text()
+    first, second = (dict(np.load(workplace / f"statistics-{rank}.npz")) for rank in range(2))
+    assert len(first) == len(second) > 0
+    for name, values in first.items():
+        np.testing.assert_array_equal(values, second[name], err_msg=name)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(workplace, before, after):
+    settings = [*SETTINGS, "--optim.lr", "0.0001", "--loop.sync_batch_norm", "true", "--run"]
+    assert on_ranks(workplace, _train, [*settings, "runs/whole"], ranks=1) == [0]
+    stopped = on_ranks(workplace, _train_until_signalled, [*settings, "runs/cut"], 4, 0, ranks=before)
+    assert stopped == [EXIT_STATUS] * before
+    assert on_ranks(workplace, _train, ["--resume", "--run", "runs/cut"], ranks=after) == [0] * after
+    for ours, theirs in zip(rows(workplace / "runs/cut"), rows(workplace / "runs/whole"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
 
 def _agree(rank: int) -> None:

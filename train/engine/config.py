@@ -140,7 +140,9 @@ class Loop:
     Attributes:
         seed: of everything random.
         device: cpu, cuda, or auto (GPUs where there are any).
-        precision: no (float32), bf16, fp16, or auto (what accelerate was told).
+        precision: no (float32), bf16, fp16, or auto (accelerate's setting).
+        threads: CPU threads that each process computes with; by default OMP_NUM_THREADS where it is set, else the cores
+            divided among the processes of this machine.
         channels_last: whether pixels are laid out channels last, which most GPUs and CPUs compute faster.
         compile: whether torch.compile makes the network's kernels; the first steps take a minute longer then.
         sync_batch_norm: whether batch norm's statistics are those of all processes' images.
@@ -157,6 +159,7 @@ class Loop:
     seed: NonNegativeInt = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    threads: PositiveInt | None = None
     channels_last: bool = True
     compile: bool = False
     sync_batch_norm: bool = False
