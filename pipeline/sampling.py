@@ -16,6 +16,7 @@ Every function here is about the *global* batch; ranks take slices of it afterwa
 do not depend on the number of ranks, and a resumed run needs nothing but the step number.
 """
 
+import math
 import zlib
 from collections.abc import Sequence
 from typing import Literal
@@ -26,6 +27,14 @@ from numpy.typing import ArrayLike, NDArray
 from shards.errors import UserError
 
 Exponent = float | Literal["progressive"]
+
+
+def epochs_before(share: float, epochs: int) -> int:
+    """Return how many of a run's epochs lie before a share of them is gone by: 160 for 0.8 of 200.
+
+    What is deferred to that share applies from the next epoch on; with a share below 1 at least to the last.
+    """
+    return math.floor(share * epochs + 1e-9)  # against products such as 0.29 · 100, just below 29
 
 
 def class_probabilities(counts_C: ArrayLike, q: Exponent, progress: float = 0.0) -> NDArray[np.float64]:

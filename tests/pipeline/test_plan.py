@@ -311,3 +311,32 @@ def test_the_classes_of_a_whole_step_are_known_on_every_rank(mix):
         alike = mix is None or mix == Mixup()
         np.testing.assert_allclose(whole[0].step_counts_C, counts[0], atol=1e-5 if alike else 16)
         assert alike or not np.allclose(whole[0].step_counts_C, counts[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("share", "epochs", "first"),
+    [(0.8, 10, 8), (0.8, 200, 160), (0.29, 100, 29), (0.0, 10, 0), (0.9, 2, 1), (0.999, 1, 0)],
+)
+def test_a_deferred_sampler_applies_from_its_epoch_on(share, epochs, first):
+    """Deferred re-sampling: until then each image once per epoch, in the order of an ordinary stream of that name."""
+    deferred = make_plan(Stream("train", 0.0, from_share=share), epochs=epochs)
+    plain, balanced = make_plan(Stream("train"), epochs=epochs), make_plan(Stream("train", 0.0), epochs=epochs)
+    for epoch in {max(0, first - 1), first, epochs - 1}:
+        expected = plain if epoch < first else balanced
+        np.testing.assert_array_equal(epoch_ids(deferred, epoch), epoch_ids(expected, epoch))
+
+
+def test_deferral_of_every_sampler():
+    for spec in (
+        Stream("train", "progressive", from_share=0.5),
+        Stream("train", probabilities=[0, 0, 0, 0, 0, 0.5, 0.5], from_share=0.5),
+        Stream("train", replacement=True, from_share=0.5),
+    ):
+        ids = [epoch_ids(make_plan(spec), epoch) for epoch in (0, 4, 5, 9)]
+        assert [len(set(part.tolist())) == len(part) for part in ids] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(UserError, match=r"stream 'train' has from_share=.*; it must be at least 0, and below 1"):
+        Stream("train", 0.0, from_share=share)

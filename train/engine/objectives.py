@@ -6,78 +6,34 @@
     adjusted   −log softmax(z + τ·log p)_y      logit-adjusted loss (Menon et al., ICLR 2021, Eq. 10); with τ = 1
                                                 balanced softmax (Ren et al., NeurIPS 2020, Eq. 4)
     gradual    −log softmax(z + α(t)·log p)_y   gradual balanced loss, GraLoss (Zhang and Xiang 2022, Eq. 3 and 4)
+    focal      (1 − p_y)^γ · −log p_y           Lin et al., ICCV 2017, Eq. 4, with softmax in sigmoid's place
+    ldam       −log softmax(z − s·Δ_y·e_y)_y    label-distribution-aware margins on scaled cosines (Cao et al.,
+                                                NeurIPS 2019, Eq. 13)
+    smoothed   −Σ_k t_k·log p_k                 label-aware smoothing (Zhong et al., CVPR 2021, Eq. 2 and 3)
+    hard       −w_y·log p_y                     hard-aware loss (Zhang and Ye, SDNHL, section 2.3)
 
-z are the logits, y is the label, and p each class's share of what is drawn: of the training images, or, with a sampler
-that favours some classes, what that makes of it (else they would be favoured twice). Plain logits predict.
+z are the logits, p_k = softmax(z)_k, y is the label, and p without an index each class's share of what is drawn: of
+the training images, or what a sampler that favours some classes makes of it (else they would be favoured twice). Plain
+logits predict. Class weights and mixed labels are settings of their own (`weights`, `mixing`), which compose with any
+of these.
 """
 
-import ast
-import difflib
 import importlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from shards.errors import UserError
+from train.engine.calls import make_settings, split_call, unknown
+from train.engine.losses import LDAM, CrossEntropy, Focal, Form, HardAware, LabelAwareSmoothing, Objective
 from train.engine.method import Progress
-
-
-class Objective(ABC):
-    """What is minimised for each image; made from its own settings and n_j, the training images of each class.
-
-    Attributes:
-        Settings: a dataclass of its settings; one that it does not have is refused.
-        title: what tables call it.
-        classifier: the last layer that it wants: linear, or cosine (see `train.networks.networks.build_network`).
-    """
-
-    @dataclass
-    class Settings:
-        """No settings."""
-
-    classifier: ClassVar[str] = "linear"
-    title: str
-
-    def __init__(self, settings: Any, train_counts_C: NDArray[np.int64]) -> None:
-        self.settings, self.train_counts_C = settings, train_counts_C
-
-    @abstractmethod
-    def losses(self, logits_BC: Tensor, labels_B: Tensor, progress: Progress) -> Tensor:
-        """Return each image's loss, shape (B,), from logits (B, C), float32, and labels (B,), int64."""
-
-    def sums(self, logits_BC: Tensor, labels_B: Tensor, progress: Progress) -> dict[str, Tensor | float]:
-        """Return what is to be summed over the epoch: see `train.engine.method.StepResult`."""
-        return {}
-
-    def end_of_epoch(self, sums: dict[str, Tensor], progress: Progress) -> dict[str, float]:
-        """Take the epoch's sums; return further numbers to log."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what it keeps from step to step: tensors and plain data."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
-        assert not state, state.keys()
-
-
-class CrossEntropy(Objective):
-    """−log softmax(z)_y."""
-
-    title = "CE"
-
-    def losses(self, logits_BC: Tensor, labels_B: Tensor, progress: Progress) -> Tensor:  # noqa: D102
-        return F.cross_entropy(logits_BC, labels_B, reduction="none")
 
 
 class Adjusted(Objective):
@@ -133,21 +89,23 @@ class Gradual(Adjusted):
         Attributes:
             scale: s of α(t) = s·(c^t − 1); the paper has 1, and 0.5 on iNaturalist.
             base: c; 2 makes α rise to s.
+            form: convex, linear or concave (the paper's Table 5); see `gradual_weight`.
         """
 
         scale: NonNegativeFloat = 1.0
         base: PositiveFloat = 2.0
+        form: Form = "convex"
 
     def __init__(self, settings: Any, train_counts_C: NDArray[np.int64]) -> None:
         Objective.__init__(self, settings, train_counts_C)
-        self.title = "GraLoss"
+        self.title = "GraLoss" if settings.form == "convex" else f"GraLoss, {settings.form}"
         self._log_prior_C = log_prior(train_counts_C)
 
     def strength(self, progress: Progress) -> float:  # noqa: D102
-        return gradual_weight(progress.epoch, progress.epochs, self.settings.scale, self.settings.base)
+        return gradual_weight(progress.epoch, progress.epochs, *astuple(self.settings))
 
 
-def gradual_weight(epoch: int, epochs: int, scale: float, base: float) -> float:
+def gradual_weight(epoch: int, epochs: int, scale: float, base: float, form: Form = "convex") -> float:
     """Return α(t) = s·(c^t − 1), with t = T/T_max, from 1/T_max to 1 (Zhang and Xiang 2022, Eq. 3).
 
     Args:
@@ -155,8 +113,16 @@ def gradual_weight(epoch: int, epochs: int, scale: float, base: float) -> float:
         epochs: T_max.
         scale: s.
         base: c; 2 makes α rise to s. A base of 1 keeps it at 0, and one below 1 makes it negative.
+        form: the paper draws three forms (Fig. 3) and gives the formula of one. The others here lead from 0 to the same
+            end, s·(c − 1): linear in a straight line, and concave by Eq. 3 with 1/c and −s·c for c and s, which is the
+            convex curve turned by half a turn.
     """
-    return scale * (base ** (epoch / epochs) - 1)
+    t = epoch / epochs
+    if form == "linear":
+        return scale * (base - 1) * t
+    if form == "concave":
+        return scale * base * (1 - base**-t)
+    return scale * (base**t - 1)
 
 
 def log_prior(train_counts_C: NDArray[Any]) -> Tensor:
@@ -179,7 +145,15 @@ def adjusted_cross_entropy(logits_BC: Tensor, labels_B: Tensor, log_prior_C: Ten
     return F.cross_entropy(logits_BC + tau * log_prior_C, labels_B, reduction="none")
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"ce": CrossEntropy, "adjusted": Adjusted, "gradual": Gradual}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "ce": CrossEntropy,
+    "adjusted": Adjusted,
+    "gradual": Gradual,
+    "focal": Focal,
+    "ldam": LDAM,
+    "smoothed": LabelAwareSmoothing,
+    "hard": HardAware,
+}
 
 
 def make_objective(text: str, train_counts_C: NDArray[np.int64]) -> Objective:
@@ -192,33 +166,9 @@ def make_objective(text: str, train_counts_C: NDArray[np.int64]) -> Objective:
     Raises:
         UserError: an unknown name, a setting that the objective does not have, or a value that it cannot have.
     """
-    name, given = _name_and_settings(text)
+    name, given = split_call("method.objective", text, "gradual or gradual(scale=0.5)")
     kind = _find(name)
-    known = [field.name for field in fields(kind.Settings)]
-    for setting in given:
-        if setting not in known:
-            has = f"its settings are: {', '.join(known)}" if known else "it has no settings"
-            raise UserError(f"method.objective={text}: {name} has no setting {setting!r}; {has}")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind.Settings, name.replace(".", "_"))
-    try:
-        parsed = parser.instantiate(parser.parse_object({name.replace(".", "_"): given}))
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise UserError(f"method.objective={text}: {' '.join(str(error).split())}") from None
-    return kind(parsed[name.replace(".", "_")], train_counts_C)
-
-
-def _name_and_settings(text: str) -> tuple[str, dict[str, Any]]:
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
-        if call.args or any(keyword.arg is None for keyword in call.keywords):
-            raise ValueError
-        return ast.unparse(call.func), {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError):
-        raise UserError(
-            f"method.objective={text} is not understood; write it as gradual or gradual(scale=0.5)"
-        ) from None
+    return kind(make_settings("method.objective", text, name, kind.Settings, given), train_counts_C)
 
 
 def _find(name: str) -> type[Objective]:
@@ -235,6 +185,4 @@ def _find(name: str) -> type[Objective]:
         if isinstance(found, type) and issubclass(found, Objective):
             return found
         raise UserError(f"method.objective={name} is no Objective of {__name__}; derive it from that class")
-    near = difflib.get_close_matches(name, OBJECTIVES, n=1)
-    guess = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"method.objective={name} is unknown{guess}; choose one of: {', '.join(OBJECTIVES)}")
+    raise unknown("method.objective", name, OBJECTIVES)

@@ -1,0 +1,63 @@
+"""What a setting such as method.objective may be: a name, or "name(setting=value, …)"."""
+
+import ast
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from shards.errors import UserError
+
+T = TypeVar("T")
+
+
+def split_call(setting: str, text: str, example: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the settings of "name(setting=value, …)"; values are Python literals.
+
+    Args:
+        setting: what the text belongs to, such as method.objective; errors name it.
+        text: what was given.
+        example: what errors show, such as "gradual or gradual(scale=0.5)".
+
+    Raises:
+        UserError: it is not written so.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
+        if call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError
+        return ast.unparse(call.func), {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError):
+        raise UserError(f"{setting}={text} is not understood; write it as {example}") from None
+
+
+def unknown(setting: str, name: str, choices: Mapping[str, Any]) -> UserError:
+    """Return the error for a name that is none of the choices."""
+    near = difflib.get_close_matches(name, choices, n=1)
+    guess = f"; did you mean {near[0]}?" if near else ""
+    return UserError(f"{setting}={name} is unknown{guess}; choose one of: {', '.join(choices)}")
+
+
+def make_settings(setting: str, text: str, name: str, kind: type[T], given: dict[str, Any]) -> T:
+    """Make a dataclass of settings from those that were given, each checked against its type.
+
+    Raises:
+        UserError: a setting that the dataclass does not have, or a value that it cannot have.
+    """
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    for key in given:
+        if key not in known:
+            has = f"its settings are: {', '.join(known)}" if known else "it has no settings"
+            raise UserError(f"{setting}={text}: {name} has no setting {key!r}; {has}")
+    section, parser = name.replace(".", "_"), ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, section)
+    try:
+        made: T = parser.instantiate(parser.parse_object({section: given}))[section]
+    except UserError as error:
+        raise UserError(f"{setting}={text}: {error}") from None
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise UserError(f"{setting}={text}: {' '.join(str(error).split())}") from None
+    return made
