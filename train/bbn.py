@@ -19,29 +19,33 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jsonargparse.typing import PositiveFloat
+from jsonargparse.typing import ClosedUnitInterval, PositiveFloat
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from pipeline.batch import Batch
 from pipeline.plan import Stream
-from pipeline.sampling import Exponent, random_generator
+from pipeline.sampling import Exponent, epochs_before, random_generator
 from train.engine.launch import run
 from train.engine.method import Method, Progress, StepResult
 from train.networks.networks import build_network
 
-Adaptor = Literal["equal", "beta", "parabolic_increment", "linear_decay", "cosine_decay", "parabolic_decay"]
+Adaptor = Literal["equal", "beta", "parabolic_increment", "linear_decay", "cosine_decay", "parabolic_decay", "separate"]
 ADAPTORS: tuple[Adaptor, ...] = get_args(Adaptor)
 
 
-def adaptor_alpha(adaptor: Adaptor, epoch: int, last_epoch: int, seed: int = 0, step: int = 0) -> float:
+def adaptor_alpha(
+    adaptor: Adaptor, epoch: int, last_epoch: int, seed: int = 0, step: int = 0, separation: float = 0.6
+) -> float:
     """Return α, the weight of the conventional branch (BBN, Table 4; the default is Eq. 5).
 
     Args:
-        adaptor: which of Table 4's strategies.
+        adaptor: which of Table 4's strategies; or separate, two stages one after the other, which the authors' code
+            holds in a comment: α is 1 until 0.6 of the epochs, 120 of 200, are gone by, and then 0.
         epoch: T, from 1. As in the authors' code the formulas take T - 1, so that training begins with α = 1.
         last_epoch: T_max, where decaying strategies reach 0; 0 is kept beyond it.
         seed, step: what "beta" draws from Beta(0.2, 0.2) with; the others do not look at them.
+        separation: the share of T_max at which "separate" changes.
 
     Returns:
         α in [0, 1].
@@ -60,6 +64,8 @@ def adaptor_alpha(adaptor: Adaptor, epoch: int, last_epoch: int, seed: int = 0, 
             return max(0.0, math.cos(t * math.pi / 2))
         case "parabolic_decay":
             return 1 - t**2
+        case "separate":
+            return 1.0 if epoch <= epochs_before(separation, last_epoch) else 0.0
 
 
 def bbn_loss(logits_BC: torch.Tensor, labels_c_B: torch.Tensor, labels_r_B: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -77,14 +83,17 @@ class BBN(Method):
         """The method's settings.
 
         Attributes:
-            adaptor: how α goes over the epochs (Table 4).
+            adaptor: how α goes over the epochs (Table 4), or separate: the conventional branch alone, and then the
+                re-balancing one.
             alpha_span: T_max of the adaptor over the run's epochs; the authors' code has 100 for 90 epochs and 200
                 for 180, so that α does not reach 0 there.
+            separation: the share of T_max that the first stage of separate takes.
             q: the sampling exponent of the re-balancing stream (Table 3): -1 reversed, 0 balanced, 1 uniform.
         """
 
         adaptor: Adaptor = "parabolic_decay"
         alpha_span: PositiveFloat = 1.0
+        separation: ClosedUnitInterval = 0.6
         q: Exponent = -1.0
 
     def __init__(self, config: Any, train_counts_C: NDArray[np.int64]) -> None:
@@ -104,6 +113,7 @@ class BBN(Method):
             max(1, round(self._settings.alpha_span * progress.epochs)),
             progress.seed,
             progress.step,
+            self._settings.separation,
         )
         uniform, reversed_ = batch["uniform"], batch["reversed"]
         logits_c_BC, logits_r_BC = self.network(uniform.images_BHWC, reversed_.images_BHWC)

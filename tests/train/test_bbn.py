@@ -9,6 +9,8 @@ import torch
 from pipeline.batch import Batch
 from train.bbn import ADAPTORS, BBN, adaptor_alpha, bbn_loss
 from train.engine.method import Progress
+from train.networks.model_files import load_model, save_model
+from train.networks.networks import build_network
 
 COUNTS = np.array([9, 5, 2, 1])
 
@@ -33,6 +35,16 @@ def test_parabolic_decay_starts_with_the_conventional_branch_alone():
     assert adaptor_alpha("parabolic_decay", 60, 60) == 1 - (59 / 60) ** 2
     # iNaturalist's 90 epochs decay over 100: α is still 1 - 0.89² in the last one.
     assert adaptor_alpha("parabolic_decay", 90, 100) == pytest.approx(1 - 0.89**2)
+
+
+def test_separate_stages_are_one_after_the_other(make_method):
+    """The authors' code holds it in a comment: the conventional branch alone to epoch 120 of 200, then the other."""
+    assert [adaptor_alpha("separate", epoch, 200) for epoch in (1, 120, 121, 200)] == [1, 1, 0, 0]
+    method = make_method(BBN, COUNTS, adaptor="separate", separation=0.25)
+    images, labels = torch.zeros(2, 16, 16, 3, dtype=torch.uint8), torch.tensor([0, 1])
+    batch = {name: Batch(images, labels, np.arange(2)) for name in ("uniform", "reversed")}
+    sums = [method.step(batch, Progress(epoch, 8, 0, 0)).sums["alpha"] for epoch in (1, 2, 3, 8)]
+    assert sums == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("adaptor", ADAPTORS)
@@ -102,3 +114,18 @@ def test_prediction_weighs_both_branches_alike(make_method):
     method.network.eval()
     images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(method.predict(images), torch.stack(method.network(images, images)).mean(0))
+
+
+@pytest.mark.parametrize("classifier", ["linear", "cosine"])
+def test_each_branch_can_be_had_alone(classifier, tmp_path):
+    """Table 5 judges the features of each branch: a plain network with that branch's logits."""
+    torch.manual_seed(0)
+    network = build_network("bilateral", "resnet32", 4, classifier=classifier).eval()
+    images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
+    for number, branch in enumerate(("conventional", "rebalancing")):
+        save_model(network.single(branch), tmp_path / branch)
+        alone = load_model(tmp_path / branch)
+        assert alone.spec["kind"] == "plain"
+        torch.testing.assert_close(alone.predict(images), network(images, images)[number], rtol=1e-4, atol=1e-4)
+        features = network.features(images)[:, 64 * number : 64 * (number + 1)]
+        torch.testing.assert_close(alone.features(images), features, rtol=1e-4, atol=1e-5)

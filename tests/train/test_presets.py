@@ -18,6 +18,7 @@ from train.engine.method import Progress
 from train.engine.objectives import make_objective
 from train.erm import ERM
 from train.features.stage_two import stage_parser
+from train.sdn import SDN
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
@@ -44,7 +45,7 @@ def test_the_manifest_chooses(digits, photos):
         preset(chosen_by("birds", digits), "training")
 
 
-@pytest.mark.parametrize("method", [BBN, ERM])
+@pytest.mark.parametrize("method", [BBN, ERM, SDN])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_preset_names_exists(name, method, digits):
     settings = settings_of(name, digits, method)
@@ -70,6 +71,9 @@ def test_the_second_stage_takes_it(name, digits):
 # BBN's CIFAR recipe, as its code runs it: from a third of the rate, and the lower rate already in epochs 120 and 160.
 CIFAR = {1: 0.14 / 3, 2: 0.06, 3: 0.22 / 3, 4: 0.26 / 3, 5: 0.1, 6: 0.1}
 CIFAR |= {119: 0.1, 120: 1e-3, 159: 1e-3, 160: 1e-5, 200: 1e-5}
+# LDAM's, as its code runs it: from a fifth of the rate, the lower ones from epochs 161 and 181 on; and MiSLAS's.
+LDAM = {1: 0.02, 2: 0.04, 5: 0.1, 160: 0.1, 161: 1e-3, 180: 1e-3, 181: 1e-5, 200: 1e-5}
+MISLAS = LDAM | {161: 1e-2, 180: 1e-2, 181: 1e-3, 200: 1e-3}
 INAT = {1: 0.05, 59: 0.05, 60: 5e-3, 79: 5e-3, 80: 5e-4, 90: 5e-4}
 INAT_TWICE = {1: 0.05, 119: 0.05, 120: 5e-3, 159: 5e-3, 160: 5e-4, 180: 5e-4}
 
@@ -81,6 +85,10 @@ INAT_TWICE = {1: 0.05, 119: 0.05, 120: 5e-3, 159: 5e-3, 160: 5e-4, 180: 5e-4}
         ("cifar10", BBN, None, 12_406, 200 * 96, CIFAR),
         ("cifar100", BBN, None, 10_847, 200 * 84, CIFAR),
         ("cifar100", ERM, None, 10_847, 200 * 84, CIFAR),
+        ("cifar10", ERM, "ldam", 12_406, 200 * 96, LDAM),
+        ("cifar100", ERM, "ldam", 10_847, 200 * 84, LDAM),
+        ("cifar100", ERM, "mislas", 10_847, 200 * 84, MISLAS),
+        ("cifar100", SDN, None, 10_847, 200 * 84, LDAM),
         ("inat2018", BBN, None, 437_513, 90 * 3_418, INAT),
         ("inat2018", BBN, "2x", 437_513, 180 * 3_418, INAT_TWICE),
         ("inat2017", BBN, None, 579_184, 90 * 4_524, INAT),
@@ -145,3 +153,21 @@ def test_glag_changes_nothing_for_others(name, digits):
     assert settings_of(name, digits, BBN, None).optim.weight_decay == weight_decay[name]
     second = parse(stage_parser("afg", "", afg.Settings), [], preset(chosen_by(name, digits), "afg"))
     assert (second.method.classifier, second.method.beta) == ("scaled", "select")
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "title"),
+    [
+        ("cifar10", "ldam", "LDAM-DRW"),
+        ("cifar100", "ldam", "LDAM-DRW"),
+        ("fashion-mnist", "ldam", "LDAM-DRW"),
+        ("cifar100", "mislas", "mixup"),
+    ],
+)
+def test_variants_name_their_method(name, variant, title, digits):
+    settings = settings_of(name, digits, ERM, variant)
+    assert (settings.optim.lr, settings.optim.weight_decay, settings.optim.nesterov) == (0.1, 2e-4, False)
+    method = ERM(settings, np.array([9, 5, 2]))
+    assert method.title == title
+    # LDAM's weights apply from epoch 161 of 200 on.
+    assert method.streams[0].from_share == (0.8 if variant == "ldam" else 0)

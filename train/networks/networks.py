@@ -209,6 +209,22 @@ class BilateralNetwork(Network):
         maps_BDHW = self._trunk_maps(images_BHWC)
         return torch.cat([self._pool(self.conventional(maps_BDHW)), self._pool(self.rebalancing(maps_BDHW))], dim=1)
 
+    def single(self, branch: Literal["conventional", "rebalancing"]) -> "PlainNetwork":
+        """Return one branch as a plain network, whose logits are that branch's: z_c or z_r (BBN, Table 5).
+
+        The layers are shared with this network and not copied.
+        """
+        plain = PlainNetwork(
+            make_backbone(self.spec["backbone"]), self.spec["num_classes"], unit_features=self._unit_features
+        )
+        plain.normalize, plain.trunk, plain.branch = self.normalize, self.trunk, getattr(self, branch)
+        half = plain_weight(self.classifier).detach().chunk(2, dim=1)[branch == "rebalancing"]
+        with torch.no_grad():
+            plain.classifier.weight.copy_(2 * half)
+            bias_C = self.classifier.bias
+            plain.classifier.bias.copy_(torch.zeros(len(half)) if bias_C is None else bias_C)
+        return plain.train(self.training)
+
 
 _KINDS: dict[str, type[PlainNetwork] | type[BilateralNetwork]] = {
     network.kind: network for network in (PlainNetwork, BilateralNetwork)
