@@ -4,10 +4,12 @@ The loaders cannot skip a bad image in the middle of training, so none gets into
 decoded here, once.
 """
 
+import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from math import ceil
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -74,14 +76,45 @@ def encode(data: bytes, shorter_side: int | None = None, quality: int = 90, keep
         BadImageError: the bytes do not decode to an image, or cannot be kept.
     """
     assert not (keep_bytes and shorter_side)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with _opened(data) as image:
+            return _encode(image, data, shorter_side, quality, keep_bytes)
+
+
+def decode(data: bytes, shorter_side: int | None = None, quality: int = 90) -> Image.Image:
+    """Return the picture that loaders show of what `encode` would store: RGB, upright.
+
+    Threads may call it; PIL's warnings are then the caller's to silence, as filters belong to the whole process.
+
+    Raises:
+        BadImageError: as `encode`.
+    """
+    with _opened(data) as image:
+        if not _is_shrunk(image, shorter_side) and _orientation(image) == 1 and _is_plain(image, data):
+            return image.convert("RGB")  # stored as it is: to decode it once is enough
+        stored = _encode(image, data, shorter_side, quality, keep_bytes=False)
+    with Image.open(BytesIO(stored.data)) as image:
+        return image.convert("RGB")
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """Open an image file; what goes wrong in the block, too, is a BadImageError."""
     if not data:
         raise BadImageError("empty file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(BytesIO(data), formats=OPENED) as image:
-                return _encode(image, data, shorter_side, quality, keep_bytes)
+        with Image.open(BytesIO(data), formats=OPENED) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise BadImageError("too many pixels")
+            if image.format == "PNG":
+                # PIL's decoder overlooks wrong checksums and a lost end; DALI's does not.
+                with Image.open(BytesIO(data), formats=["PNG"]) as again:
+                    again.verify()
+            if image.format not in ("JPEG", "MPO"):  # those may still be decoded at a fraction of their size
+                image.load()  # before the orientation: PNG may have it behind the pixels, TIFF is turned by loading
+            yield image
     except BadImageError:
         raise
     except UnidentifiedImageError:
@@ -95,16 +128,14 @@ def encode(data: bytes, shorter_side: int | None = None, quality: int = 90, keep
         raise BadImageError(reason) from None
 
 
+def _is_shrunk(image: Image.Image, shorter_side: int | None) -> bool:
+    return shorter_side is not None and min(image.size) > shorter_side
+
+
 def _encode(image: Image.Image, data: bytes, shorter_side: int | None, quality: int, keep_bytes: bool) -> Encoded:
     kind = image.format or ""
-    if kind == "PNG":
-        # PIL's decoder overlooks wrong checksums and a lost end; DALI's does not.
-        with Image.open(BytesIO(data), formats=["PNG"]) as again:
-            again.verify()
-    if kind not in ("JPEG", "MPO"):  # those may still be decoded at a fraction of their size
-        image.load()  # before the orientation: PNG may have it behind the pixels, TIFF is turned by loading
     orientation = _orientation(image)
-    shrink = shorter_side is not None and min(image.size) > shorter_side
+    shrink = _is_shrunk(image, shorter_side)
     if not shrink and orientation == 1 and _is_plain(image, data):
         image.load()
         return Encoded(data, "jpg" if kind == "JPEG" else "png", image.height, image.width)
@@ -117,7 +148,7 @@ def _encode(image: Image.Image, data: bytes, shorter_side: int | None, quality: 
         scale = shorter_side / min(size)
         size = (max(round(size[0] * scale), 1), max(round(size[1] * scale), 1))
         # The box is exact where the decoder's rounded size is not.
-        drafted = image.draft(None, (ceil(size[0] * DRAFT_MARGIN), ceil(size[1] * DRAFT_MARGIN)))
+        drafted = image.draft(None, (math.ceil(size[0] * DRAFT_MARGIN), math.ceil(size[1] * DRAFT_MARGIN)))
         picture = _to_8_bit(image).resize(size, Image.Resampling.BICUBIC, box=drafted and drafted[1])
     else:
         picture = _to_8_bit(image)
