@@ -61,7 +61,7 @@ def test_a_finite_loss_leaves_no_file(tmp_path, digits):
 
 def test_a_diverging_run_never_saves_its_weights(workplace, capsys, monkeypatch):
     def diverge(self, batch, progress, lr):
-        return torch.tensor(math.nan if progress.step == 2 else 1.0), {}
+        return torch.tensor(math.nan if progress.step == 2 else 1.0)
 
     monkeypatch.setattr(Training, "_step", diverge)
     message = fails_with(capsys, "--run", "runs/a", "--loop.checkpoint_steps", "3")

@@ -1,7 +1,10 @@
 """Stage one from its command line: what it leaves, how it resumes, and what it says when something is wrong."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +147,12 @@ def test_a_checkpoint_of_another_model_is_named(workplace, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--optim.epoch", "3"], "--optim.epoch"),
+        (["--optim.epoch", "3"], "--optim.epoch 3; did you mean --optim.epochs? (--help"),
+        (["--epochs", "3"], "did you mean --optim.epochs?"),
+        (["--batch-size=3"], "did you mean --input.batch_size?"),
+        (["--optim.sede", "3"], "did you mean --loop.seed?"),
+        (["--rum", "a"], "did you mean --run?"),
+        (["--factor", "20"], "unrecognized arguments: --factor 20 (--help"),
         (["--optim.epochs", "many"], "optim.epochs"),
         (["--optim.epochs", "0"], "optim.epochs"),
         (["--optim.lr", "-1"], "optim.lr"),
@@ -156,7 +164,7 @@ def test_a_checkpoint_of_another_model_is_named(workplace, capsys):
         (["--data", "nowhere"], "nowhere does not exist"),
         (["--data", "."], "has no dataset.json"),
         (["--config", "absent.yaml"], "absent.yaml"),
-        (["--config", "wrong-key.yaml"], "epoch"),
+        (["--config", "wrong-key.yaml"], "option 'epoch'; did you mean optim.epochs?"),
         (["--config", "wrong-type.yaml"], "optim.epochs"),
         (["--config", "broken.yaml"], "broken.yaml"),
         (["--run", "data"], "data already exists and is no run of ours"),
@@ -172,6 +180,14 @@ def test_mistakes_are_told_in_one_line_and_leave_nothing(workplace, capsys, argu
     before = sorted(workplace.rglob("*"))
     assert expected in fails_with(capsys, BBN, *arguments)
     assert sorted(workplace.rglob("*")) == before
+
+
+def test_help_and_refusals_wait_for_no_library_that_only_training_needs():
+    slow = "{'torchvision', 'nvidia.dali', 'sklearn', 'scipy', 'matplotlib'}"
+    loaded = f"import sys, train.bbn, train.erm, train.afg; print({slow} & set(sys.modules))"
+    environment = os.environ | {"PYTHONPATH": str(PRESETS.parents[1])}
+    done = subprocess.run([sys.executable, "-c", loaded], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_data_must_be_one_or_named(workplace, capsys, photos):
@@ -268,6 +284,7 @@ def test_a_dataset_that_has_moved_or_changed(workplace, capsys):
     assert "elsewhere does not exist" in message
     assert "runs/a was trained on it: if it has moved, name its new place with --data" in message
     build("digits", out="other", seed=1, workers=1)
+    capsys.readouterr()
     message = fails_with(capsys, ERM, *resume, "--data", "other")
     assert "other does not hold the images that runs/a was trained on; name that dataset with --data, or" in message
     run(ERM, [*resume, "--data", "moved"])
