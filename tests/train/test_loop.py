@@ -150,7 +150,7 @@ def test_a_checkpoint_of_another_model_is_named(workplace, capsys):
         (["--optim.epoch", "3"], "--optim.epoch 3; did you mean --optim.epochs? (--help"),
         (["--epochs", "3"], "did you mean --optim.epochs?"),
         (["--batch-size=3"], "did you mean --input.batch_size?"),
-        (["--optim.sede", "3"], "did you mean --loop.seed?"),
+        (["--optim.seed", "3"], "did you mean --loop.seed?"),
         (["--rum", "a"], "did you mean --run?"),
         (["--factor", "20"], "unrecognized arguments: --factor 20 (--help"),
         (["--optim.epochs", "many"], "optim.epochs"),
@@ -167,6 +167,8 @@ def test_a_checkpoint_of_another_model_is_named(workplace, capsys):
         (["--config", "wrong-key.yaml"], "option 'epoch'; did you mean optim.epochs?"),
         (["--config", "wrong-type.yaml"], "optim.epochs"),
         (["--config", "broken.yaml"], "broken.yaml"),
+        (["--loop.seed", str(2**32)], "loop.seed=4294967296 must be below 2**32"),
+        (["--optim.ema", "1"], "optim.ema"),
         (["--run", "data"], "data already exists and is no run of ours"),
         (["--run", "file/below"], "cannot make the run folder"),
         (["--resume", "--run", "data"], "data already exists and is no run of ours"),
@@ -307,6 +309,22 @@ def test_inaturalist_has_a_longer_variant(year, digits):
     settings = {variant: preset(dataset, "training", "bbn", variant=variant) for variant in (None, "2x")}
     assert [settings[variant]["optim"].pop("epochs") for variant in (None, "2x")] == [90, 180]
     assert settings[None] == settings["2x"]
+
+
+def test_a_variant_belongs_to_a_new_run(workplace, monkeypatch, capsys):
+    (workplace / "presets").mkdir()
+    name = open_dataset("data/digits").manifest["preset"]
+    variants = {"variants": {"long": {"training": {"optim": {"epochs": 2}}}}}
+    (workplace / f"presets/{name}.yaml").write_text(yaml.safe_dump({"training": {"optim": {"epochs": 1}}, **variants}))
+    monkeypatch.setattr("train.engine.config.PRESETS", workplace / "presets")
+    slurm = ["--resume", "--run", "runs/a"]  # its script always resumes
+    run(ERM, [*SHORT[2:], *slurm, "--variant", "long"])
+    assert len(rows(workplace / "runs/a")) == 2
+    run(ERM, [*slurm, "--variant", "long", "--optim.epochs", "3"])
+    run(ERM, [*slurm, "--optim.epochs", "4"])
+    assert "runs/a was begun with --variant long; begin another run for --variant none" in fails_with(
+        capsys, ERM, *slurm, "--variant", "none"
+    )
 
 
 def test_an_unknown_variant_is_told(workplace, capsys):

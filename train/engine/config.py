@@ -15,7 +15,14 @@ from typing import Any, Literal
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+)
 
 from pipeline.batch import Loader
 from pipeline.loader import LoaderKind, open_loader
@@ -109,7 +116,7 @@ class Optim:
     decay: PositiveFloat = 0.01
     accumulate: PositiveInt = 1
     clip_norm: PositiveFloat | None = None
-    ema: ClosedUnitInterval | None = None
+    ema: OpenUnitInterval | None = None
 
 
 @dataclass

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ from train.engine.loop import Training
 from train.engine.machine import check_launcher, launched_by, take_threads, unusable_gpu
 from train.engine.method import Method
 from train.engine.tracking import Tracking
+
+# For network file systems; on one machine a folder is seen at once.
+SEEN_WITHIN_S = 30.0
 
 
 def run(method_class: type[Method], argv: list[str] | None = None) -> None:
@@ -75,6 +79,11 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None, comma
         about = saved.pop("about", {})
         if about.get("method") != method_class.name:
             raise UserError(f"{resumed} is a run of {about.get('method')}, not of {method_class.name}; name another")
+        begun_with = about.get("variant")
+        if asked.variant not in (None, begun_with):
+            begun = f"--variant {begun_with}" if begun_with else "no --variant"
+            raise UserError(f"{resumed} was begun with {begun}; begin another run for --variant {asked.variant}")
+        asked.variant = begun_with
         dataset = _dataset_of(resumed, about, asked.data)
         defaults = saved
     else:
@@ -123,6 +132,8 @@ def _train_and_finish(
 ) -> None:
     if resumed and (resumed / "config.yaml").exists() and accelerator.is_main_process:
         runs.lock(resumed)  # before its checkpoint is read
+    if config.loop.seed >= 2**32:
+        raise UserError(f"loop.seed={config.loop.seed} must be below 2**32, NumPy's limit")
     set_seed(config.loop.seed)
     method = method_class(config, dataset.train_counts)
     plan = TrainPlan(
@@ -170,11 +181,13 @@ def _train_and_finish(
     assert run_folder is not None
     if accelerator.is_main_process:
         about = {"method": method.name, "dataset": dataset.name, "data": dataset.place}
-        about |= {"fingerprint": _fingerprint(dataset)}
+        about |= {"fingerprint": _fingerprint(dataset), "variant": asked.variant}
         runs.write_config(run_folder, {"about": about, **sections})
         runs.truncate_rows(run_folder, counters.epochs)
         (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
         tracking.open(run_folder, counters.step)
+    accelerator.wait_for_everyone()
+    _wait_to_see(run_folder, accelerator.process_index)
     if restored:
         within = counters.step - counters.epochs * plan.steps_per_epoch
         where = f" and {within} of {plan.steps_per_epoch} steps" if within else ""
@@ -195,6 +208,18 @@ def _train_and_finish(
         finally:
             tracking.close()
         finish(training.evaluated, config, dataset, run_folder, accelerator, counters)
+
+
+def _wait_to_see(run_folder: Path, rank: int) -> None:
+    """Wait until this process sees the run's folder, which the first one made: network file systems take a moment."""
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not (run_folder / "config.yaml").exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"process {rank} does not see {run_folder}, where the first process writes; put the run on a file"
+                " system that all machines share, and start every process in the same folder"
+            )
+        time.sleep(0.1)
 
 
 def make_accelerator(precision: str, device: str = "auto", threads: int | None = None) -> Accelerator:
