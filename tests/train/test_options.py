@@ -10,7 +10,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.batch import Batch
@@ -19,7 +20,7 @@ from train.engine.config import Loop
 from train.engine.launch import run
 from train.engine.loop import Training, prepare_network, split_batch
 from train.erm import ERM
-from train.networks.backbones import Normalize
+from train.networks.backbones import _OWN_RESNETS, Normalize
 from train.networks.batch_norm import StreamBatchNorm2d
 from train.networks.networks import build_network
 
@@ -128,6 +129,16 @@ def test_what_a_method_keeps_is_used_with_the_average_too(workplace, monkeypatch
 
     run(Shifting, [*SHORT, "--optim.epochs", "2", "--optim.ema", "0.9", "--run", "runs/a"])
     assert sorted(set(Shifting.seen)) == [1.0, 2.0]
+
+
+def test_a_resumed_run_does_without_the_pretrained_weights(workplace):
+    save_file(_OWN_RESNETS["resnet32"]().state_dict(), "pretrained.safetensors")
+    run(ERM, [*SHORT, "--model.weights", "pretrained.safetensors", "--run", "runs/a"])
+    (workplace / "pretrained.safetensors").unlink()
+    run(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "2"])
+    assert (
+        yaml.safe_load((workplace / "runs/a/config.yaml").read_text())["model"]["weights"] == "pretrained.safetensors"
+    )
 
 
 def test_a_resumed_run_takes_the_settings_that_it_is_given(workplace, monkeypatch):

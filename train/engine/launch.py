@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pipeline.plan import TrainPlan
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset
 from train.engine import runs
-from train.engine.checkpoints import Counters, load_checkpoint
+from train.engine.checkpoints import Counters, has_checkpoint, load_checkpoint
 from train.engine.config import (
     Config,
     Input,
@@ -49,7 +50,7 @@ def run(method_class: type[Method], argv: list[str] | None = None) -> None:
 
     Exits with 2 for a user's mistake, told in one line, and with 75 when a signal stopped it.
     """
-    source = str(sys.modules[method_class.__module__].__file__)
+    source = getattr(sys.modules[method_class.__module__], "__file__", None) or sys.argv[0]  # none in a notebook
     ours = Path(source).parent == Path(__file__).parents[1]
     # From Python, with a command line of its own, the method's file is what would be started.
     script = sys.argv[0] if argv is None else os.path.relpath(source)
@@ -135,6 +136,9 @@ def _train_and_finish(
     if config.loop.seed >= 2**32:
         raise UserError(f"loop.seed={config.loop.seed} must be below 2**32, NumPy's limit")
     set_seed(config.loop.seed)
+    if resumed and has_checkpoint(resumed):
+        # Its weights replace the pretrained ones, whose file or server may be out of reach by now.
+        config = replace(config, model=replace(config.model, weights=None))
     method = method_class(config, dataset.train_counts)
     plan = TrainPlan(
         dataset.splits["train"],
