@@ -84,6 +84,8 @@ def append_row(run: Path, row: dict[str, Any]) -> None:
     """Append one epoch's row to metrics.jsonl."""
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # as the checkpoint that counts it is
 
 
 def truncate_rows(run: Path, epochs: int) -> None:
