@@ -1,13 +1,31 @@
-"""The commands `python -m analysis compare` and `python -m analysis report`."""
+"""The commands `python -m analysis compare`, `report`, `figure` and `ensemble`."""
 
-import json
 import sys
 from pathlib import Path
+from typing import Literal, get_args
 
-from analysis.compare import group_runs, json_row, mismatched_datasets, table
-from analysis.runs import read_runs
+from analysis.compare import group_runs, mismatched_datasets, repeated_runs
+from analysis.ensemble import ensemble_table
+from analysis.predictions import differences
+from analysis.runs import read_finished_runs, read_run
+from analysis.settings import unknown_stage_ones
+from analysis.tables import FORMATS, blocks, json_text
 from shards.cli import Parser
 from shards.errors import user_errors_exit_2
+
+# As in analysis.gallery, which loads slowly.
+FigureName = Literal[
+    "class-counts",
+    "groups",
+    "class-size",
+    "loss",
+    "accuracy",
+    "tail-accuracy",
+    "learning-rate",
+    "alpha",
+    "reliability",
+    "confusion",
+]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -18,8 +36,12 @@ def main(argv: list[str] | None = None) -> None:
         "--baselines", action="store_true", help="also show what stage two measured itself against, where it did"
     )
     comparing.add_argument(
-        "--json", action="store_true", help="print JSON, baselines too; fractions, null where unmeasured"
+        "--format",
+        type=Literal["table", "markdown", "csv", "latex", "html", "json"],
+        default="table",
+        help="csv and json hold fractions, html is a page with sortable columns, json has baselines always",
     )
+    comparing.add_argument("--json", action="store_true", help="the same as --format json")
     reporting = Parser(
         description="Write one self-contained HTML page about finished runs, averaged by method over seeds;"
         " the first run's method is the baseline."
@@ -29,25 +51,48 @@ def main(argv: list[str] | None = None) -> None:
         "--out", type=Path | None, metavar="FILE", help="default: report.html in the run or beside the runs"
     )
 
+    drawing = Parser(description="Draw one figure of finished runs as a file, for a paper.")
+    drawing.add_argument("name", metavar="NAME", type=FigureName, help=f"one of: {', '.join(get_args(FigureName))}")
+    drawing.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
+    drawing.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .svg or .pdf")
+
+    averaging = Parser(description="Average the probabilities of several runs and show what that recognises.")
+    averaging.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
+
     parser = Parser(prog="python -m analysis", description="Tables and reports from the files of runs.")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("compare", comparing)
     commands.add_subcommand("report", reporting)
+    commands.add_subcommand("figure", drawing)
+    commands.add_subcommand("ensemble", averaging)
     options = parser.parse_args(argv)
 
     with user_errors_exit_2("python -m analysis"):
-        runs = read_runs(options[options.command].runs)
+        if options.command == "ensemble":
+            print(ensemble_table([read_run(path) for path in options.ensemble.runs]))
+            return
+        runs, notes = read_finished_runs(options[options.command].runs)
+        entries = group_runs(runs)
+        for note in notes + unknown_stage_ones(runs) + repeated_runs(entries):
+            print(f"note: {note}", file=sys.stderr)
         for dataset in mismatched_datasets(runs):
             print(f"note: the runs on {dataset} were trained on different class counts", file=sys.stderr)
         if options.command == "report":
             from analysis.report import write_report  # matplotlib loads slowly, and a table needs none
 
             print(write_report(runs, options.report.out))
-        elif options.compare.json:
-            rows = [json_row(entry) for entry in group_runs(runs)]
-            print(json.dumps(rows, indent=2, ensure_ascii=False))
+        elif options.command == "figure":
+            from analysis.gallery import write_figure
+
+            print(write_figure(options.figure.name, runs, options.figure.out))
         else:
-            print(table(group_runs(runs), options.compare.baselines))
+            versus, notes = differences(entries)
+            for note in notes:
+                print(f"note: {note}", file=sys.stderr)
+            if options.compare.json or options.compare.format == "json":
+                print(json_text(entries, versus))
+            else:
+                print(FORMATS[options.compare.format](blocks(entries, options.compare.baselines, versus)))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""Tables over runs: each method's mean and spread over its seeds."""
+"""Runs by experiment: each one's mean and spread over its seeds."""
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
-from analysis.metrics import percent
 from analysis.runs import METRICS, Run
+from analysis.settings import Experiment, distinct_titles, experiment
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Figures over the runs of an entry.
+    """Figures over the seeds of an entry.
 
     Attributes:
         mean: fractions in [0, 1] for each of `METRICS`; None where no run has the figure.
-        std: their sample standard deviations (divisor n − 1); None for fewer than two figures.
+        std: their sample standard deviations (divisor n − 1); None for fewer than two seeds. Runs that repeat a seed
+            count as one, with their mean.
     """
 
     mean: dict[str, float | None]
@@ -24,12 +24,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Entry:
-    """All runs of one dataset with one title, such as the seeds of a method: one line of a table.
+    """The runs of one experiment, that is its seeds: one line of a table.
 
     Attributes:
         dataset: the dataset's name.
-        title: the method's.
-        runs: at least one.
+        title: the method's, with what sets it apart from the other experiments compared.
+        runs: at least one, by what tells seeds apart: of a second stage, its own seed and stage one's.
         last: the figures after each run's last epoch.
         selected: those after the epochs that the runs selected; None where no run selected any.
         baselines: by name, what the runs measured themselves against, last figures only; often none.
@@ -37,10 +37,15 @@ class Entry:
 
     dataset: str
     title: str
-    runs: list[Run]
+    replicates: dict[Hashable, list[Run]]
     last: Spread
     selected: Spread | None
     baselines: dict[str, Spread]
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs."""
+        return [run for runs in self.replicates.values() for run in runs]
 
     @property
     def seeds(self) -> list[int]:
@@ -49,39 +54,65 @@ class Entry:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Entry]:
-    """Group runs by (dataset, title); datasets and titles keep the order in which they first appear."""
-    groups: dict[str, dict[str, list[Run]]] = {}
-    for run in runs:
-        groups.setdefault(run.dataset, {}).setdefault(run.title, []).append(run)
-    return [_entry(group) for titles in groups.values() for group in titles.values()]
+    """Group runs by experiment (see `analysis.settings`), in the order in which datasets, then titles, first appear."""
+    datasets = list(dict.fromkeys(run.dataset for run in runs))
+    first_seen = list(dict.fromkeys((run.dataset, run.title) for run in runs))
+    groups: dict[Hashable, list[tuple[Experiment, Run]]] = {}
+    for run in sorted(runs, key=lambda run: (datasets.index(run.dataset), first_seen.index((run.dataset, run.title)))):
+        found = experiment(run)
+        groups.setdefault(found.key, []).append((found, run))
+    titles = distinct_titles([group[0][0] for group in groups.values()])
+    return [_entry(title, group) for title, group in zip(titles, groups.values(), strict=True)]
 
 
-def _entry(runs: list[Run]) -> Entry:
-    selected = [run.summary["selected"] for run in runs if run.summary["selected"]]
+def _entry(title: str, group: list[tuple[Experiment, Run]]) -> Entry:
+    replicates: dict[Hashable, list[Run]] = {}
+    for found, run in group:
+        replicates.setdefault(found.replicate, []).append(run)
+    last = [[run.last for run in runs] for runs in replicates.values()]
+    selected = [[run.summary["selected"] for run in runs if run.summary["selected"]] for runs in replicates.values()]
+    names = dict.fromkeys(row["name"] for _, run in group for row in run.baselines)
     return Entry(
-        dataset=runs[0].dataset,
-        title=runs[0].title,
-        runs=runs,
-        last=_spread([run.last for run in runs]),
-        selected=_spread(selected) if selected else None,
-        baselines=_baselines(runs),
+        dataset=group[0][1].dataset,
+        title=title,
+        replicates=replicates,
+        last=_spread(last),
+        selected=_spread(selected) if any(selected) else None,
+        baselines={
+            name: _spread(
+                [[row for run in runs for row in run.baselines if row["name"] == name] for runs in replicates.values()]
+            )
+            for name in names
+        },
     )
 
 
-def _baselines(runs: list[Run]) -> dict[str, Spread]:
-    found: dict[str, list[dict[str, float | None]]] = {}
-    for run in runs:
-        for row in run.baselines:
-            found.setdefault(row["name"], []).append(row)
-    return {name: _spread(rows) for name, rows in found.items()}
-
-
-def _spread(evaluations: Sequence[dict[str, float | None]]) -> Spread:
-    values = {key: [value for row in evaluations if (value := row[key]) is not None] for key in METRICS}
+def _spread(evaluations: Sequence[Sequence[dict[str, float | None]]]) -> Spread:
+    """Take each figure's mean over the runs of a seed, and over seeds their mean and standard deviation."""
+    means: dict[str, list[float]] = {key: [] for key in METRICS}
+    for rows in evaluations:
+        for key, found in means.items():
+            values = [value for row in rows if (value := row[key]) is not None]
+            found += [statistics.fmean(values)] if values else []
     return Spread(
-        mean={key: statistics.fmean(found) if found else None for key, found in values.items()},
-        std={key: statistics.stdev(found) if len(found) > 1 else None for key, found in values.items()},
+        mean={key: statistics.fmean(found) if found else None for key, found in means.items()},
+        std={key: statistics.stdev(found) if len(found) > 1 else None for key, found in means.items()},
     )
+
+
+def repeated_runs(entries: Sequence[Entry]) -> list[str]:
+    """Say which seeds were run more than once: these runs show no spread over seeds."""
+    notes = []
+    for entry in entries:
+        for runs in entry.replicates.values():
+            if len(runs) > 1:
+                times = {2: "twice"}.get(len(runs), f"{len(runs)} times")
+                names = ", ".join(run.name for run in runs)
+                notes.append(
+                    f"{entry.title} on {entry.dataset}: seed {runs[0].summary['seed']} was run {times} ({names});"
+                    " their mean counts as one seed"
+                )
+    return notes
 
 
 def mismatched_datasets(runs: Sequence[Run]) -> list[str]:
@@ -90,48 +121,3 @@ def mismatched_datasets(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         seen.setdefault(run.dataset, set()).add(tuple(run.train_counts_C.tolist()))
     return [dataset for dataset, counts in seen.items() if len(counts) > 1]
-
-
-def json_row(entry: Entry) -> dict[str, Any]:
-    """Return an entry ready for JSON: `mean` and `std` of its last figures, and of its `baselines` by name."""
-    baselines = {name: asdict(figures) for name, figures in entry.baselines.items()}
-    known = {"dataset": entry.dataset, "title": entry.title, "seeds": entry.seeds}
-    return known | asdict(entry.last) | {"baselines": baselines}
-
-
-def table(entries: Sequence[Entry], baselines: bool = False) -> str:
-    """Draw entries as plain text, a block per dataset; one method's line fits 80 columns up to a long title.
-
-    With `baselines`, what an entry's runs measured themselves against stands under it, indented.
-
-    digits: %, last epoch; ± standard deviation over n runs
-
-                overall      many    medium       few  balanced       ECE  n
-    CE         84.2±0.5  98.9±0.2  88.1±0.4  61.0±1.2  84.2±0.5   6.1±0.3  3
-    BBN            86.0      98.1      89.3      70.4      86.0       5.0  1
-    """
-    blocks = []
-    for dataset in dict.fromkeys(entry.dataset for entry in entries):
-        mine = [entry for entry in entries if entry.dataset == dataset]
-        spread = any(len(entry.runs) > 1 for entry in mine)
-        rows: list[tuple[str, Spread, int]] = []
-        for entry in mine:
-            rows.append((entry.title, entry.last, len(entry.runs)))
-            if baselines:
-                rows += [(f"  {name}", figures, len(entry.runs)) for name, figures in entry.baselines.items()]
-        columns = [["", *(title for title, _, _ in rows)]]
-        for key, heading in METRICS.items():
-            spreads = ["" if figures.std[key] is None else f"±{percent(figures.std[key])}" for _, figures, _ in rows]
-            width = max(map(len, spreads))
-            means = [percent(figures.mean[key]) for _, figures, _ in rows]
-            columns.append([heading, *(mean + s.ljust(width) for mean, s in zip(means, spreads, strict=True))])
-        columns.append(["n", *(str(n) for _, _, n in rows)])
-
-        widths = [max(map(len, column)) for column in columns]
-        lines = [
-            "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip()
-            for cells in zip(*columns, strict=True)
-        ]
-        note = "; ± standard deviation over n runs" if spread else ""
-        blocks.append("\n".join([f"{dataset}: %, last epoch{note}", "", *lines]))
-    return "\n\n".join(blocks)

@@ -1,92 +1,31 @@
-"""The report's pictures, as inline SVG.
+"""Figures of the data, of accuracies and of training."""
 
-A figure holds no words of the user's (titles and class names stand in the page around it), its letters are real
-text in the page's own font, and its colours are CSS variables, so it follows the page into dark mode and print.
-No figure has more than a few hundred marks, whatever the number of classes.
-"""
-
-import io
-import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from analysis.compare import Spread
+from analysis.drawing import PERCENT_TOP, canvas, log_ticks, percent_axis, shade_groups, styled, thousands
 from analysis.metrics import percent
-from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups
+from analysis.page import LIGHT
+from shards.groups import GROUPS, class_groups
 
-# Name: colour on a light page, colour on a dark one; no two alike, since a figure's colours are found by value.
-# The entries' are those of Okabe and Ito, told apart by colour-blind eyes, behind a grey for the baseline.
-PALETTE = {
-    "paper": ("#ffffff", "#14171c"),
-    "panel": ("#f6f7f9", "#1c2027"),
-    "ink": ("#1b1f27", "#e9ebef"),
-    "muted": ("#5f6774", "#9ba3b0"),
-    "rule": ("#dfe2e7", "#333a45"),
-    "many": ("#45408a", "#8f88e0"),
-    "medium": ("#8a84cc", "#645db0"),
-    "few": ("#cbc7ee", "#453f80"),
-    "entry0": ("#78808d", "#a3abb8"),
-    "entry1": ("#0072b2", "#4aa8e0"),
-    "entry2": ("#d55e00", "#f08541"),
-    "entry3": ("#009e73", "#2fc498"),
-    "entry4": ("#cc79a7", "#dd93bb"),
-    "entry5": ("#b58900", "#e0b23a"),
-    "entry6": ("#2aa5c9", "#7fd0ea"),
-    "entry7": ("#7a2e1f", "#c9705c"),
-}
-MAX_ENTRIES = sum(name.startswith("entry") for name in PALETTE)
-LIGHT = {name: light for name, (light, _) in PALETTE.items()}
-
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "tailstream",
-    "font.size": 9,
-    "text.color": LIGHT["muted"],
-    "axes.labelcolor": LIGHT["muted"],
-    "axes.edgecolor": LIGHT["rule"],
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": LIGHT["rule"],
-    "grid.linewidth": 0.7,
-    "xtick.color": LIGHT["rule"],
-    "ytick.color": LIGHT["rule"],
-    "xtick.labelcolor": LIGHT["muted"],
-    "ytick.labelcolor": LIGHT["muted"],
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-    "figure.facecolor": "none",
-    "figure.constrained_layout.use": True,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4,
-    "lines.solid_capstyle": "round",
-    "path.simplify_threshold": 0.5,
-}
 _FEW_POINTS = 30  # a curve of at most this many points shows each of them
 _DOTS_UP_TO = 200  # classes that may each have a dot
-_PERCENT_TOP = 104  # room for a line at 100 %
 
 
-def class_count_curve(train_counts_C: ArrayLike) -> str:
+def class_count_curve(train_counts_C: ArrayLike) -> Figure:
     """Draw n_j from the largest class to the smallest, shaded by group; log y."""
     counts = np.sort(np.asarray(train_counts_C))[::-1]
     # A bar for each class of a few hundred; of more, every k-th: the sorted curve loses nothing that shows.
     ranks = np.unique(np.linspace(0, len(counts) - 1, 300).round().astype(int))
     edges = np.append(ranks, len(counts)) + 0.5
     groups = class_groups(counts)
-    with rc_context(_STYLE):
-        figure, ax = _canvas(5.0, 2.9)
+    with styled():
+        figure, ax = canvas(5.0, 2.9, "Training images of each class, sorted")
         ax.set_yscale("log")
         floor, top = 0.7, max(counts[0], 10) * 1.4
         for group in GROUPS:
@@ -99,17 +38,17 @@ def class_count_curve(train_counts_C: ArrayLike) -> str:
         ax.set_ylim(floor, top)
         ax.set_xlabel("class, from the largest to the smallest")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
-        ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
-        _log_ticks(ax.yaxis, floor, top)
-        return _svg(figure, "Training images of each class, sorted")
+        ax.xaxis.set_major_formatter(FuncFormatter(thousands))
+        log_ticks(ax.yaxis, floor, top)
+        return figure
 
 
-def group_bars(evaluations: Sequence[Spread]) -> str:
+def group_bars(evaluations: Sequence[Spread]) -> Figure:
     """Draw each entry's mean accuracy overall and by group, ± its standard deviation; entry i in colour i."""
     bars = {"overall": "top1", **{group: group for group in GROUPS}}
     width = 0.8 / len(evaluations)
-    with rc_context(_STYLE):
-        figure, ax = _canvas(5.0, 2.9)
+    with styled():
+        figure, ax = canvas(5.0, 2.9, "Accuracy overall and by group")
         for i, figures in enumerate(evaluations):
             for x, key in enumerate(bars.values()):
                 mean, std = figures.mean[key], figures.std[key]
@@ -119,7 +58,7 @@ def group_bars(evaluations: Sequence[Spread]) -> str:
                 ax.bar(middle, top, 0.92 * width, color=LIGHT[f"entry{i}"])
                 if std is not None:
                     ax.errorbar(middle, top, 100 * std, ecolor=LIGHT["ink"], elinewidth=0.9, capsize=2, capthick=0.9)
-                    top = min(top + 100 * std, _PERCENT_TOP)
+                    top = min(top + 100 * std, PERCENT_TOP)
                 if len(evaluations) <= 4:
                     ax.annotate(
                         percent(mean).replace("100.0", "100"),  # three "100.0" side by side touch
@@ -138,11 +77,11 @@ def group_bars(evaluations: Sequence[Spread]) -> str:
         ax.set_xticks(range(len(bars)), bars)
         ax.set_xlim(-0.5, len(bars) - 0.5)
         ax.tick_params(axis="x", length=0)
-        _percent_axis(ax)
-        return _svg(figure, "Accuracy overall and by group")
+        percent_axis(ax)
+        return figure
 
 
-def accuracy_by_class_size(entries: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]]) -> str:
+def accuracy_by_class_size(entries: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]]) -> Figure:
     """Draw each class's accuracy against its number of training images; entry i in colour i.
 
     Args:
@@ -150,8 +89,8 @@ def accuracy_by_class_size(entries: Sequence[tuple[NDArray[np.int64], NDArray[np
             classes of like size: of equal size for up to 20 classes, else of one of twelve ranges of equal ratio.
             Up to 200 classes also have a faint dot each.
     """
-    with rc_context(_STYLE):
-        figure, ax = _canvas(5.0, 2.9)
+    with styled():
+        figure, ax = canvas(5.0, 2.9, "Accuracy of the classes against their number of training images")
         ax.set_xscale("log")
         smallest, largest = np.inf, 1.0
         for i, (counts_C, recall_C) in enumerate(entries):
@@ -171,14 +110,14 @@ def accuracy_by_class_size(entries: Sequence[tuple[NDArray[np.int64], NDArray[np
             ax.plot(x, y, "o-", color=colour, clip_on=False)
         low, high = min(smallest, largest / 2) / 1.25, largest * 1.25
         ax.set_xlim(low, high)
-        _shade_groups(ax, low, high)
+        shade_groups(ax, low, high)
         ax.set_xlabel("training images of the class")
-        _log_ticks(ax.xaxis, low, high)
-        _percent_axis(ax)
-        return _svg(figure, "Accuracy of the classes against their number of training images")
+        log_ticks(ax.xaxis, low, high)
+        percent_axis(ax)
+        return figure
 
 
-def curve(series: Sequence[tuple[ArrayLike, ArrayLike]], label: str, *, fractions: bool = False) -> str | None:
+def curve(series: Sequence[tuple[ArrayLike, ArrayLike]], label: str, *, fractions: bool = False) -> Figure | None:
     """Draw one quantity over the epochs; entry i in colour i: the mean of its N runs and a band from min to max.
 
     Args:
@@ -188,11 +127,11 @@ def curve(series: Sequence[tuple[ArrayLike, ArrayLike]], label: str, *, fraction
         fractions: values are fractions, shown in percent.
 
     Returns:
-        The SVG; None where no entry has anything to draw.
+        None where no entry has anything to draw.
     """
     drawn = False
-    with rc_context(_STYLE):
-        figure, ax = _canvas(4.0, 2.4)
+    with styled():
+        figure, ax = canvas(4.0, 2.4, label)
         for i, (epochs, values) in enumerate(series):
             x_E, y_NE = np.asarray(epochs, float), np.asarray(values, float) * (100 if fractions else 1)
             y_NE = np.where(np.isfinite(y_NE), y_NE, np.nan)
@@ -211,54 +150,4 @@ def curve(series: Sequence[tuple[ArrayLike, ArrayLike]], label: str, *, fraction
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
         elif ax.dataLim.ymin >= 0:
             ax.set_ylim(bottom=0)
-        return _svg(figure, label) if drawn else None
-
-
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height))
-    return figure, figure.add_subplot()
-
-
-def _percent_axis(ax: Axes) -> None:
-    ax.set_ylim(0, _PERCENT_TOP)
-    ax.set_yticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
-
-
-def _thousands(value: float, _: object) -> str:
-    return f"{value:,.0f}"
-
-
-def _log_ticks(axis: Any, low: float, high: float) -> None:
-    """Label 1, 10, 100, …, with 2 and 5 between them over less than two decades."""
-    steps = (1, 2, 5) if high < 100 * low else (1,)
-    ticks = [step * 10**power for power in range(10) for step in steps]
-    axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
-    axis.set_major_formatter(FuncFormatter(_thousands))
-    axis.set_minor_locator(NullLocator())
-
-
-def _shade_groups(ax: Axes, low: float, high: float) -> None:
-    borders = (low, FEW_BELOW - 0.5, MANY_ABOVE + 0.5, high)
-    for group, left, right in zip(reversed(GROUPS), borders, borders[1:], strict=False):
-        left, right = max(left, low), min(right, high)
-        if left < right:
-            ax.axvspan(left, right, color=LIGHT[group], alpha=0.22, linewidth=0, zorder=0)
-            if np.log(right / left) > 0.1 * np.log(high / low):
-                ax.text(np.sqrt(left * right), 1.5, group, ha="center")
-
-
-def _svg(figure: Figure, label: str) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    # The metadata holds the date, and the page shall be the same every time.
-    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", svg)  # names of groups, alike in every figure
-    svg = svg.replace('id="value"', 'class="value"')
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    for name, colour in LIGHT.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    width, height = re.findall(r'(?:width|height)="([\d.]+)pt"', svg)
-    svg = svg.replace(f' width="{width}pt"', "").replace(f' height="{height}pt"', "")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+        return figure if drawn else None

@@ -125,3 +125,10 @@ def summarize(total: Tally, train_counts_C: ArrayLike) -> dict[str, float | None
 def percent(fraction: float | None) -> str:
     """Write a fraction as a percentage with one decimal; an en dash for None."""
     return "–" if fraction is None else f"{100 * fraction:.1f}"
+
+
+def points(difference: float) -> str:
+    """Write a difference of fractions in percentage points, with one decimal and its sign; 0.0 has none."""
+    rounded = round(100 * difference, 1)
+    sign = "+" if rounded > 0 else "−" if rounded < 0 else ""  # ± is for spreads
+    return f"{sign}{abs(rounded):.1f}"

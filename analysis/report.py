@@ -1,6 +1,6 @@
 """One self-contained HTML page about runs: a section per dataset, its first entry the baseline.
 
-An entry is all runs with one title; whatever the page shows of several seeds is their mean, with its spread.
+An entry is all runs of one experiment; whatever the page shows of several seeds is their mean, with its spread.
 """
 
 import os
@@ -8,19 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from analysis import figures
-from analysis.compare import Entry, Spread, group_runs, mismatched_datasets
-from analysis.metrics import percent
+from analysis import confusion, gallery
+from analysis.compare import Entry, Spread, group_runs, mismatched_datasets, repeated_runs
+from analysis.drawing import inline_svg
+from analysis.headline import and_join, best_entry, headline, seeds_told
+from analysis.page import template, write_file
+from analysis.predictions import Answers, Interval, against_first, answers, intervals
 from analysis.runs import METRICS, Run
+from analysis.tables import COMPARED, bounds_told
 from shards.errors import UserError
 from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups, imbalance_factor
 
-_PLACES = {"many": "head", "medium": "middle", "few": "tail"}
 _CLASS_TABLE_UP_TO = 100
 
 
@@ -28,7 +31,7 @@ def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
     """Write the page and return where it lies.
 
     Args:
-        runs: at least one. The title of a dataset's first run is what the others are compared with.
+        runs: at least one. The experiment of a dataset's first run is what the others are compared with.
         out: the file; default `report.html` in the folder of a single run, or in the folder that holds
             all of several runs.
 
@@ -38,16 +41,7 @@ def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
     if out is None:
         folders = [run.path.resolve() for run in runs]
         out = Path(os.path.commonpath([f if len(runs) == 1 else f.parent for f in folders])) / "report.html"
-    page = render(runs)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(page, encoding="utf-8")
-        unfinished.replace(out)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}); name a file with --out") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return out
+    return write_file(out, render(runs).encode("utf-8"))
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -57,25 +51,17 @@ def render(runs: Sequence[Run]) -> str:
         UserError: more titles on one dataset than there are colours, or runs of one dataset with different
             classes.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "points": _points, "duration": _duration}
     entries = group_runs(runs)
     datasets = dict.fromkeys(entry.dataset for entry in entries)
     sections = [_section([entry for entry in entries if entry.dataset == dataset]) for dataset in datasets]
-    page = environment.get_template("report.html.j2")
-    return page.render(
+    return template("report.html.j2").render(
         sections=sections,
-        palette=figures.PALETTE,
         metrics=METRICS,
         groups=GROUPS,
         many_above=MANY_ABOVE,
         few_below=FEW_BELOW,
+        compared=COMPARED,
+        bounds=bounds_told,
     )
 
 
@@ -83,11 +69,7 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
     """Gather what the template shows of one dataset's entries."""
     runs = [run for entry in entries for run in entry.runs]
     first = runs[0]
-    if len(entries) > figures.MAX_ENTRIES:
-        raise UserError(
-            f"{len(entries)} titles on {first.dataset} are too many for one report; name runs of at most"
-            f" {figures.MAX_ENTRIES}, or tabulate all with: python -m analysis compare"
-        )
+    gallery.check_colours(entries)
     for run in runs:
         if run.classes != first.classes:
             raise UserError(
@@ -96,14 +78,17 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
             )
     counts_C = first.train_counts_C
     groups_C = class_groups(counts_C)
-    recalls_C = [_recall(entry) for entry in entries]
+    recalls_C = [gallery.recall(entry) for entry in entries]
+    told = {entry.title: answers(entry) for entry in entries}
+    versus = against_first(entries, told)
     views = [_view(entry, f"entry{i}") for i, entry in enumerate(entries)]
     return {
         "dataset": first.dataset,
         "evaluated_on": first.summary["evaluated_on"],
-        "headline": _headline(entries[0], entries[-1], first.summary["evaluated_on"]),
+        "headline": headline(entries, first.summary["evaluated_on"], versus),
+        "shown": views[entries.index(best_entry(entries))],
         "entries": views,
-        "several": len(runs) > len(entries),
+        "several": any(len(entry.replicates) > 1 for entry in entries),
         "stages": sorted({view["stage"] for view in views}),
         "best": _best([entry.last for entry in entries]),
         "classes": len(counts_C),
@@ -113,15 +98,58 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
         "group_sizes": {group: int((groups_C == group).sum()) for group in GROUPS},
         "notes": _notes(entries),
         "class_rows": _class_rows(first, recalls_C) if len(counts_C) <= _CLASS_TABLE_UP_TO else [],
-        "count_curve": Markup(figures.class_count_curve(counts_C)),
-        "group_bars": Markup(figures.group_bars([entry.last for entry in entries])),
-        "by_size": Markup(
-            figures.accuracy_by_class_size(
-                [(entry.runs[0].train_counts_C, recall_C) for entry, recall_C in zip(entries, recalls_C, strict=True)]
-            )
-        ),
+        "count_curve": _inline(gallery.class_counts(entries)),
+        "group_bars": _inline(gallery.groups(entries)),
+        "by_size": _inline(gallery.class_size(entries)),
         "curves": _curves(entries),
+        "sure": _sure(entries, told, versus),
+        "compared": bool(versus),
+        "reliability": None if (picture := gallery.reliability(entries)) is None else _inline(picture),
+        **_confusion(entries, told),
     }
+
+
+def _inline(figure: Figure) -> Markup:
+    return Markup(inline_svg(figure))
+
+
+def _sure(
+    entries: list[Entry], told: dict[str, Answers | None], versus: dict[str, dict[str, Interval]]
+) -> list[tuple[int, str, dict[str, Interval]]]:
+    """Return (number, title, intervals) of the differences from the first entry, or of the only entry's own figures."""
+    if len(entries) > 1:
+        return [(i, entry.title, versus[entry.title]) for i, entry in enumerate(entries) if entry.title in versus]
+    of = told[entries[0].title]
+    if of is None or not len(of.labels):
+        return []
+    return [(0, entries[0].title, intervals(of.correct_N, of.labels, entries[0].runs[0].train_counts_C))]
+
+
+def _confusion(entries: list[Entry], told: dict[str, Answers | None]) -> dict[str, Any]:
+    """Gather which classes the first and the best entry take for which: a matrix of few classes, pairs of many."""
+    best = best_entry(entries)
+    chosen = [entries[0]] if best is entries[0] else [entries[0], best]
+    found = [of for entry in chosen if (of := told[entry.title]) is not None and len(of.labels)]
+    if len(found) < len(chosen):
+        return {"heat": None, "pairs": []}
+    shown = [(f"entry{entries.index(entry)}", entry.title) for entry in chosen]
+    classes, counts_C = entries[0].runs[0].classes, entries[0].runs[0].train_counts_C
+    if len(classes) > confusion.HEAT_MAP_UP_TO:
+        pairs = [
+            (
+                classes[pair.true],
+                classes[pair.predicted],
+                int(counts_C[pair.true]),
+                int(counts_C[pair.predicted]),
+                pair.shares,
+            )
+            for pair in confusion.confused_pairs(found, len(classes))
+        ]
+        return {"heat": None, "pairs": pairs, "confused": shown}
+    order_C = np.argsort(-counts_C, kind="stable")
+    matrices = [confusion.confusion_matrix(of, len(classes))[np.ix_(order_C, order_C)] for of in found]
+    names = [classes[j] for j in order_C]
+    return {"heat": (names, [matrix.tolist() for matrix in matrices]), "pairs": [], "confused": shown}
 
 
 def _view(entry: Entry, colour: str) -> dict[str, Any]:
@@ -134,77 +162,19 @@ def _view(entry: Entry, colour: str) -> dict[str, Any]:
         "runs": entry.runs,
         "stage": summaries[0]["stage"],
         "origins": sorted({summary["from"] for summary in summaries if summary["from"]}),
-        "seeds": _seeds(entry),
+        "seeds": seeds_told(entry),
         "last": entry.last,
         "baselines": entry.baselines,
         "best": _best([entry.last, *entry.baselines.values()]),
         "epochs": _range([summary["epochs"] for summary in summaries], "–"),
         "selected": entry.selected,
-        "selected_on": _and(sorted({str(summary["selected_on"]) for summary in selected})),
+        "selected_on": and_join(sorted({str(summary["selected_on"]) for summary in selected})),
         "selected_epochs": _range([summary["selected"]["epoch"] for summary in selected], "–"),
     }
 
 
-def _seeds(entry: Entry) -> str:
-    """Say over how many seeds an entry is averaged; empty for a single run."""
-    n = len(entry.runs)
-    return "" if n == 1 else f"{n} {'seeds' if len(set(entry.seeds)) == n else 'runs'}"
-
-
 def _range(numbers: list[int], to: str) -> str:
     return to.join(str(number) for number in sorted({min(numbers), max(numbers)})) if numbers else ""
-
-
-def _recall(entry: Entry) -> NDArray[np.float64]:
-    """Return each class's accuracy over all images that the entry's runs evaluated, shape (C,); nan for none."""
-    correct_C = np.sum([run.correct_C for run in entry.runs], axis=0)
-    total_C = np.sum([run.total_C for run in entry.runs], axis=0)
-    return np.divide(correct_C, total_C, out=np.full(len(total_C), np.nan), where=total_C > 0)
-
-
-def _headline(first: Entry, last: Entry, split: str) -> str:
-    before, after = first.last.mean, last.last.mean
-    if before["top1"] is None or after["top1"] is None:
-        return f"No {split} images were evaluated."
-    overall = f"{_averaged(last)} recognises {percent(after['top1'])} % of the {split} images"
-    if last is first:
-        parts = [
-            f"{percent(value)} % of the {_PLACES[group]} ({group})"
-            for group in GROUPS
-            if (value := after[group]) is not None
-        ]
-        return f"{overall}. Averaged over classes, it recognises {_and(parts)}."
-    gain = 100 * (after["top1"] - before["top1"])
-    than = f"{abs(gain):.1f} points {'more' if gain > 0 else 'less'} than" if abs(gain) >= 0.05 else "level with"
-    parts = []
-    for group in GROUPS:
-        old, new = before[group], after[group]
-        if old is None or new is None:
-            continue
-        change = 100 * (new - old)
-        verb = "gained" if change > 0 else "lost"
-        change_told = f"{verb} {abs(change):.1f} points" if abs(change) >= 0.05 else "stayed level"
-        parts.append(f"the {_PLACES[group]} ({group}) {change_told}")
-    unsure = ["overall"] * _within_spread(first, last, "top1")
-    unsure += [f"in the {place}" for group, place in _PLACES.items() if _within_spread(first, last, group)]
-    caveat = f" The difference {_and(unsure)} is within the spread of the seeds." if unsure else ""
-    return f"{overall}, {than} {_averaged(first)}. Averaged over classes, {_and(parts)}.{caveat}"
-
-
-def _within_spread(first: Entry, last: Entry, key: str) -> bool:
-    """Whether two means differ visibly, but by less than the larger of their standard deviations."""
-    old, new = first.last.mean[key], last.last.mean[key]
-    if old is None or new is None:
-        return False
-    return 0.0005 <= abs(new - old) < max(entry.last.std[key] or 0 for entry in (first, last))
-
-
-def _averaged(entry: Entry) -> str:
-    return entry.title + (f" (mean of {_seeds(entry)})" if len(entry.runs) > 1 else "")
-
-
-def _and(parts: list[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
 
 
 def _best(rows: list[Spread]) -> dict[str, float | None]:
@@ -217,21 +187,15 @@ def _best(rows: list[Spread]) -> dict[str, float | None]:
 
 
 def _notes(entries: list[Entry]) -> list[str]:
-    notes = []
+    notes = [f"{note}." for note in repeated_runs(entries)]
     if mismatched_datasets([run for entry in entries for run in entry.runs]):
         notes.append(
             "These runs were trained on different class counts, so their figures are not directly"
             f" comparable; the class counts shown are those of {entries[0].runs[0].name}."
         )
     for entry in entries:
-        epochs = [run.summary["epochs"] for run in entry.runs]
-        if len(set(epochs)) > 1:
-            notes.append(
-                f"{entry.title}: settings differ, its runs trained for {_range(epochs, ' to ')} epochs;"
-                " its curves show the epochs that all of them have."
-            )
         for run in entry.runs:
-            bad = sum(not np.isfinite(loss) for loss in _values(run.epochs, "loss"))
+            bad = sum(not np.isfinite(loss) for loss in gallery.values(run.epochs, "loss"))
             if bad:
                 label = entry.title if len(entry.runs) == 1 else f"{entry.title} ({run.name})"
                 notes.append(f"{label}: the loss was not finite in {bad} of {len(run.epochs)} epochs.")
@@ -250,52 +214,13 @@ def _class_rows(run: Run, recalls_C: list[NDArray[np.float64]]) -> list[tuple[st
     ]
 
 
-def _values(rows: list[dict[str, Any]], key: str) -> list[float]:
-    """Return one quantity over the epochs; nan where a row lacks it."""
-    values = (row.get(key) for row in rows)
-    return [float(value) if isinstance(value, int | float) else float("nan") for value in values]
-
-
 def _curves(entries: list[Entry]) -> list[tuple[str, Markup]]:
     """Return (caption, picture) for each quantity that some entry logged."""
-    logs = [[run.epochs for run in entry.runs] for entry in entries]
-    evaluations = [[_evaluations(run) for run in entry.runs] for entry in entries]
-    on = " and ".join(sorted({str(row.get("split", "?")) for runs in evaluations for rows in runs for row in rows}))
-    drawn = [
-        (caption, figures.curve([_series(rows, key) for rows in source], caption.split(" (")[0], fractions=fractions))
-        for caption, source, key, fractions in (
-            ("Training loss", logs, "loss", False),
-            (f"Overall accuracy ({on})", evaluations, "top1", True),
-            (f"Tail accuracy ({on}, few)", evaluations, "few", True),
-            ("Learning rate", logs, "lr", False),
-            ("Mixing weight α", logs, "alpha", False),
-        )
-    ]
-    return [(caption, Markup(picture)) for caption, picture in drawn if picture]
-
-
-def _evaluations(run: Run) -> list[dict[str, Any]]:
-    """Return the evaluations that a run logged, each with its epoch."""
-    return [row["eval"] | {"epoch": row["epoch"]} for row in run.epochs if isinstance(row.get("eval"), dict)]
-
-
-def _series(runs: list[list[dict[str, Any]]], key: str) -> tuple[list[int], list[list[float]]]:
-    """Return (epochs_E, values_NE) over the epochs for which all of an entry's runs have a row."""
-    shared = set.intersection(*({row["epoch"] for row in rows} for rows in runs))
-    return sorted(shared), [_values([row for row in rows if row["epoch"] in shared], key) for rows in runs]
-
-
-def _points(value: float | None, baseline: float | None) -> str:
-    """Write a change in percentage points with its sign; empty where there is none to tell."""
-    if value is None or baseline is None:
-        return ""
-    points = round(100 * (value - baseline), 1)
-    sign = "+" if points > 0 else "−" if points < 0 else ""  # ± is for spreads
-    return f"{sign}{abs(points):.1f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    logged = [row for entry in entries for run in entry.runs for row in gallery.evaluations(run)]
+    on = " and ".join(sorted({str(row.get("split", "?")) for row in logged}))
+    drawn = []
+    for name, (caption, key, of_evaluation) in gallery.CURVES.items():
+        if (figure := gallery.curve(entries, name)) is not None:
+            of = f" ({on}{', few' if key == 'few' else ''})" if of_evaluation else ""
+            drawn.append((caption + of, _inline(figure)))
+    return drawn

@@ -98,23 +98,58 @@ class Run:
         return {key: self.summary["last"][key] for key in METRICS}
 
 
+class NotFinishedError(UserError):
+    """A run that has no summary.json yet."""
+
+
+class NotARunError(UserError):
+    """A file, or a folder that training did not write."""
+
+
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read finished runs in the order given; a folder named twice counts once.
 
     Raises:
         UserError: a path is no run, a run is unfinished, or one of its files is missing or damaged.
     """
-    return [read_run(path) for path in {path.resolve(): path for path in paths}.values()]
+    return [read_run(path) for path in _distinct(paths)]
+
+
+def read_finished_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """Read the finished runs among several paths, as `runs/*` lists them, and say which were skipped, and why.
+
+    Raises:
+        UserError: as `read_runs` does for a path that does not exist, for a single one, where none is a finished run,
+            and for damaged files.
+    """
+    distinct = _distinct(paths)
+    runs: list[Run] = []
+    skipped: dict[str, list[str]] = {}
+    for path in distinct:
+        try:
+            runs.append(read_run(path))
+        except (NotFinishedError, NotARunError) as error:
+            if len(distinct) == 1 or not path.exists():
+                raise
+            why = "not finished" if isinstance(error, NotFinishedError) else "no run"
+            skipped.setdefault(why, []).append(str(path))
+    if not runs:
+        raise UserError(f"none of the {len(distinct)} paths is a finished run; name folders of finished runs")
+    return runs, [f"skipped, {why}: {', '.join(names)}" for why, names in skipped.items()]
+
+
+def _distinct(paths: Sequence[Path]) -> list[Path]:
+    return list({path.resolve(): path for path in paths}.values())
 
 
 def read_run(path: Path) -> Run:
     """Read one finished run; see `read_runs`."""
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder; name the folder of a run")
+        raise NotARunError(f"{path} is not a folder; name the folder of a run")
     if not (path / "summary.json").exists():
         if (path / "config.yaml").exists():
-            raise UserError(f"{path} is not finished: it has no summary.json; resume its training first")
-        raise UserError(f"{path} is not a run: it has no config.yaml; name a folder that training wrote")
+            raise NotFinishedError(f"{path} is not finished: it has no summary.json; resume its training first")
+        raise NotARunError(f"{path} is not a run: it has no config.yaml; name a folder that training wrote")
     summary = _read_table(path / "summary.json", _SUMMARY)
     for key in ("last", "selected"):
         if summary[key] is not None and not _is_evaluation(summary[key]):

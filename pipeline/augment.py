@@ -77,8 +77,13 @@ def _none(
 def _eval(
     generator: np.random.Generator, heights_B: NDArray[np.int64], widths_B: NDArray[np.int64], image_size: int
 ) -> tuple[Windows, Flips]:
-    """Shorter side to 256, centre crop of 224 (the same share for any image_size)."""
-    return _unflipped(centre_windows(heights_B, widths_B, 224 / 256))
+    """torchvision's Resize(256) and CenterCrop(224) in the stored image's pixels; the same part for any image_size."""
+    stored_B2 = np.stack([heights_B, widths_B], axis=1)
+    resized_B2 = 256 * stored_B2 // stored_B2.min(axis=1, keepdims=True)
+    # Halves are rounded to even, as CenterCrop rounds them. In the stored image an edge is rounded to the next pixel.
+    starts_B2 = np.rint((resized_B2 - 224) / 2)
+    edges_2B2 = np.rint(np.stack([starts_B2, starts_B2 + 224]) * stored_B2 / resized_B2).astype(np.int32)
+    return _unflipped(np.concatenate([edges_2B2[0], np.maximum(1, edges_2B2[1] - edges_2B2[0])], axis=1))
 
 
 def _shift(

@@ -1,27 +1,25 @@
 """The DALI loader: one pipeline per stream, both running ahead in parallel, handed over by DLPack.
 
-    plan.draws(step) ─> bytes from shards ─> external_source ─> decode window ─> resize, mirror ─> uniform  ──┐
-                                             external_source ─> decode window ─> resize, mirror ─> reversed ──┴─> step
+    plan.draws(step) ─> bytes from shards ─> external_source ─> decode, cut ─> resize, mirror ─> uniform  ──┐
+    (`pipeline.ahead`)                       external_source ─> decode, cut ─> resize, mirror ─> reversed ──┴─> step
 
-On a GPU all of it is DALI's. On a CPU DALI decodes, and faster code does the rest (`pipeline.windows`) in a thread per
-stream. All randomness was drawn by the plan, so the pipelines hold none.
+Some threads read ahead for both. On a GPU DALI does all the rest. On a CPU DALI decodes, and faster code does the rest
+(`pipeline.windows`) in a thread per stream. All randomness was drawn by the plan, so the pipelines hold none.
 """
 
-import queue
 import sys
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
 
+from pipeline.ahead import Files, ReadAhead, RunAhead
 from pipeline.augment import Recipe
 from pipeline.batch import Loader, Shown
 from pipeline.distort import distort
@@ -36,9 +34,8 @@ RESIZED_AHEAD = 2
 # To resize takes about a quarter of what it takes to decode.
 DECODERS_PER_RESIZER = 4
 
-SMALL_FILE = 8192  # bytes
-
-Feed = tuple[list[NDArray[np.uint8]] | NDArray[np.uint8], NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
+Decode = Literal["window", "whole"]
+Feed = tuple[Files, NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
 
 
 def build_pipeline(
@@ -49,7 +46,7 @@ def build_pipeline(
     threads: int,
     gpu: int | None,
     *,
-    decode: Literal["window", "whole"] = "window",
+    decode: Decode = "window",
     decoded_ahead: int = DECODED_AHEAD,
     **decoder_options: Any,
 ) -> Pipeline:
@@ -63,13 +60,14 @@ def build_pipeline(
         image_size: S, in pixels.
         threads: CPU threads of this pipeline.
         gpu: the device to decode on, or None for the CPU.
-        decode: the window alone, or the whole image, of which the window is cut.
+        decode: the window alone, or the whole image, of which the window is cut, by another of DALI's operators.
         decoded_ahead: batches that wait, decoded.
         decoder_options: such as hw_decoder_load, for DALI's decoder.
 
     Returns:
         A built pipeline with one output, uint8. On a GPU: pictures of shape (B, S, S, 3) there. On a CPU: the windows
-        as they lie in the images, (height, width, 3) each, or the whole images where windows may need padding.
+        as they lie in the images, (height, width, 3) each, or the whole images where these are decoded or windows may
+        need padding.
     """
     whole = recipe.pads or decode == "whole"
     used = 4 if gpu is not None else 1 if whole else 3
@@ -94,7 +92,8 @@ def build_pipeline(
         # while its threads still work on what it owned). So the decoder is made to wait for this.
         sizes = fn.peek_image_shape(files, dtype=types.INT32)[:2]
         if whole:
-            images = fn.decoders.image_slice(files, start=[0, 0], shape=sizes, axis_names="HW", **options)
+            files = fn.reshape(files, rel_shape=1.0 + 0.0 * fn.cast(sizes[:1], dtype=types.FLOAT))
+            images = fn.decoders.image(files, **options)
             if gpu is not None:
                 images = fn.slice(images, starts, shapes, axis_names="HW", out_of_bounds_policy="pad", fill_values=0)
         else:
@@ -115,61 +114,44 @@ class _Part(NamedTuple):
     shown: Shown
 
 
-class _Draws:
-    """Draws each step once, for whichever stream is first to need it."""
-
-    def __init__(self, plan: Plan, start_step: int) -> None:
-        self._plan, self._step = plan, start_step
-        self._lock = threading.Lock()
-        self._coming: list[deque[Draw]] = [deque() for _ in plan.streams]
-
-    def next(self, stream: int) -> Draw:
-        """Return the stream's next draw; StopIteration at the plan's end."""
-        with self._lock:
-            if not self._coming[stream]:
-                if self._step == self._plan.steps:
-                    raise StopIteration
-                for coming, draw in zip(self._coming, self._plan.draws(self._step), strict=True):
-                    coming.append(draw)
-                self._step += 1
-            return self._coming[stream].popleft()
-
-
 class _Stream:
     """One pipeline: feeds it, keeps it busy, and takes the finished pictures out."""
 
     def __init__(
-        self, plan: Plan, index: int, draws: _Draws, reader: ShardReader, device: torch.device, threads: int, steps: int
+        self,
+        plan: Plan,
+        index: int,
+        reads: ReadAhead,
+        reader: ShardReader,
+        device: torch.device,
+        threads: int,
+        steps: int,
+        decode: Decode,
     ) -> None:
-        self._plan, self._index, self._draws, self._reader, self._device = plan, index, draws, reader, device
+        self._plan, self._index, self._reads, self._reader, self._device = plan, index, reads, reader, device
         self._steps = steps  # still to be taken
         self._faults = faults_of(plan.split)
         self._unexplained = 0
         self._loading: deque[tuple[Draw, Draw]] = deque()  # what the plan drew and what is in the pipeline
         gpu = None if device.type == "cpu" else (device.index or 0)
         self._recipe = plan.recipes[index]
-        self._pipeline: Any = build_pipeline(self._feed, self._recipe, plan.rank_batch, plan.image_size, threads, gpu)
+        self._whole = self._recipe.pads or decode == "whole"
+        self._pipeline: Any = build_pipeline(
+            self._feed, self._recipe, plan.rank_batch, plan.image_size, threads, gpu, decode=decode
+        )
         self._buffers = Buffers(plan.rank_batch, plan.image_size, plan.image_size, 3)
         self._resizers = max(1, threads // DECODERS_PER_RESIZER)
         self._pool = ThreadPoolExecutor(self._resizers)
 
     def _feed(self) -> Feed:
-        drawn = self._draws.next(self._index)
-        fed = self._faults.mend(self._plan, drawn)
-        if not len(fed.ids_B):  # DALI takes no empty batch; this one fails there once more
-            fed = drawn
-        self._loading.append((drawn, fed))
+        read = self._reads.next(self._index)
+        self._loading.append((read.drawn, read.fed))
         return (
-            self._files(fed.ids_B),
-            np.ascontiguousarray(fed.windows_B4[:, :2]),
-            np.ascontiguousarray(fed.windows_B4[:, 2:]),
-            fed.flips_B.astype(np.int32),
+            read.files,
+            np.ascontiguousarray(read.fed.windows_B4[:, :2]),
+            np.ascontiguousarray(read.fed.windows_B4[:, 2:]),
+            read.fed.flips_B.astype(np.int32),
         )
-
-    def _files(self, ids_B: NDArray[np.int64]) -> list[NDArray[np.uint8]] | NDArray[np.uint8]:
-        # DALI takes a list apart in Python, which takes longer than to copy a small file.
-        small = self._plan.split.samples["size"][ids_B].max() <= SMALL_FILE
-        return self._reader.padded(ids_B) if small else self._reader.encoded(ids_B)
 
     def run(self) -> Iterator[_Part]:
         """Begin; return an iterator over the steps."""
@@ -215,12 +197,12 @@ class _Stream:
         """Make pictures of what DALI decoded on the CPU."""
         sizes_B2, windows_B4 = self._plan.split.samples[draw.ids_B][["height", "width"]], draw.windows_B4
         to_size = (windows_B4[:, 2:] == self._plan.image_size).all()
-        if self._recipe.pads and to_size and (sizes_B2 == sizes_B2[0]).all():
+        if self._whole and to_size and (sizes_B2 == sizes_B2[0]).all():
             return mirror(cut_windows(torch.from_dlpack(outputs.as_tensor()), windows_B4), draw.flips_B)
-        if to_size and not self._recipe.pads and not draw.flips_B.any():
+        if to_size and not self._whole and not draw.flips_B.any():
             return torch.from_dlpack(outputs.as_tensor())
-        windows = [torch.from_dlpack(window) for window in outputs]
-        if self._recipe.pads:
+        windows = [torch.from_numpy(np.asarray(window)) for window in outputs]  # in a third of from_dlpack's time
+        if self._whole:
             windows = [cut_window(image, *where) for image, where in zip(windows, windows_B4.tolist(), strict=True)]
         images_BHWC = self._buffers.take()[: len(windows)]
         share = -(-len(windows) // self._resizers)
@@ -235,59 +217,21 @@ class _Stream:
         vars(self).clear()  # DALI's graph goes round in circles through the callback, which holds this
 
 
-class _Ahead:
-    """Runs an iterator ahead in a thread of its own; what it raises is raised here."""
-
-    def __init__(self, run: Callable[[], Iterator[_Part]]) -> None:
-        self._queue: queue.Queue[_Part | BaseException] = queue.Queue(RESIZED_AHEAD)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(run,), daemon=True)
-        self._thread.start()
-
-    def _work(self, run: Callable[[], Iterator[_Part]]) -> None:
-        try:
-            for part in run():
-                if not self._put(part):
-                    return
-        except BaseException as error:
-            self._put(error)
-
-    def __iter__(self) -> Self:
-        return self
-
-    def _put(self, part: _Part | BaseException) -> bool:
-        while not self._stopped.is_set():
-            with suppress(queue.Full):
-                self._queue.put(part, timeout=0.1)
-                return True
-        return False
-
-    def __next__(self) -> _Part:
-        part = self._queue.get()
-        if isinstance(part, BaseException):
-            raise part
-        return part
-
-    def stop(self) -> None:
-        """Have the thread end; what waits is dropped."""
-        self._stopped.set()
-        self._thread.join()
-
-
 class DaliLoader(Loader):
     """A pipeline per stream."""
 
-    def __init__(self, plan: Plan, device: torch.device, threads: int, start_step: int) -> None:
+    def __init__(self, plan: Plan, device: torch.device, threads: int, start_step: int, decode: Decode) -> None:
         super().__init__(plan, device)
         self._step = start_step
-        reader, draws = ShardReader(plan.split), _Draws(plan, start_step)
+        reader = ShardReader(plan.split)
+        reads = ReadAhead(plan, reader, start_step)
         steps = sys.maxsize if plan.steps is None else plan.steps - start_step
-        streams = [_Stream(plan, i, draws, reader, device, threads, steps) for i in range(len(plan.streams))]
+        streams = [_Stream(plan, i, reads, reader, device, threads, steps, decode) for i in range(len(plan.streams))]
         self._parts: list[Iterator[_Part]] = [
-            _Ahead(stream.run) if device.type == "cpu" else stream.run() for stream in streams
+            RunAhead(stream.run, RESIZED_AHEAD) if device.type == "cpu" else stream.run() for stream in streams
         ]
         # Also when the loader is abandoned or the interpreter ends: no thread of ours may be inside DALI then.
-        self._free = weakref.finalize(self, _free, self._parts, streams, reader)
+        self._free = weakref.finalize(self, _free, self._parts, reads, streams, reader)
 
     def _next_step(self) -> list[Shown]:
         if self._step == self._plan.steps or not self._parts:
@@ -310,11 +254,17 @@ class DaliLoader(Loader):
         self._free()
 
 
-def _free(parts: list[Iterator[_Part]], streams: list[_Stream], reader: ShardReader) -> None:
-    for ahead in parts:
-        if isinstance(ahead, _Ahead):
-            ahead.stop()
+def _free(parts: list[Iterator[_Part]], reads: ReadAhead, streams: list[_Stream], reader: ShardReader) -> None:
+    threads = [ahead for ahead in parts if isinstance(ahead, RunAhead)]
+    for ahead in threads:
+        ahead.cancel()
+    # Else the threads would wait for what nobody needs.
+    reads.cancel()
+    reader.close()
+    for ahead in threads:
+        ahead.close()
     parts.clear()
     for stream in streams:
         stream.close()
+    reads.close()
     reader.close()

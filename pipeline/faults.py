@@ -110,12 +110,14 @@ class Faults:
         if self.bad:
             self.times.update(sample for sample in draw.ids_B.tolist() if sample in self.bad)
 
-    def take(self) -> tuple[dict[int, BadImage], Counter[int]]:
+    def take(self) -> tuple[dict[int, BadImage], dict[int, int]]:
         """Return the bad images, and how often each was drawn since the last call."""
-        times, self.times = self.times, Counter()
+        # A plain dict: where a DataLoader pins memory it copies what workers send and calls `update` on the copy with
+        # the same items, which in a Counter adds them once more.
+        times, self.times = dict(self.times), Counter()
         return self.bad, times
 
-    def merge(self, bad: dict[int, BadImage], times: Counter[int]) -> None:
+    def merge(self, bad: dict[int, BadImage], times: dict[int, int]) -> None:
         """Add what a worker process's record took."""
         self.bad |= bad
         self.times.update(times)

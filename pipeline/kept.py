@@ -23,3 +23,8 @@ def kept_with(split: Split, name: Hashable, make: Callable[[], Thing]) -> Thing:
     if name not in shelf:
         shelf[name] = make()
     return cast(Thing, shelf[name])
+
+
+def is_kept_with(split: Split, name: Hashable) -> bool:
+    """Whether a thing of this name is kept with a split."""
+    return name in _shelves.get(id(split), {})

@@ -5,18 +5,29 @@ with open_loader(plan, kind="auto", device=device, start_step=k) as loader:
         step["uniform"].images_BHWC          # uint8, on the device
 """
 
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Literal
 
+import numpy as np
 import torch
 
-from pipeline.batch import Loader
+from pipeline.batch import Loader, steps_from
 from pipeline.faults import faults_of
-from pipeline.plan import Plan
-from pipeline.resident_loader import ResidentLoader, TooLargeError
+from pipeline.plan import Plan, Stream
+from pipeline.reader import ShardReader
+from pipeline.resident_loader import ResidentLoader, room_for, set_aside
 from shards.errors import UserError
+from shards.index import Split
+
+FIRST_STEPS = 16  # whose shards are fetched before a loader of a remote dataset is handed out
+REMOTE_WINDOW = 16  # shards
 
 LoaderKind = Literal["auto", "dali", "resident", "torch"]
+ChosenLoader = Literal["dali", "resident", "torch"]
+Decode = Literal["auto", "window", "whole"]
 
 
 def open_loader(
@@ -27,8 +38,9 @@ def open_loader(
     start_step: int = 0,
     resident_gb: float | None = None,
     fault_limit: int | None = None,
+    decode: Decode = "auto",
 ) -> Loader:
-    """Open a loader for a plan.
+    """Open a loader for a plan; of a remote dataset the shards that its first steps want are fetched first.
 
     Args:
         plan: a TrainPlan or an EvalPlan.
@@ -42,6 +54,9 @@ def open_loader(
             quarter of what is free, on a CPU divided by the processes of this machine.
         fault_limit: how many images of the split may fail to decode before the run is stopped; None for 10, or a
             thousandth of the split if that is more.
+        decode: what DALI decodes of an image: the window that is shown, the whole, or auto: the window on a CPU, which
+            is faster, and the whole on a GPU, where decoding windows has crashed with some versions of nvImageCodec
+            (its issue 55).
 
     Raises:
         UserError: DALI is asked for and not installed, threads is out of range, or the resident loader is asked for
@@ -52,20 +67,86 @@ def open_loader(
         faults_of(plan.split).limit = fault_limit
     if threads < (0 if kind == "torch" else 1):
         raise UserError(f"input.threads={threads} is too small for the {kind} loader; use at least 1")
-    if kind in ("auto", "resident"):
-        try:
-            return ResidentLoader(plan, device, threads, start_step, resident_gb)
-        except TooLargeError:
-            if kind == "resident":
-                raise
-    if kind == "dali" or (kind == "auto" and find_spec("nvidia") and find_spec("nvidia.dali")):
+    _fetch_first(plan, start_step)
+    if kind == "auto":
+        kind, _ = choose_loader([plan.split], device, resident_gb)
+    if kind == "resident":
+        return ResidentLoader(plan, device, threads, start_step, resident_gb)
+    if kind == "dali":
         try:
             from pipeline.dali_loader import DaliLoader
         except ModuleNotFoundError as error:
             raise UserError(
                 f"the DALI loader needs nvidia-dali-cuda130 ({error}); install it, or use --input.loader torch"
             ) from None
-        return DaliLoader(plan, device, threads, start_step)
+        chosen = ("window" if device.type == "cpu" else "whole") if decode == "auto" else decode
+        return DaliLoader(plan, device, threads, start_step, chosen)
     from pipeline.torch_loader import TorchLoader
 
     return TorchLoader(plan, device, threads, start_step)
+
+
+def choose_loader(
+    splits: Iterable[Split],
+    device: torch.device | str,
+    resident_gb: float | None = None,
+    agree: Callable[[ChosenLoader], ChosenLoader] = lambda mine: mine,
+) -> tuple[ChosenLoader, str]:
+    """Decide what "auto" is for all splits of a run, and set memory aside where it is the resident loader.
+
+    Args:
+        splits: all that will be loaded; all of them fit, or none is resident.
+        device, resident_gb: as for `open_loader`.
+        agree: makes one choice out of all processes'.
+
+    Returns:
+        The choice, and why.
+    """
+    device, splits = torch.empty(0, device=device).device, list(splits)
+    size, room = room_for(splits, device, resident_gb)
+    decoded = f"{size / 1e9:.3g} GB of decoded images, room for {max(0, room) / 1e9:.3g} GB on {device}"
+    fallback: ChosenLoader = "dali" if find_spec("nvidia") and find_spec("nvidia.dali") else "torch"
+    chosen = agree("resident" if size <= room else fallback)
+    if chosen == "resident":
+        for split in splits:
+            set_aside(split, device)
+    elif size <= room:
+        return chosen, "what another process of this run must use"
+    return chosen, decoded
+
+
+def windowed(streams: Sequence[Stream], split: Split, shard_window: int | None) -> tuple[Stream, ...]:
+    """Return streams whose epochs of the data as it is read so many shards at a time.
+
+    Args:
+        streams: those that draw with replacement, repeat another or have a window of their own stay as they are.
+        split: what they draw from.
+        shard_window: 0 shuffles over all shards; None does so too, except where the split is remote and no stream draws
+            with replacement (a draw wants any shard, so that a window would spare nothing): there it is
+            `REMOTE_WINDOW`.
+    """
+    sampling = [stream for stream in streams if stream.repeats is None]
+    if shard_window is None and split.remote is not None and all(stream.permutes for stream in sampling):
+        shard_window = REMOTE_WINDOW
+    if not shard_window:
+        return tuple(streams)
+    return tuple(
+        replace(stream, shard_window=stream.shard_window or shard_window)
+        if stream.permutes and stream.repeats is None
+        else stream
+        for stream in streams
+    )
+
+
+def _fetch_first(plan: Plan, start_step: int) -> None:
+    """Fetch, with progress, what a global shuffle wants at once: most shards, which takes longer than a step may."""
+    if plan.split.remote is None:
+        return
+    steps = itertools.islice(steps_from(plan, start_step), FIRST_STEPS)
+    ids = [draw.ids_B for step in steps for draw in plan.draws(step)]
+    if ids:
+        reader = ShardReader(plan.split)
+        try:
+            reader.fetch(np.concatenate(ids))
+        finally:
+            reader.close()

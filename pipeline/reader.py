@@ -3,14 +3,18 @@
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from contextlib import suppress
 from pathlib import Path
-from threading import Lock
+from threading import BoundedSemaphore, Lock, Thread
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import UserError
 from shards.index import Split
+from shards.progress import Progress
+from shards.remote import TRANSFERS
 
 OPEN_SHARDS = 256  # processes may open 1,024 files by default
 
@@ -27,7 +31,8 @@ class ShardReader:
     def __init__(self, split: Split) -> None:
         self._split = split
         self._lock = Lock()
-        self._paths: dict[int, Path] = {}  # of shards that were looked for; a remote one's bytes are checked then
+        self._here: dict[int, Future[Path]] = {}  # shards of a remote dataset that are fetched, or were
+        self._transfers = BoundedSemaphore(TRANSFERS)
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()  # last used, last
 
     def __reduce__(self) -> tuple[type["ShardReader"], tuple[Split]]:
@@ -37,9 +42,12 @@ class ShardReader:
         """Return each sample's JPEG or PNG file as a read-only uint8 array.
 
         Raises:
-            UserError: a shard is missing, cannot be read, or is shorter than the index says.
+            UserError: a shard is missing, cannot be read, or is shorter than the index says; or the dataset was built
+                again since it was opened.
         """
         rows = self._split.samples[np.asarray(ids_B, dtype=np.int64)]
+        if self._split.remote is not None:
+            self._fetching(np.unique(rows["shard"]).tolist())
         return [
             np.frombuffer(self._read(*where), dtype=np.uint8)
             for where in zip(rows["shard"].tolist(), rows["offset"].tolist(), rows["size"].tolist(), strict=True)
@@ -67,6 +75,7 @@ class ShardReader:
                     raise self._too_short(shard, os.fstat(file.descriptor).st_size, offset + size)
                 data += more
         except OSError as error:
+            self._split.check_edition()
             path = self._split.shard_paths[shard]
             raise UserError(
                 f"shard {path} cannot be read ({error}); run: python -m shards verify {path.parent}"
@@ -78,12 +87,49 @@ class ShardReader:
             if shard in self._open:
                 self._open.move_to_end(shard)
                 return self._open[shard]
-            if shard not in self._paths:
-                self._paths[shard] = self._split.local_shard(shard)
-            file = self._open[shard] = _OpenFile(self._paths[shard])
+        # Others go on reading while this one waits for a shard to come.
+        file = _OpenFile(self._fetching([shard])[0].result() if self._split.remote else self._split.local_shard(shard))
+        self._split.check_edition()  # once it is open: now nobody can put another file in its place
+        with self._lock:
+            file = self._open.setdefault(shard, file)
+            self._open.move_to_end(shard)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
             return file
+
+    def fetch(self, ids_B: NDArray[np.int64]) -> None:
+        """Have the shards of samples on this machine, and show progress. Does nothing where the dataset is local.
+
+        Raises:
+            UserError: one cannot be fetched, or is not the shard that the manifest describes.
+        """
+        remote, paths = self._split.remote, self._split.shard_paths
+        if remote is None:
+            return
+        wanted = np.unique(self._split.samples["shard"][ids_B]).tolist()
+        missing = [shard for shard in wanted if not remote.is_here(shard, paths[shard])]
+        with Progress(f"fetching {self._split.name} from {remote.url}", len(missing), unit="shards") as progress:
+            for coming in self._fetching(missing):
+                coming.result()
+                progress.add(1)
+
+    def _fetching(self, shards: list[int]) -> list[Future[Path]]:
+        """Begin to fetch those that were not begun, several at a time."""
+        with self._lock:
+            for shard in shards:
+                if shard not in self._here:
+                    self._here[shard] = coming = Future[Path]()
+                    # Not a pool's thread, for which the interpreter waits when it ends: a slow link may take minutes.
+                    Thread(target=self._fetch_one, args=(shard, coming), daemon=True).start()
+            return [self._here[shard] for shard in shards]
+
+    def _fetch_one(self, shard: int, coming: Future[Path]) -> None:
+        with self._transfers, suppress(InvalidStateError):  # nobody waits any more
+            if not coming.done():
+                try:
+                    coming.set_result(self._split.local_shard(shard))
+                except Exception as error:
+                    coming.set_exception(error)
 
     def _too_short(self, shard: int, length: int, end: int) -> UserError:
         path = self._split.shard_paths[shard]
@@ -93,9 +139,16 @@ class ShardReader:
         )
 
     def close(self) -> None:
-        """Close the shards. Reading afterwards opens them again."""
+        """Close the shards. Reading afterwards opens them again.
+
+        Who waits for a shard to be fetched gets a CancelledError.
+        """
         with self._lock:
             self._open.clear()
+            for coming in self._here.values():
+                with suppress(InvalidStateError):
+                    coming.set_exception(CancelledError())
+            self._here.clear()
 
 
 class _OpenFile:

@@ -11,6 +11,7 @@ import itertools
 import os
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Self
 
@@ -23,7 +24,7 @@ from pipeline.augment import Windows
 from pipeline.batch import Loader, Shown, steps_from
 from pipeline.budget import free_memory
 from pipeline.distort import distort
-from pipeline.kept import kept_with
+from pipeline.kept import is_kept_with, kept_with
 from pipeline.pictures import UndecodableError, decode
 from pipeline.plan import Draw, Plan
 from pipeline.reader import ShardReader
@@ -155,29 +156,49 @@ def decoded_of(split: Split, device: torch.device, gigabytes: float | None) -> D
     Args:
         split: the split.
         device: where they shall lie.
-        gigabytes: what this process may set aside on the device for all splits; None for `SHARE` of what is free,
-            on a CPU divided by the processes of this machine.
+        gigabytes: as for `room_for`.
 
     Raises:
         TooLargeError: they would take more.
     """
+    size, room = room_for([split], device, gigabytes)
+    if size > room:
+        raise TooLargeError(
+            f"the images of {split.name} take {size / 1e9:.3g} GB decoded and the resident loader may set"
+            f" {max(0, room) / 1e9:.3g} GB aside on {device}; give it more with --input.resident_gb, or use"
+            " --input.loader dali"
+        )
+    return set_aside(split, device)
+
+
+def room_for(splits: Sequence[Split], device: torch.device, gigabytes: float | None) -> tuple[int, float]:
+    """Return the bytes that splits' images will take on a device beyond what is set aside, and those that they may.
+
+    Args:
+        splits: those whose images are set aside there already count nothing.
+        device: where they shall lie.
+        gigabytes: what this process may set aside on the device for all splits; None for `SHARE` of what was free
+            before any was set aside, on a CPU divided by the processes of this machine. Never more than is free.
+    """
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    others = [images for images in _alive if images.device == device]
+    promised = sum(images.size for images in others)
+    taken = promised - sum(images.to_come for images in others)
+    free = free_memory(device) / sharing
+    # A share of all that was free, once: of what is left, each further split would take its share again, and the
+    # network would find no room.
+    most = SHARE * (free + taken) if gigabytes is None else min(gigabytes * 1e9, free + taken)
+    lacking = [split for split in splits if not is_kept_with(split, (Decoded, device))]
+    # What is there already needs no room, even where there is none.
+    return sum(_Layout.of(split).size for split in lacking), max(0, most - promised)
+
+
+def set_aside(split: Split, device: torch.device) -> Decoded:
+    """Return a split's images on a device, which all its loaders share; black at the first call."""
 
     def make() -> Decoded:
-        layout = _Layout.of(split)
-        others = [images for images in _alive if images.device == device]
-        if gigabytes is None:
-            sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-            budget = SHARE * (free_memory(device) / sharing - sum(images.to_come for images in others))
-        else:
-            budget = gigabytes * 1e9 - sum(images.size for images in others)
-        if layout.size > budget:
-            raise TooLargeError(
-                f"the images of {split.name} take {layout.size / 1e9:.3g} GB decoded and the resident loader may set"
-                f" {max(0, budget) / 1e9:.3g} GB aside on {device}; give it more with --input.resident_gb, or use"
-                " --input.loader dali"
-            )
         with torch.inference_mode(False):  # evaluation asks first, and training writes later
-            images = Decoded(layout, device)
+            images = Decoded(_Layout.of(split), device)
         _alive.add(images)
         return images
 

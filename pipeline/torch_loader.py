@@ -1,7 +1,6 @@
 """The portable loader: PIL in a PyTorch DataLoader. The reference that tests hold the other loaders against."""
 
 import multiprocessing
-from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ class _Step(NamedTuple):
     """What a worker sends back: each stream's images, and what its `Faults` took."""
 
     streams: list[Shown]
-    faults: tuple[dict[int, BadImage], Counter[int]]
+    faults: tuple[dict[int, BadImage], dict[int, int]]
 
 
 class _Steps(Dataset[_Step | UserError]):

@@ -66,13 +66,12 @@ def resize_windows(windows: Sequence[torch.Tensor], images_BHWC: torch.Tensor, f
         images_BHWC: where they go, uint8, on the CPU.
     """
     size = list(images_BHWC.shape[1:3])
-    images_BCHW = images_BHWC.permute(0, 3, 1, 2)
     # interpolate() is this very operator but takes no `out`, and to allocate and copy costs twice what resizing does.
     resize = torch.ops.aten._upsample_bilinear2d_aa.out
-    for i, window_HWC in enumerate(windows):
-        if flips_B is not None and flips_B[i]:
-            window_HWC = window_HWC.flip(1)
-        resize(window_HWC.permute(2, 0, 1).unsqueeze(0), size, False, out=images_BCHW[i : i + 1])
+    flips = [False] * len(windows) if flips_B is None else flips_B.tolist()
+    for window_HWC, image_1CHW, flip in zip(windows, images_BHWC.permute(0, 3, 1, 2).split(1), flips, strict=True):
+        mirrored_HWC = window_HWC.flip(1) if flip else window_HWC
+        resize(mirrored_HWC.permute(2, 0, 1).unsqueeze(0), size, False, out=image_1CHW)
 
 
 class Buffers:

@@ -113,7 +113,8 @@ def bench(
             raise UserError(f"{option} {value} is too small; give at least {least}")
     if sweep_gpu or device == "cuda":
         gpu_sweep.require_gpu()
-    results = header(**{package: version(package) for package in ("torch", "torchvision", "nvidia-dali-cuda130")})
+    versions = {package: version(package) for package in ("torch", "torchvision", "nvidia-dali-cuda130")}
+    results = header(**versions, vector_width=torch.backends.cpu.get_cpu_capability())
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if sweep_gpu:

@@ -20,8 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-from analysis.compare import group_runs, json_row, table
+from analysis.compare import group_runs
 from analysis.runs import read_runs
+from analysis.tables import blocks, json_row, table
 from bench.common import header, write_results
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset, open_dataset
@@ -108,7 +109,7 @@ def main() -> None:
             pool.shutdown(cancel_futures=True)  # Ctrl-C, or one that failed, begins no more
         finished = read_runs(runs)
         entries = group_runs(finished)
-        (asked.runs / "table.txt").write_text(table(entries, baselines=True) + "\n")
+        (asked.runs / "table.txt").write_text(table(blocks(entries, baselines=True)) + "\n")
         told = {
             "rows": [json_row(entry) for entry in entries],
             "runs": {

@@ -5,8 +5,11 @@ import sys
 
 from shards.build import build
 from shards.cli import run_commands
+from shards.duplicates import find_duplicates, report
+from shards.errors import UserError
 from shards.index import open_dataset
 from shards.show import inspect as show
+from shards.show import lost_shards
 from shards.verify import verify as find_problems
 
 
@@ -28,13 +31,28 @@ def verify(root: str, decode: bool = True, workers: int | None = None) -> None:
     print(f"{root}: no problem found")
 
 
-def inspect(root: str) -> None:
-    """Show a dataset's splits, its tail and its images.
+def inspect(root: str, duplicates: bool = False, workers: int | None = None) -> None:
+    """Show a dataset's splits, its tail and its images. Exits with status 1 if a shard is missing or cut off.
 
     Args:
         root: the dataset's folder or URL.
+        duplicates: list images that are identical or look alike instead, those in different splits first. All
+            images are read.
+        workers: processes that do it; if not given, one per available core.
     """
-    print(show(open_dataset(root)))
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers is {workers}; give a whole number of at least 1")
+    dataset = open_dataset(root)
+    problems = lost_shards(dataset)
+    if not duplicates:
+        print(show(dataset))
+    elif not problems:
+        for line in report(find_duplicates(dataset, workers), dataset.classes):
+            print(line)
+    for problem in problems:
+        print(problem)
+    if problems:
+        sys.exit(1)
 
 
 def main() -> None:

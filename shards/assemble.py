@@ -3,17 +3,18 @@
 import json
 from collections import Counter
 from io import BytesIO
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import PIL
 from numpy.typing import NDArray
 
 from shards.errors import UserError
+from shards.findings import Findings
 from shards.groups import imbalance_factor
 from shards.index import FORMAT, MANIFEST, SAMPLE, image_sizes
 from shards.sources import Source
-from shards.staging import REJECTED, Staging
+from shards.staging import PLAN, REJECTED, Staging
 from shards.writer import sha256
 
 ENCODER = f"Pillow {PIL.__version__}"
@@ -21,30 +22,36 @@ SMALL_PIXELS = 64
 
 
 def assemble(
-    staging: Staging, name: str, source: Source, options: dict[str, Any], shards: dict[str, list[str]]
+    staging: Staging,
+    name: str,
+    source: Source,
+    options: dict[str, Any],
+    shards: dict[str, list[str]],
+    findings: Findings,
 ) -> dict[str, Any]:
     """Write what a dataset has besides its shards, the manifest last; return the manifest.
 
     Args:
         staging: where the shards and their records are.
         name: the dataset's name.
-        source: where its images came from.
+        source: where its images came from, with the classes that are left.
         options: what it was built with.
         shards: for each split, the names of its shards without their ends, in order.
+        findings: what was found out about the images before.
 
     Raises:
-        UserError: a split or a class of the training split has no image left.
+        UserError: a split or a class of the training split has no image left, though it had one before.
     """
     splits = {}
     sizes = []
     reasons: Counter[str] = Counter()
     with staging.writing(REJECTED) as (rejected_path,), rejected_path.open("w", encoding="utf-8") as rejected_file:
+        _write_lines(rejected_file, findings.rejected)
+        reasons.update(image["reason"] for image in findings.rejected)
         for split, split_shards in shards.items():
             records = [staging.read_json(f"{shard}.json") for shard in split_shards]
             rejected = [image for record in records for image in record["rejected"]]
-            for image in rejected:
-                line = {"split": split, "class": source.classes[image["label"]], **image}
-                rejected_file.write(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n")
+            _write_lines(rejected_file, [{"split": split, "class": source.classes[i["label"]], **i} for i in rejected])
             reasons.update(image["reason"] for image in rejected)
             # A shard whose images were all rejected is left out.
             entries = {
@@ -65,13 +72,18 @@ def assemble(
         "options": options,
         "classes": source.classes,
         "imbalance_factor": imbalance_factor(splits["train"]["class_counts"]),
+        "grey_bits": findings.grey_bits,
         "image": image,
         "splits": splits,
         "rejected": {"total": reasons.total(), "reasons": dict(reasons)},
         "encoder": ENCODER,
     }
-    staging.write_json(MANIFEST, manifest)
+    staging.write_json(MANIFEST, manifest, as_of=staging.as_of(PLAN))
     return manifest
+
+
+def _write_lines(file: TextIO, images: list[dict[str, Any]]) -> None:
+    file.writelines(json.dumps(image, ensure_ascii=False, sort_keys=True) + "\n" for image in images)
 
 
 def _write_split(
@@ -104,10 +116,13 @@ def _write_split(
 
 def _check_something_left(split: str, counts: list[int], source: Source, rejected: Counter[int]) -> None:
     if not any(counts):
-        raise UserError(f"no image of the {split} split can be read; nothing was built")
+        raise UserError(
+            f"no image of the {split} split can be read any more; the source changed while it was built; give the"
+            " same command again"
+        )
     if split == "train" and 0 in counts:
         j = counts.index(0)
         raise UserError(
-            f"no training image of class {source.classes[j]!r} can be read ({rejected[j]} tried);"
-            " mend or remove the class; nothing was built"
+            f"no training image of class {source.classes[j]!r} can be read any more ({rejected[j]} tried); the source"
+            " changed while it was built; give the same command again"
         )

@@ -7,7 +7,11 @@ interruptions.
 
 import math
 import sys
+import time
+import unicodedata
 from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +19,12 @@ from typing import Any, Literal
 import numpy as np
 
 from shards.assemble import ENCODER, assemble
-from shards.encode import encode
+from shards.copies import identical_images
+from shards.encode import Encoded, encode
 from shards.errors import UserError
-from shards.index import FORMAT, MANIFEST, SPLITS, STAGING, open_dataset, parse_manifest
+from shards.existing import already_built, check_apart, difference
+from shards.findings import Findings, find_out
+from shards.index import FORMAT, SPLITS, STAGING, open_dataset
 from shards.parallel import run_jobs
 from shards.plan import Plan, plan_splits
 from shards.profiles import PROFILES
@@ -25,11 +32,13 @@ from shards.progress import Progress, say
 from shards.remote import RemoteStore, cached_source, is_url
 from shards.show import summary
 from shards.sources import Source, open_source
-from shards.staging import PLAN, REJECTED, Staging, file_names, staged
-from shards.store import LocalStore, Store
+from shards.sources.files import some
+from shards.staging import FINDINGS, PLAN, REJECTED, Staging, staged
+from shards.store import LocalStore
 from shards.writer import ShardJob, Written, read_written, write_shard
 
 TEST_FRACTION = 0.25
+FILE_TIMES = 2_000_000_000  # nanoseconds: file systems round the times of files, some to two seconds
 OWN_NAMES = ("folder", "csv")  # whoever builds such a dataset names it, by its folder
 
 
@@ -121,6 +130,8 @@ def build(
         source = cached_source(str(source)) if is_url(source) else Path(source)
         if scheduler is not None:
             source = source.absolute()  # the cluster's workers were started elsewhere
+    check_apart(dataset, source, out)
+    listed = time.time_ns() - FILE_TIMES
     images = open_source(dataset, source)
     profile = profile or images.profile
     if profile == "natural" and imbalance_factor is not None:
@@ -141,24 +152,32 @@ def build(
         "keep_bytes": keep_bytes,
         "shard_samples": shard_samples,
     }
+    if strict and images.skipped:
+        raise UserError(f"{images.skipped[0]}; fix that or leave out --strict")
     store = RemoteStore(str(out)) if is_url(out) else LocalStore(Path(out).resolve())
+    encoding = partial(encode, **{name: options[name] for name in ("shorter_side", "quality", "keep_bytes")})
+    there = partial(already_built, out, store, options, images, encoding, strict=strict)
     try:
         # An equal dataset may lie where nobody may write.
-        if STAGING not in (store.names() or ()) and _already_built(out, store, options, overwrite, strict):
+        if STAGING not in (store.names() or ()) and there(overwrite=overwrite):
             return out
         with staged(store) as staging:
             recovered = staging.recover()
-            just_built = recovered is not None and not _difference(recovered["options"], options)
-            if not _already_built(out, store, options, overwrite and not just_built, strict):
-                _build(out, staging, images, options, overwrite, strict, workers, scheduler)
+            just_built = recovered is not None and not difference(recovered["options"], options)
+            if not there(overwrite=overwrite and not just_built):
+                _build(out, staging, images, listed, options, encoding, overwrite, strict, workers, scheduler)
             elif staging.read_json(PLAN) in (None, _plan_file(options)):
                 staging.clear()  # an --overwrite with the same options that was interrupted
     except (KeyboardInterrupt, SystemExit):
         say(f"{out} is unfinished; the same command goes on with it")
         raise
+    except MemoryError:
+        raise UserError(
+            f"not enough memory to build {out}; give fewer --workers or --shorter-side, and the same command goes on"
+        ) from None
     except OSError as error:
         raise UserError(
-            f"{out} cannot be written: {error.strerror or error}; mend that or give another --out"
+            f"{out} cannot be written: {error.strerror or error}; fix that or give another --out"
             " (shards that are done are kept, and the same command goes on with them)"
         ) from None
     return out
@@ -173,38 +192,6 @@ def _fraction(images: Source, split: str, fraction: float | None, default: float
     return None
 
 
-def _already_built(out: Path | str, store: Store, options: dict[str, Any], overwrite: bool, strict: bool) -> bool:
-    """Whether `out` holds this very dataset, and tell so; UserError where something else is in the way."""
-    names = store.names()
-    if names is not None and not names - {STAGING}:
-        return False
-    if names is None or MANIFEST not in names:
-        raise UserError(f"{out} is there and is no dataset; remove it or give another --out")
-    manifest = parse_manifest(store.read(MANIFEST), f"{out}/{MANIFEST}")
-    if overwrite:
-        if foreign := names - {STAGING} - file_names(manifest):
-            raise UserError(f"{out} also holds {min(foreign)!r}, which no build put there; move it away")
-        return False
-    if difference := _difference(manifest["options"], options):
-        raise UserError(f"{out} holds a dataset built {difference}; give --overwrite or another --out")
-    if strict and (rejected := manifest["rejected"]["total"]):
-        raise UserError(
-            f"{out} was built without {rejected} images that {REJECTED} names; leave out --strict, or mend them"
-        )
-    say(f"already built: {out} (the same images and options; --overwrite builds it again)")
-    return True
-
-
-def _difference(built: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """Say how what was built differs from what is wanted; "" if it does not."""
-    for option, value in wanted.items():
-        if built.get(option) != value:
-            if option == "source":
-                return "from other images"
-            return f"with {option.replace('_', '-')} {built.get(option)!r}, not {value!r}"
-    return ""
-
-
 def _plan_file(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "format": FORMAT, "encoder": ENCODER}
 
@@ -213,7 +200,9 @@ def _build(
     out: Path | str,
     staging: Staging,
     images: Source,
+    listed: int,
     options: dict[str, Any],
+    encoding: Callable[..., Encoded],
     overwrite: bool,
     strict: bool,
     workers: int | None,
@@ -223,44 +212,74 @@ def _build(
     begun, wanted = staging.read_json(PLAN), _plan_file(options)
     if begun is not None and begun != wanted and not overwrite:
         raise UserError(
-            f"{out} holds an unfinished build {_difference(begun, wanted)};"
+            f"{out} holds an unfinished build {difference(begun, wanted)};"
             " give --overwrite to begin anew, or another --out"
         )
-    plan = _plan(images, options, strict)
-    if begun != wanted:
+    remembered = staging.read_json(FINDINGS) if begun == wanted else None
+    if remembered is not None:
+        findings = Findings(**remembered)
+        plan = _plan(images, options, findings.copies)
+    else:
+        copies = identical_images(images) if options["test_fraction"] or options["val_fraction"] else []
+        plan = _plan(images, options, copies)
+        findings = find_out(images, plan, copies, encoding, workers=workers, scheduler=scheduler)
+    if strict and findings.rejected:
+        raise UserError(_not_strict("{source}: {reason}".format(**findings.rejected[0])))
+    for note in (*images.notes, *_alike_names(images.classes), *images.skipped, *plan.notes, *findings.notes(images)):
+        say(f"note: {note}")
+    if remembered is None:
         staging.clear()
-        staging.write_json(PLAN, wanted)
-    jobs = {split: _shard_jobs(staging, split, images, plan, options) for split in SPLITS if split in plan.splits}
+        staging.write_json(FINDINGS, asdict(findings))
+        staging.write_json(PLAN, wanted, as_of=listed)
+    images, plan = findings.applied(images, plan)
+    encoding = partial(encoding, grey_bits=findings.grey_bits)
+    jobs = {
+        split: _shard_jobs(staging, split, images, plan, encoding, options["shard_samples"])
+        for split in SPLITS
+        if split in plan.splits
+    }
     _write_shards(staging, [job for split_jobs in jobs.values() for job in split_jobs], strict, workers, scheduler)
     name = Path(out).resolve().name if options["dataset"] in OWN_NAMES else options["dataset"]
     shards = {split: [job.name for job in split_jobs] for split, split_jobs in jobs.items()}
     try:
-        manifest = assemble(staging, name, images, options, shards)
+        manifest = assemble(staging, name, images, options, shards, findings)
     except UserError:
         staging.clear()  # these images would fail again
         raise
     staging.publish()
     if rejected := manifest["rejected"]["total"]:
-        total = sum(len(listing) for listing in plan.splits.values())
+        total = sum(len(listing) for listing in plan.splits.values()) + len(findings.rejected)
         kinds = ", ".join(f"{n} {reason}" for reason, n in Counter(manifest["rejected"]["reasons"]).most_common())
         say(f"note: {rejected} of {total} images are left out ({kinds}); {REJECTED} names them")
+    asked, reached = options["imbalance_factor"], manifest["imbalance_factor"]
+    if asked is not None and f"{asked:.4g}" != f"{reached:.4g}":
+        say(f"note: imbalance factor {reached:.4g} is reached, of {asked:.4g} that was asked for")
     print(summary(open_dataset(out)))
 
 
-def _plan(images: Source, options: dict[str, Any], strict: bool) -> Plan:
-    if strict and images.skipped:
-        raise UserError(f"{images.skipped[0]}; mend that or leave out --strict")
-    plan = plan_splits(
+def _plan(images: Source, options: dict[str, Any], copies: list[list[int]]) -> Plan:
+    return plan_splits(
         images,
         profile=options["profile"],
         imbalance_factor=options["imbalance_factor"] or 1.0,
         test_fraction=options["test_fraction"] or 0.0,
         val_fraction=options["val_fraction"] or 0.0,
         seed=options["seed"],
+        copies=copies,
     )
-    for note in (*images.notes, *images.skipped, *plan.notes):
-        say(f"note: {note}")
-    return plan
+
+
+def _alike_names(classes: list[str]) -> Iterator[str]:
+    """A line about classes that a reader would take for the same."""
+    by_look: dict[str, list[str]] = {}
+    for name in classes:
+        by_look.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(repr(name))
+    if alike := [" and ".join(names) for names in by_look.values() if len(names) > 1]:
+        yield f"classes whose names differ only in case, spaces or how accents are written: {some(alike)}"
+
+
+def _not_strict(example: str) -> str:
+    return f"{example}; fix or remove it, or leave out --strict to build without it"
 
 
 def _write_shards(
@@ -273,7 +292,7 @@ def _write_shards(
         nonlocal rejected
         rejected += shard.rejected
         if strict and shard.rejected:
-            raise UserError(f"{shard.example}; mend or remove it, or leave out --strict to build without it")
+            raise UserError(_not_strict(shard.example))
         return shard.samples + shard.rejected
 
     def tell(shard: Written) -> None:
@@ -296,10 +315,17 @@ def _write_shards(
         run_jobs(write_shard, waiting, n_images=total - done, workers=workers, scheduler=scheduler, done=tell)
 
 
-def _shard_jobs(staging: Staging, split: str, images: Source, plan: Plan, options: dict[str, Any]) -> list[ShardJob]:
+def _shard_jobs(
+    staging: Staging,
+    split: str,
+    images: Source,
+    plan: Plan,
+    encoding: Callable[[bytes], Encoded],
+    most_samples: int,
+) -> list[ShardJob]:
     """Cut a split into shards of nearly equal length."""
     listing = plan.splits[split]
-    n_shards = -(-len(listing) // options["shard_samples"])
+    n_shards = -(-len(listing) // most_samples)
     return [
         ShardJob(
             staging=staging,
@@ -307,7 +333,7 @@ def _shard_jobs(staging: Staging, split: str, images: Source, plan: Plan, option
             first=int(ids[0]),
             images=listing[ids],
             read=images.read,
-            encode=partial(encode, **{name: options[name] for name in ("shorter_side", "quality", "keep_bytes")}),
+            encode=encoding,
         )
         for i, ids in enumerate(np.array_split(np.arange(len(listing)), n_shards))
     ]

@@ -19,6 +19,9 @@ LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
 # PIL gives each picture's memory back to the system, which hands it out again page by page: a fifth of the time.
 Image.core.set_blocks_max(8)
 EXTENSIONS = {end for end, kind in Image.registered_extensions().items() if kind in LOSSLESS + LOSSY}
+# Other pictures that people have, to be named when they are left out.
+UNREAD_EXTENSIONS = {".webp", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".tif", ".tiff", ".psd", ".dng"} - EXTENSIONS
+UNREAD_EXTENSIONS |= {".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}  # of cameras
 # An MPO is a JPEG with a second picture behind it, and is opened as one.
 OPENED = [kind for kind in LOSSLESS + LOSSY if kind in Image.OPEN]
 
@@ -27,6 +30,14 @@ OPENED = [kind for kind in LOSSLESS + LOSSY if kind in Image.OPEN]
 # 90 does: on a detailed and a soft photograph 35 and 44 dB at 1.17 times, 39 and 46 at 1.43 (31 and 40 at 1.0, which
 # would lose), against 35 and 36 of the storing.
 DRAFT_MARGIN = 1.15
+
+# Loaders decode what is stored again and again: no larger image gets in. One that is shrunk is decoded once, which
+# takes four bytes a pixel: one gigabyte in each worker at most.
+MOST_PIXELS = 89_478_485  # PIL's own limit
+MOST_SHRUNK_PIXELS = 1 << 28
+
+# Bits that cameras and scanners give grey values; files have room for 16.
+GREY_BITS = (8, 10, 12, 14, 16)
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -53,13 +64,15 @@ class Encoded:
     width: int
 
 
-def encode(data: bytes, shorter_side: int | None = None, quality: int = 90, keep_bytes: bool = False) -> Encoded:
+def encode(
+    data: bytes, shorter_side: int | None = None, quality: int = 90, keep_bytes: bool = False, grey_bits: int = 16
+) -> Encoded:
     """Decode an image fully and return what to store for it.
 
     An 8-bit RGB or greyscale JPEG or PNG that lies upright is stored as it is, byte for byte. Anything else
     is turned upright by its EXIF orientation, brought to 8-bit RGB or greyscale (alpha is dropped, 16-bit
-    grey is divided by 257) and written again: lossy formats as JPEG of quality 95 without chroma
-    subsampling, the others as PNG. So `encode` returns its own results unchanged.
+    grey v becomes v · 255 / (2^grey_bits − 1)) and written again: lossy formats as JPEG of quality 95 without
+    chroma subsampling, the others as PNG. So `encode` returns its own results unchanged.
 
     Args:
         data: a whole image file.
@@ -69,25 +82,33 @@ def encode(data: bytes, shorter_side: int | None = None, quality: int = 90, keep
         quality: JPEG quality of lossy images that were shrunk.
         keep_bytes: store files as they are or not at all: what would be written again is turned away.
             Excludes `shorter_side`.
+        grey_bits: how many bits 16-bit grey images use, one of `GREY_BITS`: the same for all of a dataset, so that a
+            dark image stays darker than a bright one.
 
     Raises:
         BadImageError: the bytes do not decode to an image, or cannot be kept.
+        MemoryError: there is too little of it.
     """
     assert not (keep_bytes and shorter_side)
     if not data:
         raise BadImageError("empty file")
+    most = MOST_PIXELS if shorter_side is None else MOST_SHRUNK_PIXELS
+    if Image.MAX_IMAGE_PIXELS is not None and most > Image.MAX_IMAGE_PIXELS:
+        # Never put back: other threads may be in the middle of an image.
+        Image.MAX_IMAGE_PIXELS = most
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(BytesIO(data), formats=OPENED) as image:
-                return _encode(image, data, shorter_side, quality, keep_bytes)
-    except BadImageError:
+                if image.width * image.height > most:
+                    raise BadImageError(_too_large(most))
+                return _encode(image, data, shorter_side, quality, keep_bytes, grey_bits)
+    except (BadImageError, MemoryError):  # too little memory says nothing about the image
         raise
     except UnidentifiedImageError:
-        raise BadImageError("not an image") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise BadImageError("too many pixels") from None
+        raise BadImageError(_unidentified(data)) from None
+    except Image.DecompressionBombError:
+        raise BadImageError(_too_large(most)) from None
     # PIL's plugins meet damaged bytes with whatever their code runs into: OSError, SyntaxError, struct.error…
     except Exception as error:
         lacking = "not available" in str(error)  # such as "decoder libtiff not available"
@@ -95,7 +116,38 @@ def encode(data: bytes, shorter_side: int | None = None, quality: int = 90, keep
         raise BadImageError(reason) from None
 
 
-def _encode(image: Image.Image, data: bytes, shorter_side: int | None, quality: int, keep_bytes: bool) -> Encoded:
+def grey_maximum(data: bytes) -> int:
+    """Return the largest value of an image of 16-bit grey, 0 for any other and for what does not decode."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(BytesIO(data), formats=OPENED) as image:
+                return int(np.asarray(image).max()) if image.mode.startswith("I") else 0
+    except MemoryError:
+        raise
+    except Exception:  # told when it is encoded
+        return 0
+
+
+def _too_large(most: int) -> str:
+    remedy = "; --shorter-side would shrink it" if most == MOST_PIXELS else ""
+    return f"more than {most / 1e6:.0f} megapixels{remedy}"
+
+
+def _unidentified(data: bytes) -> str:
+    """Tell a picture in a format that this PIL lacks from what is no picture."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WebP, which this PIL does not read"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+        return "HEIC, which this PIL does not read"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
+        return "AVIF, which this PIL does not read"
+    return "not an image"
+
+
+def _encode(
+    image: Image.Image, data: bytes, shorter_side: int | None, quality: int, keep_bytes: bool, grey_bits: int
+) -> Encoded:
     kind = image.format or ""
     if kind == "PNG":
         # PIL's decoder overlooks wrong checksums and a lost end; DALI's does not.
@@ -118,9 +170,9 @@ def _encode(image: Image.Image, data: bytes, shorter_side: int | None, quality: 
         size = (max(round(size[0] * scale), 1), max(round(size[1] * scale), 1))
         # The box is exact where the decoder's rounded size is not.
         drafted = image.draft(None, (ceil(size[0] * DRAFT_MARGIN), ceil(size[1] * DRAFT_MARGIN)))
-        picture = _to_8_bit(image).resize(size, Image.Resampling.BICUBIC, box=drafted and drafted[1])
+        picture = _to_8_bit(image, grey_bits).resize(size, Image.Resampling.BICUBIC, box=drafted and drafted[1])
     else:
-        picture = _to_8_bit(image)
+        picture = _to_8_bit(image, grey_bits)
     if orientation in UPRIGHT:
         picture = picture.transpose(UPRIGHT[orientation])
     picture.info = {}  # or the PNG writer copies colour profiles and transparency
@@ -166,13 +218,14 @@ def _orientation(image: Image.Image) -> int:
         return 0
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
+def _to_8_bit(image: Image.Image, grey_bits: int) -> Image.Image:
     """Bring any mode to "L" or "RGB"."""
     if image.mode == "F":
         raise BadImageError("floating-point pixels")
     if image.mode.startswith("I"):  # 16-bit grey comes as I;16 (PNG, TIFF) or as 32-bit I (PGM)
         values_HW = np.asarray(image).astype(np.int64)
-        if values_HW.min() < 0 or values_HW.max() > 65535:
-            raise BadImageError("more than 16 bits per pixel")
-        return Image.fromarray(((values_HW + 128) // 257).astype(np.uint8))
+        white = (1 << grey_bits) - 1
+        if values_HW.min() < 0 or values_HW.max() > white:
+            raise BadImageError(f"more than {grey_bits} bits per pixel")
+        return Image.fromarray(((values_HW * 255 + white // 2) // white).astype(np.uint8))
     return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")

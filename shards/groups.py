@@ -16,10 +16,12 @@ def class_groups(train_counts_C: ArrayLike) -> NDArray[np.str_]:
 
     Returns:
         Shape (C,): "many" where n_j > 100, "few" where n_j < 20, else "medium"
-        (the split of Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", 2019).
+        (the split of Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", 2019). "" where n_j = 0:
+        nothing can be learnt of such a class, so it belongs to no group.
     """
     counts_C = np.asarray(train_counts_C)
-    return np.where(counts_C > MANY_ABOVE, "many", np.where(counts_C < FEW_BELOW, "few", "medium"))
+    groups_C = np.where(counts_C > MANY_ABOVE, "many", np.where(counts_C < FEW_BELOW, "few", "medium"))
+    return np.where(counts_C > 0, groups_C, "")
 
 
 def imbalance_factor(train_counts_C: ArrayLike) -> float:

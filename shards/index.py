@@ -14,10 +14,14 @@ they were built. The two arrays are memory-mapped: opening costs the same for a 
 million, and no Python object exists per sample.
 """
 
+import hashlib
 import json
+import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ FORMAT = "tailstream-shards/1"
 MANIFEST = "dataset.json"
 STAGING = ".build"  # inside a dataset's folder: a build that has not ended
 SPLITS = ("train", "val", "test")
+LOOKED_AT = 1000  # files, to say what a folder holds
 
 # offset and size span the encoded image inside its shard file (the tar header is before the offset);
 # height and width are those of the decoded image in pixels.
@@ -47,6 +52,45 @@ SAMPLE = np.dtype(
 
 
 @dataclass(frozen=True)
+class Edition:
+    """Which build of a dataset was opened: one with `--overwrite` may take its place at any moment.
+
+    Such a build first moves the manifest away, then replaces the files, and puts its own manifest in place last. So
+    whoever opens a file *and then* finds the manifest that it began with holds a file of the same build.
+    """
+
+    path: Path
+    contents: str  # sha256
+    place: tuple[int, int, int, int]  # as long as this stays, nobody need read it again
+
+    @classmethod
+    def read(cls, path: Path) -> tuple["Edition", bytes]:
+        """Read a manifest: what identifies it, and its bytes. Raises OSError."""
+        with path.open("rb") as file:
+            data = file.read()
+            place = _place(os.fstat(file.fileno()))
+        return cls(path, hashlib.sha256(data).hexdigest(), place), data
+
+    def check(self) -> None:
+        """Raise a UserError if another build has taken, or is taking, the dataset's place; costs one stat."""
+        try:
+            if _place(os.stat(self.path)) == self.place or self.read(self.path)[0].contents == self.contents:
+                return
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
+        raise UserError(
+            f"{self.path.parent} was built again or removed while it was being read; start again, to read what is"
+            " there now"
+        )
+
+
+def _place(found: os.stat_result) -> tuple[int, int, int, int]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@dataclass(frozen=True)
 class Split:
     """One split of a dataset: memory-mapped arrays over its samples.
 
@@ -57,6 +101,7 @@ class Split:
         class_counts: shape (C,), int64: samples per class; 0 for a class that this split lacks.
         shard_paths: the shard files; `samples["shard"]` counts into this tuple.
         remote: where the shards are fetched from; None where they lie at their paths.
+        edition: which build of the dataset the arrays are of; None where the arrays were made in memory.
     """
 
     name: str
@@ -65,6 +110,7 @@ class Split:
     class_counts: NDArray[np.int64]
     shard_paths: tuple[Path, ...]
     remote: RemoteShards | None = None
+    edition: Edition | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -81,10 +127,18 @@ class Split:
             self.remote.fetch(shard, path)
         return path
 
+    def check_edition(self) -> None:
+        """Raise a UserError where a file that was opened before this call may be another build's than the arrays."""
+        if self.edition is not None:
+            self.edition.check()
+
     def sample_names(self) -> list[str]:
         """Return where each sample came from, by id (reads the whole names file)."""
         path = self.shard_paths[0].parent / f"{self.name}.names.txt"
-        return path.read_text(encoding="utf-8").splitlines()
+        try:
+            return path.read_text(encoding="utf-8").splitlines()
+        finally:
+            self.check_edition()
 
 
 @dataclass(frozen=True)
@@ -126,12 +180,14 @@ def open_dataset(root: Path | str) -> Dataset:
             the manifest.
     """
     root = cached_dataset(str(root), MANIFEST) if is_url(root) else Path(root)
-    manifest = read_manifest(root)
+    manifest, edition = read_edition(root)
     try:
         entries = manifest["splits"]
-        splits = {name: open_split(root, name, entries[name]) for name in SPLITS if name in entries}
+        splits = {name: open_split(root, name, entries[name], edition) for name in SPLITS if name in entries}
     except KeyError as error:
         raise UserError(f"{root / MANIFEST} lacks the key {error}; build the dataset again") from None
+    finally:
+        edition.check()  # the better message, where another build's arrays were met
     return Dataset(root, manifest, splits)
 
 
@@ -150,16 +206,46 @@ def read_manifest(root: Path) -> dict[str, Any]:
     Raises:
         UserError: no such folder, not a dataset, or another format version.
     """
+    return read_edition(root)[0]
+
+
+def read_edition(root: Path) -> tuple[dict[str, Any], Edition]:
+    """Read a dataset.json as `read_manifest` does, and what tells it from a later one."""
     path = root / MANIFEST
     try:
-        return parse_manifest(path.read_bytes(), path)
+        edition, data = Edition.read(path)
+        return parse_manifest(data, path), edition
     except (FileNotFoundError, NotADirectoryError):
         if (root / STAGING).is_dir():
             raise UserError(f"{root} holds an unfinished build; give the command that began it again") from None
-        what = "has no dataset.json" if root.is_dir() else "does not exist"
-        raise UserError(
-            f"{root} {what}, so it is not a dataset; build one with: scripts/build_shards.sh digits --out {root}"
-        ) from None
+        raise UserError(f"{root} {_why_no_dataset(root)}") from None
+
+
+def _why_no_dataset(root: Path) -> str:
+    """What there is instead, and what to do: nothing that could cost anybody's files."""
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "does not exist"
+        return f"{what}, so it is not a dataset; build one with: scripts/build_shards.sh digits --out {root}"
+    if below := sorted(path.parent for path in root.glob(f"*/{MANIFEST}")):
+        return f"has no {MANIFEST}, but {below[0]} has; give that"
+    if holds_images(root):
+        name = shlex.quote(root.resolve().name or "images")
+        return (
+            f"has no {MANIFEST}, but images; build a dataset from them with:"
+            f" scripts/build_shards.sh folder --source {shlex.quote(str(root))} --out data/{name}"
+        )
+    if any(root.iterdir()):
+        return f"has no {MANIFEST}, so it is not a dataset; give a folder that scripts/build_shards.sh made"
+    return f"has no {MANIFEST}, so it is not a dataset; build one with: scripts/build_shards.sh digits --out {root}"
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether images lie in or below a folder; looks at its first thousand files only."""
+    from shards.encode import EXTENSIONS, UNREAD_EXTENSIONS  # PIL takes a while to load
+
+    files = (name for _, _, names in os.walk(folder) for name in names)
+    ends = (os.path.splitext(name)[1].lower() for name in islice(files, LOOKED_AT))
+    return any(end in EXTENSIONS | UNREAD_EXTENSIONS for end in ends)
 
 
 def parse_manifest(data: bytes, path: Path | str) -> dict[str, Any]:
@@ -177,7 +263,7 @@ def parse_manifest(data: bytes, path: Path | str) -> dict[str, Any]:
     return manifest
 
 
-def open_split(root: Path, name: str, entry: dict[str, Any]) -> Split:
+def open_split(root: Path, name: str, entry: dict[str, Any], edition: Edition | None = None) -> Split:
     """Open one split by its name and its entry in the manifest; raises as `open_dataset` does."""
     url = origin(root)
     if url is not None:
@@ -204,4 +290,5 @@ def open_split(root: Path, name: str, entry: dict[str, Any]) -> Split:
         class_counts=np.asarray(entry["class_counts"], dtype=np.int64),
         shard_paths=tuple(root / shard["file"] for shard in entry["shards"]),
         remote=None if url is None else RemoteShards(url, tuple(shard["sha256"] for shard in entry["shards"])),
+        edition=edition,
     )

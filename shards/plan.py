@@ -1,11 +1,15 @@
 """Which image goes into which split, and in what order. Nothing is read here."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shards.profiles import profile_counts
 from shards.sources import Listing, Source
+from shards.sources.files import printable
 
 HELD_OUT = ("test", "val")
 
@@ -26,6 +30,7 @@ def plan_splits(
     test_fraction: float,
     val_fraction: float,
     seed: int,
+    copies: Sequence[Sequence[int]] = (),
 ) -> Plan:
     """Hold out test and validation images, then thin the training images by the profile.
 
@@ -43,6 +48,8 @@ def plan_splits(
             split, in [0, 1); rounded half up, and one image always stays.
         val_fraction: likewise for the validation split, of what the test split left.
         seed: an integer >= 0.
+        copies: groups of identical training images, by their position in the listing. A group is held out whole,
+            whatever its labels, or not at all.
 
     Returns:
         The splits; one that would be empty is left out.
@@ -57,17 +64,19 @@ def plan_splits(
         if name in source.splits:
             splits[name] = source.splits[name]
             continue
-        taken = [min(int(len(pool) * fraction + 0.5), len(pool) - 1) for pool in pools]
-        splits[name] = train[np.concatenate([pool[:n] for pool, n in zip(pools, taken, strict=True)])]
-        pools = [pool[n:] for pool, n in zip(pools, taken, strict=True)]
-        if fraction == 0:
-            del splits[name]
+        if fraction:
+            held_out = _held_out(train, pools, fraction, copies)
+            splits[name] = train[np.concatenate([pool[held_out[pool]] for pool in pools])]
+            pools = [pool[~held_out[pool]] for pool in pools]
 
     available_C = np.array([len(pool) for pool in pools])
     wanted_C = profile_counts(profile, available_C, imbalance_factor)
     splits["train"] = train[np.concatenate([pool[:n] for pool, n in zip(pools, wanted_C, strict=True)])]
     if short := [source.classes[j] for j in np.flatnonzero(available_C < wanted_C)]:
         notes.append(f"too few images for profile {profile} in {_some(short)}: all of theirs are kept")
+
+    if copies:
+        notes.append(_copies_note(source, copies))
 
     planned = {}
     for i, name in enumerate(("train", "val", "test")):
@@ -81,6 +90,44 @@ def plan_splits(
             notes.append(f"{name} has no image of {_some(missing)}")
         planned[name] = split[np.random.default_rng([seed, 1, i]).permutation(len(split))]
     return Plan(planned, notes)
+
+
+def _held_out(
+    train: Listing, pools: Sequence[NDArray[np.int64]], fraction: float, copies: Sequence[Sequence[int]]
+) -> NDArray[np.bool_]:
+    """Which training images are held out of the pools, shape (N,): the first of each class that may go."""
+    held_out = np.zeros(len(train), dtype=bool)
+    left_C = np.array([len(pool) for pool in pools])
+    wanted_C = np.minimum((left_C * fraction + 0.5).astype(np.int64), left_C - 1)
+    there = set(np.concatenate(pools).tolist()) if copies else set()
+    group_of = {i: group for group in copies if there.issuperset(group) for i in group}
+    for j, pool in enumerate(pools):
+        wanted = int(wanted_C[j]) - np.count_nonzero(held_out[pool])  # with copies in classes before
+        for i in pool.tolist():
+            if wanted <= 0:
+                break
+            if held_out[i]:
+                continue
+            group = group_of.get(i, (i,))
+            taken_C = Counter(train.labels[list(group)].tolist())
+            if taken_C[j] <= wanted and all(n < left_C[k] for k, n in taken_C.items()):
+                held_out[list(group)] = True
+                wanted -= taken_C[j]
+                for k, n in taken_C.items():
+                    left_C[k] -= n
+    return held_out
+
+
+def _copies_note(source: Source, copies: Sequence[Sequence[int]]) -> str:
+    train = source.splits["train"]
+    named = [[printable(train.names[i]) for i in group] for group in copies]
+    note = (
+        f"identical images: {sum(map(len, copies)):,} in {len(copies):,} groups such as {' = '.join(named[0][:3])};"
+        " each group is kept in one split"
+    )
+    if torn := [names for names, group in zip(named, copies, strict=True) if len(set(train.labels[group])) > 1]:
+        note += f"; {len(torn):,} have different labels, such as {' = '.join(torn[0][:3])}"
+    return note
 
 
 def _some(classes: list[str], limit: int = 5) -> str:

@@ -1,7 +1,8 @@
 """Imbalance profiles: how many training images each class keeps, from how many it has.
 
-Class j = 0 … C−1 counts in the order of the sorted class list; IF is the imbalance factor, n_max the largest
-class's count.
+IF is the imbalance factor, n_max the largest class's count. Class j = 0 … C−1 counts in the order of the class list
+where the source is balanced, as published long-tailed sets do, and else from the largest class to the smallest: or a
+rare class would be asked to be the head, and a common one be thinned to the tail.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 PARETO_ALPHA = 6
+BALANCED = 0.9  # smallest over largest class: drawing by hand, or holding a share out, leaves classes a little unequal
 
 
 def _exp(n_max: int, factor: float, n_classes: int) -> NDArray[np.float64]:
@@ -61,5 +63,13 @@ def profile_counts(profile: str, available_C: ArrayLike, imbalance_factor: float
     shape = PROFILES[profile]
     if shape is None:
         return counts_C
-    wanted_C = shape(int(counts_C.max()), imbalance_factor, counts_C.size)
-    return np.maximum(wanted_C.astype(np.int64), 1)
+    wanted_C = np.empty_like(counts_C)
+    wanted_C[class_order(counts_C)] = shape(int(counts_C.max()), imbalance_factor, counts_C.size).astype(np.int64)
+    return np.maximum(wanted_C, 1)
+
+
+def class_order(counts_C: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the classes from a profile's head to its tail, shape (C,)."""
+    if counts_C.min() >= BALANCED * counts_C.max():
+        return np.arange(counts_C.size)
+    return np.argsort(-counts_C, kind="stable")

@@ -14,10 +14,13 @@ def say(line: str) -> None:
 
 
 class Progress:
-    """Counts images towards `total`, `done` of which need no work any more; use it in a `with` block."""
+    """Counts images, or another unit, towards `total`, `done` of which need no work any more; use it in a `with` block.
 
-    def __init__(self, task: str, total: int, done: int = 0) -> None:
-        self.task = task
+    Without a `total` it says how many there are so far.
+    """
+
+    def __init__(self, task: str, total: int | None, done: int = 0, unit: str = "images") -> None:
+        self.task, self.unit = task, unit
         self.total = total
         self.done = self.start_done = done
         self.start = self.last_line = time.monotonic()
@@ -25,7 +28,7 @@ class Progress:
             total=total,
             initial=done,
             desc=task,
-            unit=" images",
+            unit=f" {unit}",
             disable=not sys.stderr.isatty(),
             leave=False,
             file=sys.stderr,
@@ -46,6 +49,9 @@ class Progress:
         if self.bar.disable and now - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = now
             rate = max(self.done - self.start_done, 1) / (now - self.start)
-            left = tqdm.format_interval((self.total - self.done) / rate)
-            parts = [f"{self.done:,} of {self.total:,} images", f"{rate:,.0f}/s", f"{left} left", note]
+            if self.total is None:
+                parts = [f"{self.done:,} {self.unit} so far", f"{rate:,.0f}/s", note]
+            else:
+                left = tqdm.format_interval((self.total - self.done) / rate)
+                parts = [f"{self.done:,} of {self.total:,} {self.unit}", f"{rate:,.0f}/s", f"{left} left", note]
             say(f"{self.task}: " + ", ".join(part for part in parts if part))

@@ -10,6 +10,7 @@ providers' own settings, such as AWS_PROFILE and AWS_ENDPOINT_URL.
 """
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -62,6 +63,13 @@ class RemoteStore:
             data: bytes = files.cat_file(f"{root}/{name}")
             return data
 
+    def as_of(self, name: str) -> int:  # noqa: D102
+        with _remote(self.url) as (files, root):
+            try:
+                return int(files.modified(f"{root}/{name}").timestamp() * 1e9)
+            except NotImplementedError:  # then everything may have changed since
+                return 0
+
     @contextmanager
     def writing(self, names: Sequence[str]) -> Iterator[list[Path]]:  # noqa: D102
         with tempfile.TemporaryDirectory() as folder:
@@ -103,19 +111,44 @@ class RemoteShards:
     def fetch(self, shard: int, path: Path) -> None:
         """Have a shard in the cache at `path`, whole: what lies there is checked, and fetched where it is not right.
 
-        Processes of one machine that want the same shard wait for each other.
+        A file that was checked is not read again until it changes. Processes of one machine that want the same shard
+        wait for each other.
 
         Raises:
             UserError: it cannot be fetched, or is not the shard that the manifest describes.
         """
-        with path.with_name(f"{path.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if path.exists() and _sha256(path) == self.digests[shard]:
+        if self.is_here(shard, path):
+            return
+        with self._note(path).open("a") as note:
+            fcntl.flock(note, fcntl.LOCK_EX)
+            if self.is_here(shard, path):  # another process had the lock
                 return
-            _fetch(self.url, path.name, path)
-        if _sha256(path) != self.digests[shard]:
-            path.unlink()
-            raise UserError(f"{self.url}/{path.name} is not the file that the manifest describes; build it again")
+            note.truncate(0)
+            for left_over in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
+                left_over.unlink()
+            if not path.exists() or _sha256(path) != self.digests[shard]:
+                _fetch(self.url, path.name, path)
+                if _sha256(path) != self.digests[shard]:
+                    path.unlink()
+                    raise UserError(
+                        f"{self.url}/{path.name} is not the file that the manifest describes; build it again"
+                    )
+            note.write(self._checked(shard, path))
+
+    def is_here(self, shard: int, path: Path) -> bool:
+        """Whether a shard lies in the cache, checked, and has not changed since."""
+        try:
+            return self._note(path).read_text() == self._checked(shard, path)
+        except FileNotFoundError:
+            return False
+
+    def _checked(self, shard: int, path: Path) -> str:
+        about = path.stat()
+        return f"{self.digests[shard]} {about.st_size} {about.st_mtime_ns}"
+
+    def _note(self, path: Path) -> Path:
+        """What is locked while a shard is fetched or checked, and says afterwards which file was."""
+        return path.with_name(f"{path.name}.lock")
 
 
 def cached_dataset(url: str, manifest_name: str) -> Path:
@@ -190,7 +223,7 @@ def fetch_file(url: str, path: Path, digest: str) -> None:
 def cached_source(url: str) -> Path:
     """Copy a remote folder of images into the cache, as far as it is not there yet; return the folder there.
 
-    Of a URL of a file the folder around it is copied.
+    Of a URL of a file the folder around it is copied. Processes that want the same folder wait for each other.
 
     Files of another size than the remote ones are copied anew, and those that are gone there are deleted.
 
@@ -207,19 +240,27 @@ def cached_source(url: str) -> Path:
         if "" in sizes:  # a file, such as a list of images beside it
             parent, _, name = url.rpartition("/")
             return cached_source(parent) / name
-        here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        for name in here.keys() - sizes.keys():
-            here[name].unlink()
-        missing = [name for name, size in sizes.items() if name not in here or here[name].stat().st_size != size]
-        for name in missing:
-            if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                raise UserError(f"--source {url}: {name!r} leads out of the folder")
-            _make((folder / name).parent)
-        with ThreadPoolExecutor(TRANSFERS) as pool:
-            list(pool.map(lambda name: _fetch(url, name, folder / name), missing))
+        _make(folder)
+        with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _copy(url, sizes, folder)
     except OSError as error:
         raise UserError(f"--source {url} cannot be read: {error.strerror or error}") from None
     return folder
+
+
+def _copy(url: str, sizes: dict[str, int], folder: Path) -> None:
+    """Make a folder hold the files of a URL whose sizes are given, and no others."""
+    here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    for name in here.keys() - sizes.keys():
+        here[name].unlink()
+    missing = [name for name, size in sizes.items() if name not in here or here[name].stat().st_size != size]
+    for name in missing:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--source {url}: {name!r} leads out of the folder")
+        _make((folder / name).parent)
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        list(pool.map(lambda name: _fetch(url, name, folder / name), missing))
 
 
 def _fetch(url: str, name: str, path: Path) -> None:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from shards.groups import GROUPS, class_groups
 from shards.index import Dataset
+from shards.remote import RemoteStore, is_url
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 WIDTH = 64
@@ -52,6 +53,26 @@ def inspect(dataset: Dataset) -> str:
         *(f"{reason:>45}  {count:,}" for reason, count in sorted(rejected["reasons"].items())),
     ]
     return "\n".join(lines)
+
+
+def lost_shards(dataset: Dataset) -> list[str]:
+    """A line for each shard that is missing or not as long as the manifest says; nothing is read or fetched."""
+    place = dataset.place
+    names = RemoteStore(place).names() or set() if is_url(place) else set()
+    lost = []
+    for split in dataset.splits:
+        for shard in dataset.manifest["splits"][split]["shards"]:
+            path = dataset.root / shard["file"]
+            if is_url(place):
+                problem = "" if shard["file"] in names else "missing"
+            elif not path.is_file():
+                problem = "missing"
+            else:
+                size = path.stat().st_size
+                problem = "" if size == shard["bytes"] else f"{size:,} bytes long, not {shard['bytes']:,}"
+            if problem:
+                lost.append(f"{shard['file']}: {problem}; run: python -m shards verify {place}")
+    return lost
 
 
 def draw_tail(counts_C: NDArray[np.int64], width: int = WIDTH, height: int = HEIGHT) -> list[str]:

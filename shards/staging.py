@@ -2,7 +2,8 @@
 
     data/inat2018/.build/
         lock                      held while a builder runs; says who
-        plan.json                 what is being built: only the same command continues it
+        plan.json                 what is being built: only the same command continues it; as old as its list of images
+        findings.json             what was found out about the images before (findings.py)
         train-000012.tar  .idx    a shard that is done,
         train-000012.npy  .names.txt    its rows of the samples array and where its images came from,
         train-000012.json         and its record, written last: a shard with one is never made again
@@ -14,6 +15,7 @@ with what it finds.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from shards.index import MANIFEST, STAGING
 from shards.store import LOCK, TEMPORARY, Store
 
 PLAN = "plan.json"
+FINDINGS = "findings.json"
 OLD_MANIFEST = "old.json"
 REJECTED = "rejected.jsonl"
 
@@ -38,11 +41,17 @@ class Staging:
         """Give paths to write to; when the block ends well the files get their names, whole and for good."""
         return self.store.writing([f"{STAGING}/{name}" for name in names])
 
-    def write_json(self, name: str, value: Any) -> None:
-        """Write a value as `dataset.json` is written."""
+    def write_json(self, name: str, value: Any, as_of: int | None = None) -> None:
+        """Write a value as `dataset.json` is written; the file's own time becomes `as_of`, nanoseconds since 1970."""
         with self.writing(name) as (path,):
             text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
             path.write_text(text + "\n", encoding="utf-8")
+            if as_of is not None:
+                os.utime(path, ns=(as_of, as_of))
+
+    def as_of(self, name: str) -> int:
+        """Return the time of a file that waits."""
+        return self.store.as_of(f"{STAGING}/{name}")
 
     def read(self, name: str) -> bytes:
         """Read a file that waits."""

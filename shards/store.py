@@ -33,6 +33,9 @@ class Store(Protocol):
     def read(self, name: str) -> bytes:
         """Read a file; FileNotFoundError if there is none."""
 
+    def as_of(self, name: str) -> int:
+        """When a file was written, in nanoseconds since 1970; local stores keep what its writer set."""
+
     def writing(self, names: Sequence[str]) -> AbstractContextManager[list[Path]]:
         """Give paths of this machine to write to; when the block ends well the files get their names, whole."""
 
@@ -62,6 +65,9 @@ class LocalStore:
 
     def read(self, name: str) -> bytes:  # noqa: D102
         return (self.root / name).read_bytes()
+
+    def as_of(self, name: str) -> int:  # noqa: D102
+        return (self.root / name).stat().st_mtime_ns
 
     @contextmanager
     def writing(self, names: Sequence[str]) -> Iterator[list[Path]]:  # noqa: D102

@@ -18,6 +18,7 @@ import numpy as np
 from shards.encode import BadImageError, Encoded
 from shards.index import SAMPLE
 from shards.sources import Listing
+from shards.sources.files import FileReader, printable
 from shards.staging import Staging
 
 
@@ -66,9 +67,9 @@ def write_shard(job: ShardJob) -> Written:
             for i, name in enumerate(job.images.names):
                 label = int(job.images.labels[i])
                 try:
-                    image = _load(job, i)
+                    image = job.encode(read_image(job.images, i, job.read))
                 except BadImageError as error:
-                    rejected.append({"label": label, "source": name, "reason": str(error)})
+                    rejected.append({"label": label, "source": printable(name), "reason": str(error)})
                     continue
                 key = f"{job.first + i:09d}"
                 members += [
@@ -76,7 +77,7 @@ def write_shard(job: ShardJob) -> Written:
                     _add(tar, f"{key}.cls", str(label).encode("ascii")),
                 ]
                 rows.append((members[-2].offset_data, len(image.data), 0, label, image.height, image.width))
-                names.append(name)
+                names.append(printable(name))
         index_path.write_text(index_text(members), encoding="ascii")
         with rows_path.open("wb") as file:
             np.save(file, np.array(rows, dtype=SAMPLE))
@@ -107,6 +108,26 @@ def _written(record: dict[str, Any]) -> Written:
     return Written(record["entry"]["samples"], len(rejected), example)
 
 
+def read_image(images: Listing, i: int, read: Callable[[str], bytes]) -> bytes:
+    """Return a listed image's bytes.
+
+    Raises:
+        BadImageError: it cannot be read, or has changed since it was listed.
+        UserError: its whole folder is gone, as when a disk is unplugged: not the image's fault, and not to be recorded.
+    """
+    try:
+        data = read(images.names[i])
+    except PermissionError:
+        raise BadImageError("no permission to read it") from None
+    except OSError as error:
+        if isinstance(read, FileReader) and images.sizes is not None and images.sizes[i] >= 0:
+            read.check_folder_of(images.names[i], error)
+        raise BadImageError("cannot be read") from None
+    if images.sizes is not None and images.sizes[i] != len(data):
+        raise BadImageError("changed since it was listed")
+    return data
+
+
 def index_text(members: Sequence[tarfile.TarInfo]) -> str:
     """Return a shard's text index as wds2idx writes it, from its image and label members in turn."""
     lines = [f"v1.2 {len(members) // 2}"]
@@ -120,18 +141,6 @@ def sha256(path: Path) -> str:
     """Return a file's sha256 in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _load(job: ShardJob, i: int) -> Encoded:
-    try:
-        data = job.read(job.images.names[i])
-    except PermissionError:
-        raise BadImageError("no permission to read it") from None
-    except OSError:
-        raise BadImageError("cannot be read") from None
-    if job.images.sizes is not None and job.images.sizes[i] != len(data):
-        raise BadImageError("changed since it was listed")
-    return job.encode(data)
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tarfile.TarInfo:

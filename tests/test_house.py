@@ -106,6 +106,6 @@ def test_the_readmes_file_tree_is_the_disks():
     found = {f"{room}/" for room in (*ROOMS, "scripts", "tests")}
     for folder in (*ROOMS, "scripts", *(f"train/{room}" for room in TRAIN_ORDER)):
         for path in (ROOT / folder).iterdir():
-            if path.name not in unnamed and path.suffix in ("", ".py", ".sh"):
+            if path.name not in unnamed and path.suffix in ("", ".py", ".sh", ".yaml"):
                 found.add(f"{folder}/{path.name}" + "/" * path.is_dir())
     assert listed == found

@@ -29,12 +29,12 @@ from torch import Tensor
 
 from pipeline.batch import Batch
 from pipeline.plan import Stream
-from pipeline.sampling import Exponent, epochs_before
+from pipeline.sampling import Exponent, class_probabilities, epochs_before
 from shards.errors import UserError
 from train.engine.launch import run
 from train.engine.method import Method, Progress, StepResult
 from train.engine.mixing import PARTNERS, ManifoldMixup, make_mixing, said
-from train.engine.objectives import make_objective
+from train.engine.objectives import Adjusted, make_objective
 from train.engine.weights import class_weights, make_weighting, mean_loss
 from train.networks.networks import HiddenMix, build_network
 
@@ -84,7 +84,10 @@ class ERM(Method):
         self._check(settings, model.backbone, network.depths)
         self.network = network
         augment, mix = config.input.augment, self._mixing.mix() if self._mixing else None
-        self.streams = (Stream("train", q=settings.q, augment=augment, mix=mix, from_share=settings.defer),)
+        train = Stream("train", q=settings.q, augment=augment, mix=mix, from_share=settings.defer)
+        self.streams = (train,)
+        if isinstance(self._objective, Adjusted) and settings.q != 1:
+            self._objective.draw_by(lambda progress: _drawn(train_counts_C, train, progress))
         if self._mixing and self._mixing.q is not None:
             self.streams += (Stream(PARTNERS, q=self._mixing.q, augment=augment),)
         prefix, mixed = weighting.title if weighting else None, self._mixing.label if self._mixing else None
@@ -108,6 +111,11 @@ class ERM(Method):
             raise UserError(
                 f"method.objective={settings.objective} counts which images are recognised, and method.mix="
                 f"{settings.mix} gives each two labels; choose another objective, or --method.mix none"
+            )
+        if isinstance(self._objective, Adjusted) and self._mixing.q is not None:
+            raise UserError(
+                f"method.objective={settings.objective} adjusts for the classes that one sampler draws, and method.mix="
+                f"{settings.mix} mixes those of two; leave the q of method.mix out, or choose another objective"
             )
         if isinstance(self._mixing, ManifoldMixup) and self._mixing.depth != "random" and self._mixing.depth > depths:
             raise UserError(
@@ -144,6 +152,12 @@ class ERM(Method):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
         self._objective.load_state_dict(state)
+
+
+def _drawn(train_counts_C: NDArray[np.int64], stream: Stream, progress: Progress) -> NDArray[np.float64]:
+    """Return the probability of drawing each class in an epoch, (C,), as `pipeline.plan.TrainPlan` has it."""
+    epoch, epochs = progress.epoch - 1, progress.epochs
+    return class_probabilities(train_counts_C, stream.at(epoch, epochs).q, epoch / max(1, epochs - 1))
 
 
 def _title(objective: str, weighting: str | None, settings: Any, mixing: str | None) -> str:

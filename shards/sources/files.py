@@ -2,17 +2,23 @@
 
 import os
 import posixpath
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from shards.errors import UserError
+from shards.progress import Progress
 from shards.sources.source import Listing, Source, fingerprint
+
+PEEKED = 4096  # bytes
+LOOKED_AT = 1000  # files, for a step of the progress bar
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,23 @@ class FileReader:
     def __call__(self, name: str) -> bytes:
         """Return a file's bytes."""
         return (self.root / name).read_bytes()
+
+    def peek(self, name: str) -> bytes:
+        """Return a file's last bytes: its first ones are often those of its kind."""
+        with open(self.root / name, "rb", buffering=0) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - PEEKED))
+            return file.read(PEEKED)
+
+    def check_folder_of(self, name: str, error: OSError) -> None:
+        """Raise a UserError if the folder of a file that could not be read cannot be listed either."""
+        folder = (self.root / name).parent
+        try:
+            os.scandir(folder).close()
+        except OSError:
+            raise UserError(
+                f"{folder} was there when the images were listed and is not any more ({error.strerror}); bring it back,"
+                " and the same command goes on"
+            ) from None
 
 
 def check_folder(dataset: str, path: Path | None, wanted: str) -> Path:
@@ -49,27 +72,70 @@ def read_text(path: Path) -> str:
 
 
 def check_name(name: str) -> None:
-    """Names are kept one per line of a UTF-8 file, and stay inside the source's folder (UserError)."""
+    """Names are those of files inside the source's folder (UserError)."""
     try:
-        name.encode()
+        os.fsencode(name)
     except UnicodeEncodeError:
-        raise UserError(f"{name!r}: the name is not valid UTF-8; rename it") from None
-    if name.splitlines() != [name]:
-        raise UserError(f"{name!r}: the name {'holds a line break; rename it' if name else 'is empty'}")
+        raise UserError(f"{name!r}: no file can have that name") from None
+    if not name:
+        raise UserError(f"{name!r}: the name is empty")
     if name.startswith("/") or "\0" in name or (".." in name and ".." in name.split("/")):
         raise UserError(f"{name!r} leads out of the source's folder; give names relative to it, without '..'")
 
 
-def file_sizes(root: Path, names: Sequence[str]) -> NDArray[np.int64]:
-    """Each file's size in bytes, -1 for one that is missing or cannot be looked at; shape (N,), int64."""
+def printable(name: str) -> str:
+    """How a name is stored: in one line of UTF-8 text, with escapes for other bytes, line breaks and control codes."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if category(c) in ("Cc", "Zl", "Zp") else c for c in text)
 
-    def size(name: str) -> int:
-        try:
-            return os.stat(f"{root}/{name}").st_size
-        except OSError:
-            return -1
 
-    return np.fromiter(map(size, names), dtype=np.int64, count=len(names))
+def escaped_note(splits: Mapping[str, Listing]) -> list[str]:
+    """A line about names that are not stored as they are."""
+    names = (name for listing in splits.values() for name in listing.names if not name.isprintable())
+    if escaped := [shown for name in names if (shown := printable(name)) != name]:
+        return [f"names with bytes that are no UTF-8 text, or control codes, are stored with escapes: {some(escaped)}"]
+    return []
+
+
+class FoundFiles:
+    """Image files as they are listed: names, sizes and when they last changed."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.sizes = array("q")
+        self.changed = array("q")
+
+    def add(self, name: str, found: os.stat_result | None) -> None:
+        """Add a file; None for one that is missing or cannot be looked at."""
+        self.names.append(name)
+        self.sizes.append(-1 if found is None else found.st_size)
+        # A file that is moved to another's place keeps its time of writing, but not the other one.
+        self.changed.append(-1 if found is None else max(found.st_mtime_ns, found.st_ctime_ns))
+
+    def listing(self, labels: Sequence[int]) -> Listing:
+        """Return them with their labels."""
+        return Listing(
+            self.names,
+            np.array(labels, dtype=np.int64),
+            np.array(self.sizes, dtype=np.int64),
+            np.array(self.changed, dtype=np.int64),
+        )
+
+
+def look_at(root: Path, names: Sequence[str], labels: Sequence[int]) -> Listing:
+    """List files by names relative to `root`, looking at each once."""
+    found = FoundFiles()
+    with Progress("list", len(names)) as progress:
+        for i, name in enumerate(names, 1):
+            try:
+                found.add(name, os.stat(f"{root}/{name}"))
+            except OSError:
+                found.add(name, None)
+            if i % LOOKED_AT == 0:
+                progress.add(LOOKED_AT)
+    return found.listing(labels)
 
 
 def listed_source(
@@ -117,7 +183,7 @@ def listed_source(
             label_of[name] = label
             names.append(name)
             labels.append(label)
-        splits[split] = Listing(names, np.array(labels, dtype=np.int64), file_sizes(root, names))
+        splits[split] = look_at(root, names, labels)
     if repeated:
         told.append(f"images that are listed again are left out: {some(repeated)}")
 
@@ -127,7 +193,17 @@ def listed_source(
     if len(names_C) < 2:
         raise UserError(f"{root}: classes with training images: {len(names_C)}; a dataset needs at least two")
     splits = {split: splits[split] for split in lists if len(splits[split])}
-    return Source(names_C, splits, FileReader(root), fingerprint(names_C, splits), skipped=tuple(told), **attributes)
+    reader = FileReader(root)
+    return Source(
+        names_C,
+        splits,
+        reader,
+        fingerprint(names_C, splits),
+        peek=reader.peek,
+        notes=tuple(escaped_note(splits)),
+        skipped=tuple(told),
+        **attributes,
+    )
 
 
 def _check_files(root: Path, splits: dict[str, Listing], classes: Sequence[str], told: list[str]) -> None:
@@ -168,7 +244,7 @@ def _without_untrained(
         kept = listing[np.flatnonzero(trained_C[listing.labels])]
         if len(kept) < len(listing):
             told.append(f"{split} images of such classes are left out: {len(listing) - len(kept)}")
-        kept_splits[split] = Listing(kept.names, new_label_C[kept.labels], kept.sizes)
+        kept_splits[split] = replace(kept, labels=new_label_C[kept.labels])
     return kept_splits, np.flatnonzero(trained_C).tolist()
 
 

@@ -1,24 +1,22 @@
 """Any image collection laid out as a folder per class, with or without official splits.
 
     pets/cat/*.jpg                  or    pets/train/cat/*.jpg
-    pets/dog/2024/may/*.png               pets/test/cat/*.jpg      (and/or val/ or validation/)
+    pets/dog/2024/may/*.png               pets/test/cat/*.jpg      (and/or val/; see splits.py for other names)
 
-Images may lie at any depth below their class folder. Hidden files and folders are skipped; files whose
-extension is not that of an image that PIL reads are skipped and counted.
+Images may lie at any depth below their class folder. Hidden files and folders are skipped; so are files whose
+extension is not that of an image that PIL reads, and these are counted.
 """
 
 import os
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
-from shards.encode import EXTENSIONS
+from shards.encode import EXTENSIONS, UNREAD_EXTENSIONS
 from shards.errors import UserError
-from shards.sources.files import FileReader, check_folder, check_name, file_sizes
-from shards.sources.source import Listing, Source, fingerprint
-
-SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "val", "validation": "val"}
+from shards.progress import Progress
+from shards.sources.files import FileReader, FoundFiles, check_folder, escaped_note, printable
+from shards.sources.source import Source, fingerprint
+from shards.sources.splits import split_roots
 
 
 def open_source(path: Path | None) -> Source:
@@ -28,88 +26,110 @@ def open_source(path: Path | None) -> Source:
         UserError: no `path`, or a folder that does not hold at least two classes with images.
     """
     root = check_folder("folder", path, "a folder with one sub-folder of images per class")
-    split_roots = _split_roots(root)
-    class_folders = {name: _sub_folders(folder) for name, folder in split_roots.items()}
-    classes = sorted({folder.name for folders in class_folders.values() for folder in folders})
-    if len(classes) == 1:
-        raise UserError(f"{root} holds only one class, {classes[0]!r}; a dataset needs at least two")
+    notes: list[str] = []
+    roots = split_roots(root, _sub_folders(root), lambda folder: any(map(_is_sub_folder, folder.iterdir())), notes)
+    class_folders = {name: _sub_folders(folder) for name, folder in roots.items()}
+    folder_names = sorted({folder.name for folders in class_folders.values() for folder in folders})
+    if len(folder_names) == 1:
+        raise UserError(f"{root} holds only one class, {folder_names[0]!r}; a dataset needs at least two")
 
-    label_of = {name: label for label, name in enumerate(classes)}
-    skipped: Counter[str] = Counter()
+    label_of = {name: label for label, name in enumerate(folder_names)}
+    others: Counter[str] = Counter()
     splits = {}
-    for split, folders in class_folders.items():
-        names: list[str] = []
-        labels: list[int] = []
-        for folder in folders:
-            images, others = _images(folder)
-            if not images:
-                found = f" (only {_kinds(others)})" if others else ""
-                raise UserError(f"class folder {folder} holds no images{found}; add some or remove the folder")
-            skipped += others
-            for image in images:
-                name = image.relative_to(root).as_posix()
-                check_name(name)
-                names.append(name)
-            labels += [label_of[folder.name]] * len(images)
-        # A dangling link is told when it is read.
-        splits[split] = Listing(names, np.array(labels, dtype=np.int64), file_sizes(root, names))
+    with Progress("list", None) as progress:
+        for split, folders in class_folders.items():
+            files = FoundFiles()
+            labels: list[int] = []
+            for folder in folders:
+                found, foreign = _images(root, folder, progress)
+                if not found:
+                    only = f" (only {_kinds(foreign)})" if foreign else ""
+                    raise UserError(f"class folder {folder} holds no images{only}; add some or remove the folder")
+                others += foreign
+                for image in found:
+                    files.add(*image)
+                labels += [label_of[folder.name]] * len(found)
+            splits[split] = files.listing(labels)
 
-    untrained = sorted(set(classes) - {folder.name for folder in class_folders["train"]})
+    untrained = sorted(set(folder_names) - {folder.name for folder in class_folders["train"]})
     if untrained:
-        raise UserError(
-            f"class {untrained[0]!r} has no training images: {split_roots['train'] / untrained[0]} is missing"
-        )
-    notes = []
-    if loose := sum(_is_image(path.name) for folder in split_roots.values() for path in folder.iterdir()):
+        raise UserError(f"class {untrained[0]!r} has no training images: {roots['train'] / untrained[0]} is missing")
+    if loose := sum(_is_image(path.name) for folder in roots.values() for path in folder.iterdir()):
         notes.append(f"images that lie in no class folder are skipped: {loose}")
-    if skipped:
-        notes.append(f"files that this PIL does not read as images are skipped: {_kinds(skipped)}")
-    return Source(classes, splits, FileReader(root), fingerprint(classes, splits), notes=tuple(notes))
+    if plain := Counter({kind: n for kind, n in others.items() if kind not in UNREAD_EXTENSIONS}):
+        notes.append(f"files that are no images are skipped: {_kinds(plain)}")
+    skipped = []
+    if unread := others - plain:
+        kind = unread.most_common(1)[0][0]
+        skipped.append(
+            f"images that this PIL does not read are left out: {_kinds(unread)};"
+            f" ImageMagick turns them into JPEG: magick mogrify -format jpg *{kind}"
+        )
+    notes += escaped_note(splits)
+    classes = [printable(name) for name in folder_names]
+    reader = FileReader(root)
+    return Source(
+        classes,
+        splits,
+        reader,
+        fingerprint(classes, splits),
+        peek=reader.peek,
+        notes=tuple(notes),
+        skipped=tuple(skipped),
+    )
 
 
-def _split_roots(root: Path) -> dict[str, Path]:
-    """Find the official splits' folders; a folder without them is all training."""
-    folders = _sub_folders(root)
-    found = [folder for folder in folders if folder.name in SPLIT_FOLDERS]
-    names = [folder.name for folder in found]
-    if "train" not in names or len(found) == 1:
-        return {"train": root}
-    others = [folder.name for folder in folders if folder not in found]
-    if others:
-        raise UserError(f"{root} holds splits ({', '.join(names)}) beside {others[0]!r}; move that away")
-    if {"val", "validation"} <= set(names):
-        raise UserError(f"{root} holds both val and validation; merge them or move one away")
-    return {SPLIT_FOLDERS[folder.name]: folder for folder in found}
+def _is_sub_folder(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
 
 
 def _sub_folders(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = sorted(filter(_is_sub_folder, folder.iterdir()))
     if not found:
         raise UserError(f"{folder} holds no class folders; give a folder with one sub-folder of images per class")
     return found
 
 
-def _images(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """List the image files below a class folder in a fixed order, and count the other files by extension."""
-    images = []
+def _images(
+    root: Path, class_folder: Path, progress: Progress
+) -> tuple[list[tuple[str, os.stat_result | None]], Counter[str]]:
+    """List the image files below a class folder in a fixed order, looking at each once; count others by extension."""
+    images: list[tuple[str, os.stat_result | None]] = []
     others: Counter[str] = Counter()
-    for parent, folders, files in os.walk(folder, onerror=_fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if _is_image(name):
-                images.append(Path(parent, name))
-            elif not name.startswith("."):
-                others[Path(name).suffix.lower() or "without extension"] += 1
-    return sorted(images), others
+    start = len(f"{root}/")
+    waiting = [str(class_folder)]
+    seen = set()
+    while waiting:
+        folder = waiting.pop()
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in seen:  # a link back to where it came from
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        before = len(images)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():  # links to folders too
+                    waiting.append(entry.path)
+                elif _is_image(entry.name):
+                    images.append((entry.path[start:], _stat(entry)))
+                else:
+                    others[os.path.splitext(entry.name)[1].lower() or "without extension"] += 1
+        progress.add(len(images) - before)
+    return sorted(images, key=lambda image: image[0].split("/")), others
+
+
+def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
+    try:
+        return entry.stat()
+    except OSError:  # a dangling link: told when it is read
+        return None
 
 
 def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
 
 
 def _kinds(files: Counter[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in files.most_common(5))
-
-
-def _fail(error: OSError) -> None:
-    raise error

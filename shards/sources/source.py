@@ -17,18 +17,21 @@ class Listing:
         labels: shape (N,), int64.
         sizes: shape (N,), int64: each file's bytes when it was listed, -1 for a missing one. An image that has
             another size when it is read has changed since. None where images are no files.
+        changed: shape (N,), int64: when each file changed last, in nanoseconds since 1970; None likewise.
     """
 
     names: list[str]
     labels: NDArray[np.int64]
     sizes: NDArray[np.int64] | None = None
+    changed: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, ids: NDArray[np.int64]) -> "Listing":
         sizes = None if self.sizes is None else self.sizes[ids]
-        return Listing([self.names[i] for i in ids.tolist()], self.labels[ids], sizes)
+        changed = None if self.changed is None else self.changed[ids]
+        return Listing([self.names[i] for i in ids.tolist()], self.labels[ids], sizes, changed)
 
     def class_counts(self, n_classes: int) -> NDArray[np.int64]:
         """Images per class, shape (n_classes,), int64."""
@@ -44,6 +47,8 @@ class Source:
         splits: the collection's own splits; "train" always, "val" and "test" where it has them.
         read: gives an image's encoded bytes by its name, in any format that PIL reads. Worker processes
             call it, so it can be pickled and is small (it does not hold the listing).
+        peek: gives a few of these bytes at less cost, which differ between most different images; None where
+            `read` costs little.
         fingerprint: sha256 of what the collection holds; a changed collection has another one.
         preset: the training recipe that fits; None leaves it to the image sizes.
         profile: the imbalance profile taken when none is asked for.
@@ -58,6 +63,7 @@ class Source:
     splits: dict[str, Listing]
     read: Callable[[str], bytes]
     fingerprint: str
+    peek: Callable[[str], bytes] | None = None
     preset: str | None = None
     profile: str = "natural"
     imbalance_factor: float = 100.0
@@ -70,7 +76,8 @@ def fingerprint(classes: Sequence[str], splits: Mapping[str, Listing]) -> str:
     """Return the sha256 of class names and of every image's name, label and file size."""
     digest = hashlib.sha256("\n".join(classes).encode())
     for split, listing in splits.items():
-        digest.update(f"\0{split}\0".encode() + "\n".join(listing.names).encode())
+        # Names of files may be no UTF-8, which Python keeps as surrogates.
+        digest.update(f"\0{split}\0".encode() + "\n".join(listing.names).encode(errors="surrogateescape"))
         digest.update(listing.labels.astype("<i8").tobytes())
         if listing.sizes is not None:
             digest.update(listing.sizes.astype("<i8").tobytes())

@@ -1,17 +1,24 @@
 """Images that a CSV file lists: a header with path, label and perhaps split; paths relative to the file.
 
 path,label,split
-2024/may/0001.jpg,scratch,train          labels are any text; split is train, val (or validation) or test
+2024/may/0001.jpg,scratch,train          labels are any text; split is train, val or test (see splits.py)
+../2023/0007.jpg,scratch,train           anywhere on this machine
+/mnt/camera/0009.jpg,dent,test
+
+Where a path leads out of the file's folder, the dataset names its images relative to the folder that all of them
+share: no path of this machine is stored, and images that are moved together stay the same images.
 """
 
 import csv
+import os
 from io import StringIO
 from pathlib import Path
 
 from shards.errors import UserError
+from shards.remote import cache_folder
 from shards.sources.files import listed_source, read_text
-from shards.sources.folder import SPLIT_FOLDERS as SPLIT_NAMES
 from shards.sources.source import Source
+from shards.sources.splits import split_of
 
 
 def open_source(path: Path | None) -> Source:
@@ -40,14 +47,19 @@ def open_source(path: Path | None) -> Source:
             if len(row) != len(header):
                 raise UserError(f"{path} line {rows.line_num}: {len(row)} values for {len(header)} columns")
             name, label, split = row[at["path"]].strip(), row[at["label"]].strip(), "train"
-            if "split" in at and (split := row[at["split"]].strip().lower()) not in SPLIT_NAMES:
-                raise UserError(f"{path} line {rows.line_num}: split {split!r} is none of train, val and test")
+            if "split" in at:
+                split = split_of(row[at["split"]]) or ""
+                if not split:
+                    word = row[at["split"]].strip()
+                    raise UserError(f"{path} line {rows.line_num}: split {word!r} is none of train, val and test")
             if not name or not label:
                 raise UserError(f"{path} line {rows.line_num}: the {'label' if name else 'path'} is empty")
-            entries.append((name, label, SPLIT_NAMES[split]))
+            entries.append((name, label, split))
     except csv.Error as error:
         raise UserError(f"{path} line {rows.line_num}: {error}") from None
 
+    root, names = _shared_folder(path, [name for name, _, _ in entries])
+    entries = [(name, label, split) for name, (_, label, split) in zip(names, entries, strict=True)]
     labels = {label for _, label, _ in entries}
     numbers = all(label.isdecimal() for label in labels)
     classes = sorted(labels, key=(lambda label: (int(label), label)) if numbers else None)
@@ -62,4 +74,15 @@ def open_source(path: Path | None) -> Source:
         )
         for split in found
     }
-    return listed_source(path.parent, lists, classes)
+    return listed_source(root, lists, classes)
+
+
+def _shared_folder(path: Path, names: list[str]) -> tuple[Path, list[str]]:
+    """The folder of the file, or where images lie outside it the one that all lie in; names relative to it."""
+    # A list from elsewhere names what came with it, and not the files of this machine.
+    fetched = path.resolve().is_relative_to(cache_folder().resolve())
+    if fetched or not any(name.startswith("/") or ".." in name.split("/") for name in names):
+        return path.parent, names
+    paths = [os.path.normpath(os.path.join(path.parent.absolute(), name)) for name in names]
+    folder = os.path.commonpath({os.path.dirname(name) for name in paths})
+    return Path(folder), [os.path.relpath(name, folder) for name in paths]

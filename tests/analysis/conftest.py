@@ -7,8 +7,34 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from numpy.typing import NDArray
 
 from analysis.metrics import Tally, summarize
+
+
+def write_config(
+    path: Path, epochs: int, summary: dict[str, Any], settings: dict[str, Any], changed: list[str] | None
+) -> None:
+    """Write a configuration in the form of training's, of the run's own stage."""
+    config: dict[str, Any] = {
+        "about": {"method": "bbn", "dataset": "digits", "data": f"data/{path.name}"},
+        "input": {"image_size": 16, "batch_size": 16, "loader": "auto", "augment": "shift", "threads": 2},
+        "model": {"backbone": "resnet32", "weights": None},
+        "method": {"adaptor": "parabolic_decay", "q": -1.0},
+        "optim": {"epochs": epochs, "lr": 0.1, "milestones": [0.6, 0.8], "ema": None},
+        "loop": {"seed": summary.get("seed", 0), "device": "auto", "track": "none"},
+    }
+    if summary.get("stage") == 2:
+        config["about"] |= {"method": "afg", "from": f"runs/{summary['from']}"}
+        config["method"] = {"beta": "select", "baselines": True}
+        del config["model"]
+    if changed is not None:
+        config["about"]["changed"] = changed
+    for key, value in settings.items():
+        section, name = key.split(".")
+        config[section][name] = value
+    (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
 def write_run(
@@ -20,9 +46,15 @@ def write_run(
     epochs: int = 3,
     alpha: bool = True,
     test_images_per_class: int = 20,
+    predictions: bool = False,
+    settings: dict[str, Any] | None = None,
+    changed: list[str] | None = None,
     **summary: Any,
 ) -> Path:
-    """Write one run folder whose recall falls toward the tail from 1 to about `recall`."""
+    """Write one run folder whose recall falls toward the tail from 1 to about `recall`.
+
+    `settings` come over the configuration by dotted key; `changed` are the keys that differ from the preset.
+    """
     counts_C = np.array(train_counts or [500, 101, 100, 20, 19, 3])
     size_C = np.log(counts_C) / np.log(counts_C.max()) if counts_C.max() > 1 else np.ones(len(counts_C))
     rng = np.random.default_rng(summary.get("seed", 0))
@@ -31,7 +63,7 @@ def write_run(
     last = summarize(Tally(correct_C, total_C, np.zeros((3, 15))), counts_C) | {"ece": 0.0625}
 
     path.mkdir(parents=True)
-    (path / "config.yaml").write_text("optim:\n  epochs: 3\n", encoding="utf-8")
+    write_config(path, epochs, summary, settings or {}, changed)
     with (path / "metrics.jsonl").open("w", encoding="utf-8") as lines:
         for epoch in range(1, epochs + 1):
             t = epoch / epochs
@@ -68,7 +100,33 @@ def write_run(
         "command": "accelerate launch train/bbn.py --data data/digits",
     }
     (path / "summary.json").write_text(json.dumps(complete | summary), encoding="utf-8")
+    if predictions:
+        write_predictions(path, correct_C, total_C, complete | summary)
     return path
+
+
+def write_predictions(
+    path: Path, correct_C: NDArray[np.int64], total_C: NDArray[np.int64], summary: dict[str, Any]
+) -> None:
+    """Write predictions of which so many are correct: of each class the same images are the easiest in every run."""
+    num_classes = len(total_C)
+    rng = np.random.default_rng(summary["seed"])
+    labels_N = np.repeat(np.arange(num_classes), total_C)
+    rank_N = np.concatenate([np.random.default_rng(j).permutation(n) for j, n in enumerate(total_C)])
+    wrong_N = (labels_N + rng.integers(1, max(2, num_classes), len(labels_N))) % num_classes
+    top_N = np.where(rank_N < correct_C[labels_N], labels_N, wrong_N)
+    k = min(5, num_classes)
+    order_NK = (top_N[:, None] + np.arange(k)) % num_classes
+    scores_NK = np.sort(rng.dirichlet(np.full(k, 0.3), len(labels_N)).astype(np.float16), axis=1)[:, ::-1]
+    shuffled = rng.permutation(len(labels_N))
+    split = summary["evaluated_on"]
+    arrays = {
+        "ids": np.arange(len(labels_N)) * 3,
+        "labels": labels_N,
+        "topk_labels": order_NK.astype(np.int32),
+        "topk_scores": scores_NK,
+    }
+    np.savez_compressed(path / "predictions.npz", **{f"{split}_{name}": a[shuffled] for name, a in arrays.items()})
 
 
 @pytest.fixture

@@ -56,6 +56,53 @@ def test_a_path_that_is_no_run_exits_2_in_one_line(command, tmp_path):
     assert result.stderr.splitlines() == [expected]
 
 
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_what_a_glob_finds_beside_finished_runs_is_skipped_with_a_note(make_run, tmp_path, capsys, command):
+    run, unfinished = make_run("bbn"), make_run("unfinished")
+    (unfinished / "summary.json").unlink()
+    (run.parent / "notes.txt").write_text("")
+    (run.parent / "empty").mkdir()
+    main([command, *map(str, sorted(run.parent.iterdir()))])
+    captured = capsys.readouterr()
+    assert captured.err == (
+        f"note: skipped, no run: {run.parent / 'empty'}, {run.parent / 'notes.txt'}\n"
+        f"note: skipped, not finished: {unfinished}\n"
+    )
+    assert captured.out
+
+
+def test_paths_of_which_none_is_a_finished_run(make_run, capsys):
+    unfinished = [make_run("a"), make_run("b")]
+    for path in unfinished:
+        (path / "summary.json").unlink()
+    for argv, said in (
+        (unfinished[:1], "is not finished"),
+        ([unfinished[0], unfinished[0]], "is not finished"),
+        (unfinished, "none of the 2 paths is a finished run"),
+        ([make_run("c"), unfinished[0].parent / "misspelt"], "misspelt is not a folder"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(["compare", *map(str, argv)])
+        assert caught.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_damaged_run_among_several_is_still_an_error(make_run, capsys):
+    runs = [make_run("a"), make_run("b")]
+    (runs[1] / "summary.json").write_text("{", encoding="utf-8")
+    with pytest.raises(SystemExit) as caught:
+        main(["compare", *map(str, runs)])
+    assert caught.value.code == 2
+    assert "summary.json is damaged" in capsys.readouterr().err
+
+
+def test_a_seed_run_twice_is_noted(make_run, capsys):
+    main(["compare", str(make_run("a")), str(make_run("b"))])
+    captured = capsys.readouterr()
+    assert captured.err == ("note: BBN on digits: seed 0 was run twice (a, b); their mean counts as one seed\n")
+    assert "±" not in captured.out
+
+
 def test_analysis_never_loads_torch():
     code = "import sys, analysis.__main__, analysis.metrics, analysis.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

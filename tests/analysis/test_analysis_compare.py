@@ -5,9 +5,10 @@ import statistics
 
 import pytest
 
-from analysis.compare import Spread, group_runs, mismatched_datasets, table
+from analysis.compare import Spread, group_runs, mismatched_datasets
 from analysis.metrics import percent
 from analysis.runs import read_runs
+from analysis.tables import blocks, table
 
 
 @pytest.fixture
@@ -35,7 +36,8 @@ def test_runs_of_a_method_are_averaged_over_seeds(runs):
 def test_selected_figures_are_averaged_over_the_runs_that_selected(make_run):
     figures = dict.fromkeys(("top1", "many", "medium", "few", "balanced_accuracy", "ece"), 0.5)
     paths = [
-        make_run(f"{i}", selected={**figures, "few": few, "epoch": i}) for i, few in enumerate((0.2, 0.4), start=1)
+        make_run(f"{i}", seed=i, selected={**figures, "few": few, "epoch": i})
+        for i, few in enumerate((0.2, 0.4), start=1)
     ]
     (entry,) = group_runs(read_runs([*paths, make_run("3", selected=None, selected_on=None)]))
     assert entry.selected.mean["few"] == pytest.approx(0.3)
@@ -51,7 +53,7 @@ def test_a_group_without_classes_is_null(runs):
 
 
 def test_no_runs_make_no_table():
-    assert table(group_runs([])) == ""
+    assert table(blocks(group_runs([]))) == ""
 
 
 def spread_of(mean, std):
@@ -64,11 +66,11 @@ def test_the_table_to_the_letter(runs):
     one = spread_of((0.86, 0.981, None, 0.704, 0.86, 0.05), (None,) * 6)
     ce = group_runs(runs)[0]
     rows = [
-        dataclasses.replace(ce, runs=runs[:2], last=two),
-        dataclasses.replace(ce, title="BBN + AFG", runs=runs[:1], last=one),
+        dataclasses.replace(ce, replicates={0: runs[:1], 1: runs[1:2]}, last=two),
+        dataclasses.replace(ce, title="BBN + AFG", replicates={0: runs[:1]}, last=one),
     ]
-    assert table(rows) == (
-        "digits: %, last epoch; ± standard deviation over n runs\n"
+    assert table(blocks(rows)) == (
+        "digits: %, last epoch; ± standard deviation over n seeds\n"
         "\n"
         "            overall        many  medium       few  balanced      ECE  n\n"
         "CE         84.2±0.5  100.0±10.2       –  61.0±1.2  84.2±0.5  6.1±0.3  2\n"
@@ -77,7 +79,7 @@ def test_the_table_to_the_letter(runs):
 
 
 def test_the_table_fits_a_terminal(runs):
-    assert all(len(line) <= 80 for line in table(group_runs(runs)).splitlines())
+    assert all(len(line) <= 80 for line in table(blocks(group_runs(runs))).splitlines())
 
 
 def test_datasets_with_different_class_counts_are_named(runs, make_run):
@@ -100,7 +102,7 @@ def test_baselines_stand_under_the_entry_that_measured_them(make_run):
 
     runs = [make_run(f"{seed}", title="AFG", seed=seed, baselines=against(0.25 + seed / 2)) for seed in range(2)]
     entries = group_runs(read_runs([*runs, make_run("bbn")]))
-    plain, whole = table(entries).splitlines(), table(entries, baselines=True).splitlines()
+    plain, whole = table(blocks(entries)).splitlines(), table(blocks(entries, baselines=True)).splitlines()
     assert [line.split("  ")[0] for line in plain[3:]] == ["AFG", "BBN"]
     assert [line[:6].rstrip() for line in whole[3:]] == ["AFG", "  cRT", "  LWS", "BBN"]
     assert whole[4].split() == ["cRT", "50.0±35.4", "75.0±0.0", "50.0±0.0", "–", "50.0±0.0", "12.5±0.0", "2"]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from analysis.metrics import Tally, summarize, tally
+from shards.groups import class_groups
 
 RNG = np.random.default_rng(0)
 LOGITS_BC = RNG.normal(size=(200, 5)).astype(np.float32)
@@ -88,6 +89,14 @@ def test_classes_without_test_images_do_not_count():
     summary = summarize(total, COUNTS_C)
     assert summary["balanced_accuracy"] == 1.0
     assert (summary["many"], summary["medium"], summary["few"]) == (1.0, 1.0, None)
+
+
+def test_classes_without_training_images_belong_to_no_group():
+    assert class_groups([101, 20, 19, 1, 0]).tolist() == ["many", "medium", "few", "few", ""]
+    total = tally(np.eye(3)[[0, 1, 1]] * 9, [0, 1, 2])
+    summary = summarize(total, [200, 5, 0])
+    assert (summary["many"], summary["few"]) == (1.0, 1.0)
+    assert summary["balanced_accuracy"] == pytest.approx(2 / 3)
 
 
 def test_huge_logits_stay_stable():

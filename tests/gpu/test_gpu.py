@@ -1,6 +1,7 @@
 """What only a GPU can tell. Run: python -m pytest tests/gpu"""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import islice
 
@@ -13,6 +14,7 @@ from pipeline.loader import LoaderKind, open_loader
 from pipeline.plan import EvalPlan, Stream, TrainPlan
 from pipeline.resident_loader import decoded_of
 from shards.errors import UserError
+from shards.index import open_dataset
 from train.afg import run as run_stage_two
 from train.bbn import BBN
 from train.engine.launch import run
@@ -26,9 +28,9 @@ def own_accelerator_state():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def assert_shows_what_the_reference_shows(kind: LoaderKind, plan: TrainPlan, within: float) -> None:
+def assert_shows_what_the_reference_shows(kind: LoaderKind, plan: TrainPlan, within: float, **options) -> None:
     """Hold six steps on the GPU against the portable loader's: mean difference of a batch in grey levels."""
-    with open_loader(plan, kind, "cuda") as on_gpu, open_loader(plan, "torch", threads=0) as reference:
+    with open_loader(plan, kind, "cuda", **options) as on_gpu, open_loader(plan, "torch", threads=0) as reference:
         for ours, theirs in islice(zip(on_gpu, reference, strict=False), 6):
             for name, batch in ours.items():
                 assert batch.images_BHWC.is_cuda
@@ -38,11 +40,25 @@ def assert_shows_what_the_reference_shows(kind: LoaderKind, plan: TrainPlan, wit
                 assert difference.abs().mean() < within
 
 
+@pytest.mark.parametrize("decode", ["whole", "window"])
 @pytest.mark.parametrize("augment", ["imagenet", "cifar"])
-def test_gpu_decoding_shows_the_same_pictures(photos, augment):
+def test_gpu_decoding_shows_the_same_pictures(photos, augment, decode):
     streams = (Stream("uniform", 1.0, augment), Stream("reversed", -1.0, augment))
     plan = TrainPlan(photos.splits["train"], streams, 8, 64, seed=5, epochs=3)
-    assert_shows_what_the_reference_shows("dali", plan, within=2)  # another JPEG decoder
+    assert_shows_what_the_reference_shows("dali", plan, within=2, decode=decode)  # another JPEG decoder
+
+
+def test_a_fault_on_a_gpu_is_counted_once(photos, tmp_path):
+    split = open_dataset(shutil.copytree(photos.root, tmp_path / "copy")).splits["test"]
+    row = split.samples[2]
+    with split.shard_paths[row["shard"]].open("r+b") as shard:
+        shard.seek(row["offset"])
+        shard.write(bytes(int(row["size"])))
+    for kind in ("dali", "resident", "torch"):
+        mine = replace(split)  # nothing is kept of it
+        with open_loader(EvalPlan(mine, 4, 32), kind, "cuda", threads=1) as loader:
+            assert sum(len(step["eval"].ids_B) for step in loader) == len(split) - 1
+            assert loader.faults.times == {2: 1}
 
 
 def test_gpu_evaluation_sees_every_sample_once(photos):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from pipeline.augment import RECIPES, find_recipe
 from pipeline.distort import DISTORTIONS, Distortion
@@ -77,6 +78,30 @@ def test_evaluation_windows_are_centred_squares(name, expected):
     windows, flips = draw(name, 80, 100)
     assert (windows == expected).all()
     assert not flips.any()
+
+
+@pytest.mark.parametrize("shorter", [1, 7, 100, 199, 256, 257, 500])
+@pytest.mark.parametrize("tall", [False, True])
+def test_evaluation_windows_are_torchvisions(shorter, tall):
+    for longer in range(shorter, 2 * shorter + 20):
+        height, width = (longer, shorter) if tall else (shorter, longer)
+        top, left, rows, columns = draw("eval", height, width, size=224, count=1)[0][0].tolist()
+        for start, length, stored in ((top, rows, height), (left, columns, width)):
+            # Where the resized picture's edges lie in the stored one.
+            resized = 256 * stored // shorter
+            where = torch.arange(resized).expand(1, resized)
+            shown = CenterCrop((1, 224))(where)[0]
+            first, behind = shown[0].item() * stored / resized, (shown[-1].item() + 1) * stored / resized
+            assert abs(start - first) <= 0.5
+            assert abs(start + length - behind) <= 0.5 or length == 1
+
+
+@pytest.mark.parametrize("longer", range(256, 300))
+def test_evaluation_of_pictures_stored_at_256_is_torchvisions_bit_by_bit(longer):
+    picture = torch.from_numpy(np.random.default_rng(longer).integers(0, 256, (3, 256, longer), dtype=np.uint8))
+    top, left, height, width = draw("eval", 256, longer, size=224, count=1)[0][0].tolist()
+    expected = Compose([Resize(256), CenterCrop(224)])(picture)
+    assert torch.equal(picture[:, top : top + height, left : left + width], expected)
 
 
 def test_a_recipe_is_a_crop_and_what_follows_it():

@@ -7,6 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from pipeline.faults import Faults, faults_of
 from pipeline.loader import open_loader
@@ -181,6 +182,16 @@ def test_bad_images_are_told_once_and_up_to_a_limit(photos, capsys):
         faults.add(split, UndecodableError(2, "zeroed"))
     assert [row["sample"] for row in faults.rows()] == [1, 2, 4]
     assert faults.rows()[0]["shard"] == "train-000000.tar"
+
+
+def test_a_copy_in_pinned_memory_counts_what_was_counted(photos):
+    # What the DataLoader's thread does with a worker's step before a GPU; without tensors it needs none.
+    plan = train_plan(photos.splits["train"])
+    (draw,) = plan.draws(0)
+    worker, record = (marked(plan.split, int(draw.ids_B[0])) for _ in range(2))
+    worker.count(draw)
+    record.merge(*pin_memory(worker.take()))
+    assert record.times == {int(draw.ids_B[0]): 1}
 
 
 def test_rescue_stops_at_the_limit(dataset):

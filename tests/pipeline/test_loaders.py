@@ -1,15 +1,21 @@
 import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import Pipeline, fn
 
-from pipeline.loader import open_loader
+from pipeline.augment import find_recipe
+from pipeline.dali_loader import build_pipeline
+from pipeline.loader import REMOTE_WINDOW, open_loader, windowed
 from pipeline.plan import EvalPlan, Stream, TrainPlan
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
+from shards.remote import RemoteShards
 
 KINDS = ("dali", "resident", "torch")
 
@@ -154,3 +160,61 @@ def test_damaged_shards_are_named(photos, tmp_path, kind, how, message):
 def test_threads_out_of_range_are_named(photos, kind):
     with pytest.raises(UserError, match="threads=-1"):
         open_loader(EvalPlan(photos.splits["test"], 4, 32), kind, threads=-1)
+
+
+@pytest.mark.parametrize("augment", ["imagenet", "none", "cifar"])
+def test_whole_images_and_windows_of_them_are_decoded_alike(photos, augment):
+    plan = both_streams(photos, augment, 64)
+    shown = []
+    for decode in ("window", "whole"):
+        with open_loader(plan, "dali", decode=decode) as loader:
+            shown.append([{name: batch.images_BHWC.clone() for name, batch in s.items()} for s in islice(loader, 4)])
+    for window, whole in zip(*shown, strict=True):
+        for name in plan.streams:
+            difference = (window[name].float() - whole[name].float()).abs()
+            assert difference.mean() < 0.2  # chroma at a window's border is interpolated with less around it
+
+
+@pytest.mark.parametrize("gpu", [None, 0])
+@pytest.mark.parametrize("recipe", ["imagenet", "cifar"])
+def test_whole_decoding_has_no_region_decoder(gpu, recipe, monkeypatch):
+    used = []
+    for name in ("image", "image_slice"):
+        operator = getattr(fn.decoders, name)
+        monkeypatch.setattr(fn.decoders, name, lambda *a, _n=name, _o=operator, **k: used.append(_n) or _o(*a, **k))
+    monkeypatch.setattr(Pipeline, "build", lambda self: None)  # a GPU's pipeline is defined without one
+    build_pipeline(lambda: None, find_recipe(recipe), 4, 32, 1, gpu, decode="whole")
+    assert used == ["image"]
+    build_pipeline(lambda: None, find_recipe("imagenet"), 4, 32, 1, gpu, decode="window")
+    assert used == ["image", "image_slice"]
+
+
+def test_whole_images_are_decoded_on_gpus_unless_windows_are_asked_for(photos, monkeypatch):
+    asked = []
+    monkeypatch.setattr("pipeline.dali_loader.DaliLoader", lambda *arguments: asked.append(arguments[-1]))
+    monkeypatch.setattr(torch, "empty", lambda *size, device: SimpleNamespace(device=torch.device(device)))
+    plan = EvalPlan(photos.splits["test"], 4, 32)
+    for device, decode in (("cpu", "auto"), ("cuda:0", "auto"), ("cuda:0", "window"), ("cpu", "whole")):
+        open_loader(plan, "dali", device, decode=decode)
+    assert asked == ["window", "whole", "window", "whole"]
+
+
+def test_epochs_of_the_data_as_it_is_keep_to_a_window_of_shards(photos):
+    here = photos.splits["train"]
+    behind_a_url = replace(here, remote=RemoteShards("memory://x", ()))
+    uniform, reversed_, own = Stream("uniform"), Stream("reversed", q=-1.0), Stream("own", shard_window=3)
+    again = Stream("again", repeats="uniform")
+
+    def windows(split, asked, *streams):
+        shown = windowed(streams, split, asked)
+        assert [stream.name for stream in shown] == [stream.name for stream in streams]
+        TrainPlan(split, shown, 4, 16, seed=0, epochs=1).draws(0)
+        return [stream.shard_window for stream in shown]
+
+    assert windows(here, None, uniform, reversed_, own, again) == [None, None, 3, None]
+    assert windows(here, 2, uniform, reversed_, own, again) == [2, None, 3, None]
+    assert windows(behind_a_url, None, uniform, own, again) == [REMOTE_WINDOW, 3, None]
+    assert windows(behind_a_url, 0, uniform) == [None]
+    # The reversed stream wants all shards anyway.
+    assert windows(behind_a_url, None, uniform, reversed_) == [None, None]
+    assert windows(behind_a_url, 2, uniform, reversed_) == [2, None]

@@ -13,11 +13,11 @@ from PIL import Image
 from pipeline import resident_loader
 from pipeline.budget import free_memory, group_rooms
 from pipeline.dali_loader import DaliLoader
-from pipeline.loader import open_loader
+from pipeline.loader import choose_loader, open_loader
 from pipeline.pictures import decode
 from pipeline.plan import EvalPlan, Stream, TrainPlan
 from pipeline.reader import ShardReader
-from pipeline.resident_loader import Decoded, ResidentLoader, TooLargeError, decoded_of, resize_on_gpu
+from pipeline.resident_loader import Decoded, ResidentLoader, TooLargeError, decoded_of, resize_on_gpu, room_for
 from pipeline.windows import resize_windows
 from shards.errors import UserError
 from shards.index import Split
@@ -171,12 +171,46 @@ def test_the_default_is_a_quarter_of_what_is_free_for_all_processes(fresh, monke
         decoded_of(fresh["digits"], CPU, None)
     monkeypatch.setattr(resident_loader, "free_memory", lambda device: 12 * size)
     images = decoded_of(fresh["digits"], CPU, None)
-    # What the first split was promised is still free, but not for others.
+    # A quarter of what was free: what the first split was promised is still free, but not for others.
     another = replace(fresh["digits"])
     with pytest.raises(TooLargeError):
         decoded_of(another, CPU, None)
     images.there_N[:] = True
+    monkeypatch.setattr(resident_loader, "free_memory", lambda device: (12 - 3) * size)
+    with pytest.raises(TooLargeError):
+        decoded_of(another, CPU, None)
+    monkeypatch.setattr(resident_loader, "free_memory", lambda device: (24 - 3) * size)
     decoded_of(another, CPU, None)
+
+
+def test_no_more_is_promised_than_is_free(fresh, monkeypatch):
+    monkeypatch.setattr(resident_loader, "_alive", weakref.WeakSet())
+    monkeypatch.setattr(resident_loader, "free_memory", lambda device: 1000)
+    with pytest.raises(TooLargeError, match="may set 1e-06 GB aside"):
+        decoded_of(fresh["digits"], CPU, 500.0)
+
+
+def test_auto_is_one_loader_for_all_splits_of_a_run(digits, monkeypatch):
+    monkeypatch.setattr(resident_loader, "_alive", weakref.WeakSet())
+    splits = [replace(split) for split in digits.splits.values()]
+    size, _ = room_for(splits, CPU, None)
+    chosen, why = choose_loader(splits, "cpu", (size - 1) / 1e9)
+    assert chosen == "dali"
+    assert why == f"{size / 1e9:.3g} GB of decoded images, room for {size / 1e9:.3g} GB on cpu"
+    assert not resident_loader._alive  # nothing is set aside for what is not taken
+    assert choose_loader(splits, "cpu", size / 1e9, agree=lambda mine: "dali")[0] == "dali"
+    assert not resident_loader._alive
+    assert choose_loader(splits, "cpu", size / 1e9)[0] == "resident"
+    # All of it is promised: no later opening decides otherwise, whatever has become of the memory.
+    monkeypatch.setattr(resident_loader, "free_memory", lambda device: 0)
+    for split in splits:
+        with open_loader(EvalPlan(split, 4, 16), "resident") as loader:
+            next(loader)
+
+
+def test_auto_is_torch_where_dali_is_not_installed(digits, monkeypatch):
+    monkeypatch.setattr("pipeline.loader.find_spec", lambda name: None)
+    assert choose_loader([replace(digits.splits["val"])], "cpu", 1e-9)[0] == "torch"
 
 
 def test_an_empty_evaluation_needs_nothing(photos):

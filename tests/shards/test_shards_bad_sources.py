@@ -60,7 +60,7 @@ def test_missing_files_are_told_before_and_listed_after(tmp_path, listing, capsy
     assert "note: files that are listed and not there: 1 (ü2.jpg)\n" in err
     assert "note: 1 of 4 images are left out (1 cannot be read)" in err
     with pytest.raises(
-        UserError, match=r"files that are listed and not there: 1 \(ü2\.jpg\); mend that or leave out --st"
+        UserError, match=r"files that are listed and not there: 1 \(ü2\.jpg\); fix that or leave out --st"
     ):
         built(source, tmp_path / "strict", strict=True)
     assert sorted(os.listdir(tmp_path)) == ["out", "source"]
@@ -82,10 +82,14 @@ def test_a_source_that_changes_while_it_is_built(tmp_path, listing, monkeypatch)
 
 
 def test_an_image_bomb_is_counted_and_stops_a_strict_build(tmp_path, listing, monkeypatch):
-    monkeypatch.setattr(shards.encode.Image, "MAX_IMAGE_PIXELS", 600)
+    monkeypatch.setattr(shards.encode, "MOST_PIXELS", 600)
     source = listing({"0.jpg": JPEG, "1.jpg": JPEG, "bomb.png": encoded(picture(size=(40, 40)), "PNG"), "3.jpg": JPEG})
-    assert rejected(built(source, tmp_path / "out")) == {"bomb.png": "too many pixels"}
-    with pytest.raises(UserError, match=r"bomb\.png: too many pixels; mend or remove it, or leave out --strict"):
+    assert rejected(built(source, tmp_path / "out")) == {
+        "bomb.png": "more than 0 megapixels; --shorter-side would shrink it"
+    }
+    with pytest.raises(
+        UserError, match=r"bomb\.png: more than 0 megapixels; .*; fix or remove it, or leave out --strict"
+    ):
         built(source, tmp_path / "strict", strict=True)
 
 

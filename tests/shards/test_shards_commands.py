@@ -116,7 +116,7 @@ def test_an_interrupt_leaves_no_process_and_says_how_to_go_on(tmp_path, workers,
     )
     until = time.monotonic() + 60
     try:
-        while not list(tmp_path.glob("new/out/.build/*.tmp")):
+        while not list(tmp_path.glob("new/out/.build/lock")):
             assert process.poll() is None
             assert time.monotonic() < until
             time.sleep(0.05)

@@ -134,7 +134,7 @@ def test_a_full_disk_is_one_line_and_the_build_goes_on(tmp_path, pets, monkeypat
     before = contents(out) if there_already else {}
     error = build_until(3, monkeypatch, OSError(28, "No space left on device"), **options)
     assert str(error) == (
-        f"{out} cannot be written: No space left on device; mend that or give another --out"
+        f"{out} cannot be written: No space left on device; fix that or give another --out"
         " (shards that are done are kept, and the same command goes on with them)"
     )
     assert contents_without_staging(out) == before
@@ -216,7 +216,7 @@ def test_strict_names_the_image_and_loses_nothing(tmp_path, pets, capsys):
     with pytest.raises(UserError) as error:
         build(**options, strict=True)
     assert str(error.value) == (
-        "cat/text.jpg: not an image; mend or remove it, or leave out --strict to build without it"
+        "cat/text.jpg: not an image; fix or remove it, or leave out --strict to build without it"
     )
     with pytest.raises(UserError, match=r"cat/text\.jpg: not an image"):  # also when its shard is there already
         build(**options, strict=True)
@@ -247,3 +247,56 @@ def test_images_that_change_while_they_are_built_are_rejected(tmp_path, image_fo
     out = build("folder", source=source, out=tmp_path / "out", workers=1, test_fraction=0, val_fraction=0)
     (line,) = (out / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["reason"] == "changed since it was listed"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_source_that_is_unplugged_stops_the_build_and_costs_no_image(tmp_path, image_folder, monkeypatch, workers):
+    """Or the rest of it would be listed as rejected, and a dataset of what was read before be published."""
+    source = image_folder(tmp_path / "source", {"a": 9, "b": 9})
+    options = {"dataset": "folder", "source": source, "out": tmp_path / "out", "shard_samples": 3}
+    write_shards = shards.build._write_shards
+
+    def unplugged(*args):
+        source.rename(tmp_path / "elsewhere")
+        write_shards(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.build, "_write_shards", unplugged)
+        with pytest.raises(
+            UserError, match=r"source/[ab] was there when the images were listed and is not any more \(No"
+        ):
+            build(workers=workers, **options)
+    (tmp_path / "elsewhere").rename(source)
+    build(workers=1, **options)
+    assert open_dataset(tmp_path / "out").manifest["rejected"]["total"] == 0
+
+
+def test_too_little_memory_is_no_fault_of_the_image(tmp_path, image_folder, monkeypatch):
+    source = image_folder(tmp_path / "source", {"a": 3, "b": 3})
+    options = {"dataset": "folder", "source": source, "out": tmp_path / "out", "workers": 1}
+
+    def lacking(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shards.encode._encode", lacking)
+        with pytest.raises(UserError, match=r"not enough memory to build \S+/out; give fewer --workers"):
+            build(**options)
+    build(**options)
+    assert open_dataset(tmp_path / "out").manifest["rejected"]["total"] == 0
+
+
+def test_an_unfinished_build_that_remembers_nothing_begins_anew(tmp_path, pets, monkeypatch):
+    options = {"dataset": "folder", "source": pets, "out": tmp_path / "out", "shard_samples": 2}
+    build_until(3, monkeypatch, Killed(), **options)
+    (tmp_path / "out" / STAGING / "findings.json").unlink()  # as an earlier version left it
+    build(workers=1, **options)
+    assert verify(tmp_path / "out", workers=1) == []
+
+
+def test_classes_that_look_the_same_are_told(tmp_path, image_folder, capsys):
+    source = image_folder(tmp_path / "source", {"Cat": 2, "cat": 2, "été": 2, "e\u0301te\u0301": 2, "dog": 2})
+    build("folder", source=source, out=tmp_path / "out", workers=1, test_fraction=0, val_fraction=0)
+    assert (
+        "note: classes whose names differ only in case, spaces or how accents are written: 2 ('Cat' and 'cat', "
+    ) in capsys.readouterr().err

@@ -187,10 +187,45 @@ def test_what_does_not_decode_is_turned_away_with_a_reason(data, reason):
 
 
 @pytest.mark.parametrize("factor", [1.5, 3])  # PIL warns above its limit and refuses above twice that
-def test_a_decompression_bomb_is_turned_away(monkeypatch, factor):
-    monkeypatch.setattr(shards.encode.Image, "MAX_IMAGE_PIXELS", int(150 * 120 / factor))
-    with pytest.raises(BadImageError, match="too many pixels"):
-        encode(PNG)
+@pytest.mark.parametrize(("shorter_side", "name"), [(None, "MOST_PIXELS"), (10, "MOST_SHRUNK_PIXELS")])
+def test_a_decompression_bomb_is_turned_away(monkeypatch, factor, shorter_side, name):
+    for limit in (name, "Image.MAX_IMAGE_PIXELS"):
+        monkeypatch.setattr(f"shards.encode.{limit}", int(150 * 120 / factor))
+    with pytest.raises(BadImageError, match="more than 0 megapixels"):
+        encode(PNG, shorter_side)
+
+
+def test_an_image_above_the_limit_of_stored_ones_is_shrunk(monkeypatch):
+    monkeypatch.setattr("shards.encode.MOST_PIXELS", 150 * 120 - 1)
+    monkeypatch.setattr("shards.encode.Image.MAX_IMAGE_PIXELS", 150 * 50)
+    with pytest.raises(BadImageError, match="; --shorter-side would shrink it"):
+        encode(JPEG)
+    for data in (JPEG, PNG):
+        assert encode(data, shorter_side=60).width == 75
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_grey_of_fewer_bits_keeps_its_levels(bits):
+    ramp_HW = np.arange(1 << bits, dtype=np.uint32)[:: max(1, (1 << bits) // 1024)].astype(np.uint16).reshape(-1, 32)
+    ramp_HW[-1, -1] = (1 << bits) - 1
+    shown_HW = pixels(encode(encoded(Image.fromarray(ramp_HW), "PNG"), grey_bits=bits).data)[..., 0]
+    assert np.array_equal(shown_HW, np.rint(ramp_HW.astype(float) * 255 / ((1 << bits) - 1)))
+    assert len(np.unique(shown_HW)) == 256
+
+
+def test_grey_above_its_bits_is_turned_away():
+    with pytest.raises(BadImageError, match="more than 12 bits per pixel"):
+        encode(encoded(Image.fromarray(RAMP_HW), "PNG"), grey_bits=12)
+
+
+@pytest.mark.parametrize(
+    ("start", "name"), [(b"RIFF\0\0\0\0WEBP", "WebP"), (b"\0\0\0\x18ftypheic", "HEIC"), (b"\0\0\0\x18ftypavif", "AVIF")]
+)
+def test_pictures_that_this_pil_lacks_are_named_whatever_their_extension(start, name):
+    if name != "HEIC" and features.check(name.lower()):
+        pytest.skip(f"this PIL reads {name}")
+    with pytest.raises(BadImageError, match=f"{name}, which this PIL does not read"):
+        encode(start + bytes(100))
 
 
 def test_a_format_that_this_pil_lacks_is_not_called_damaged(monkeypatch):

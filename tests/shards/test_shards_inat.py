@@ -195,8 +195,7 @@ def test_test_images_of_a_class_without_training_images_go_with_it(inat):
         (lambda t: t["images"][0].update(file_name="/etc/x.jpg"), "'/etc/x.jpg' leads out of the source's folder"),
         (lambda t: t["images"][0].update(file_name="a\0b.jpg"), "leads out of the source's folder"),
         (lambda t: t["images"][0].update(file_name=""), "'': the name is empty"),
-        (lambda t: t["images"][0].update(file_name="a\nb.jpg"), "the name holds a line break"),
-        (lambda t: t["images"][0].update(file_name="\ud800.jpg"), "the name is not valid UTF-8"),
+        (lambda t: t["images"][0].update(file_name="\ud800.jpg"), "no file can have that name"),
     ],
 )
 def test_files_that_will_not_do(inat, change, message):

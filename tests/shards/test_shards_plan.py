@@ -90,7 +90,7 @@ def test_the_profile_thins_train_only_and_what_is_held_out_does_not_depend_on_it
 
 def test_a_class_with_too_few_images_keeps_all_and_is_told():
     planned = plan(source([40, 4, 40]), "exp", 4, test=0, val=0)
-    assert counts(planned, "train", 3) == [40, 4, 10]
+    assert counts(planned, "train", 3) == [40, 4, 20]
     assert planned.notes == ["too few images for profile exp in 1 class (class1): all of theirs are kept"]
 
 

@@ -48,4 +48,16 @@ def test_natural_keeps_what_there_is_whatever_the_factor():
 
 
 def test_a_small_class_is_asked_for_more_than_it_has():
-    assert profile_counts("exp", [100, 4, 100], 4).tolist() == [100, 50, 25]
+    assert profile_counts("exp", [100, 4, 5], 4).tolist() == [100, 25, 50]
+
+
+def test_where_the_source_is_not_balanced_the_profile_goes_by_size():
+    available_C = np.array([30, 400, 90, 400, 200])  # the first by name is the rarest
+    counts_C = np.minimum(profile_counts("exp", available_C, 20), available_C)
+    assert counts_C.tolist() == [20, 400, 42, 189, 89]
+    assert counts_C.max() / counts_C.min() == 20
+
+
+@pytest.mark.parametrize("available", [[100, 95, 98, 100], [90, 100, 100, 91]])
+def test_nearly_balanced_sources_keep_the_order_of_their_classes(available):
+    assert profile_counts("exp", available, 8).tolist() == [100, 50, 25, 12]

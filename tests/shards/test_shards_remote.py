@@ -4,19 +4,26 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import shards.build
+import shards.progress
 import shards.remote
+from pipeline.loader import open_loader
+from pipeline.plan import Stream, TrainPlan
 from pipeline.reader import ShardReader
 from shards.build import build
+from shards.duplicates import find_duplicates
 from shards.errors import UserError
 from shards.index import open_dataset
 from shards.remote import RemoteStore
+from shards.show import lost_shards
 from shards.staging import STAGING, staged
 from shards.verify import verify
 from shards.writer import write_shard
@@ -206,6 +213,110 @@ def test_a_spoiled_shard_in_the_bucket_is_named_and_not_kept(remote, cache):
         images(dataset)
 
 
+def test_a_shard_is_checked_once_and_again_when_it_changed(remote, cache, monkeypatch):
+    hashed = []
+    sha256 = shards.remote._sha256
+    monkeypatch.setattr(shards.remote, "_sha256", lambda path: hashed.append(path.name) or sha256(path))
+    expected = images(open_dataset(remote))
+    assert hashed
+    hashed.clear()
+    assert images(open_dataset(remote)) == expected  # as at the next evaluation, or in another process
+    assert hashed == []
+    (shard,) = cache.rglob("train-000000.tar")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert images(open_dataset(remote)) == expected
+    assert set(hashed) == {shard.name}
+
+
+def test_what_a_killed_download_left_is_cleared(remote, cache):
+    dataset = open_dataset(remote)
+    left = dataset.root / "train-000000.tar.99999999.tmp"
+    left.write_bytes(b"half of it")
+    images(dataset)
+    assert not left.exists()
+
+
+def test_shards_are_read_while_others_come(remote, monkeypatch):
+    split = open_dataset(remote).splits["train"]
+    firsts = [int(np.flatnonzero(split.samples["shard"] == shard)[0]) for shard in range(len(split.shard_paths))]
+    coming, go_on, together = set(), threading.Event(), threading.Barrier(len(firsts) - 1)
+    fetch = shards.remote._fetch
+
+    def slow(url, name, path):
+        if name != "train-000000.tar":
+            coming.add(name)
+            together.wait(20)  # they come at the same time
+            assert go_on.wait(20)
+        fetch(url, name, path)
+
+    monkeypatch.setattr(shards.remote, "_fetch", slow)
+    reader = ShardReader(split)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(reader.encoded, firsts[1:])
+        assert len(reader.encoded(firsts[:1])) == 1
+        go_on.set()
+        assert len(waiting.result()) == len(firsts) - 1
+    assert len(coming) == len(firsts) - 1 > 1
+    reader.close()
+
+
+def test_nobody_waits_for_a_slow_link_once_the_reader_is_closed(remote, monkeypatch):
+    split, begun, go_on = open_dataset(remote).splits["train"], threading.Event(), threading.Event()
+    fetch = shards.remote._fetch
+
+    def slow(*where):
+        begun.set()
+        assert go_on.wait(20)
+        fetch(*where)
+
+    monkeypatch.setattr(shards.remote, "_fetch", slow)
+    reader = ShardReader(split)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(reader.encoded, [0])
+        assert begun.wait(20)
+        reader.close()
+        with pytest.raises(CancelledError):
+            waiting.result(20)
+    go_on.set()
+    assert len(reader.encoded([0])) == 1  # reading afterwards waits for it anew
+    reader.close()
+
+
+def test_what_the_first_steps_want_is_fetched_when_a_loader_is_opened(remote, cache, monkeypatch, capsys):
+    """Before the guard against stalls begins to count, and with a line of progress."""
+    split = open_dataset(remote).splits["train"]
+    monkeypatch.setattr(shards.progress, "SECONDS_BETWEEN_LINES", 0)
+    plan = TrainPlan(split, (Stream("uniform"), Stream("reversed", q=-1.0)), 8, 16, seed=0, epochs=1)
+    with open_loader(plan, "dali", threads=1):
+        assert len(list(cache.rglob("train-*.tar"))) == len(split.shard_paths)
+    assert f"fetching train from {remote}: 1 of {len(split.shard_paths)} shards" in capsys.readouterr().err
+    with open_loader(plan, "torch", threads=0):
+        assert capsys.readouterr().err == ""
+
+
+def test_builds_from_one_url_copy_it_by_turns(tmp_path, pets, memory, monkeypatch):
+    files, root = fsspec.core.url_to_fs(memory)
+    files.put(f"{pets}/", root, recursive=True)
+    fetch, begun, copied = shards.remote._fetch, threading.Event(), []
+
+    def slow(url, name, path):
+        temporary = path.with_name(f"{path.name}.1.tmp")  # of another process
+        temporary.write_bytes(b"half")
+        begun.set()
+        time.sleep(0.01)
+        temporary.unlink()
+        copied.append(name)
+        fetch(url, name, path)
+
+    monkeypatch.setattr(shards.remote, "_fetch", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(shards.remote.cached_source, memory)
+        assert begun.wait(20)
+        second = pool.submit(shards.remote.cached_source, memory)
+        assert first.result() == second.result()
+    assert len(copied) == len(set(copied))
+
+
 def test_verify_names_what_is_wrong_behind_a_url(remote):
     assert verify(remote, workers=1) == []
     files, root = fsspec.core.url_to_fs(remote)
@@ -283,3 +394,21 @@ def test_files_of_an_object_store_appear_whole(memory):
     with pytest.raises(OSError, match="No space"):
         fail()
     assert store.sizes(STAGING) == {}
+
+
+def test_inspect_finds_copies_and_misses_shards_behind_a_url(remote, memory):
+    dataset = open_dataset(memory)
+    assert lost_shards(dataset) == []
+    assert find_duplicates(dataset, workers=1) == []
+    fsspec.filesystem("memory").rm_file("/bucket/some/where/train-000000.tar")
+    assert lost_shards(dataset) == [f"train-000000.tar: missing; run: python -m shards verify {memory}"]
+
+
+def test_a_source_image_of_the_same_size_is_another_one_behind_a_url_too(tmp_path, memory, image_folder):
+    source = image_folder(tmp_path / "own", {"a": 3, "b": 3})
+    build("folder", source=source, out=memory, workers=1)
+    build("folder", source=source, out=memory, workers=1)
+    image = source / "a" / "000.png"
+    image.write_bytes(bytes(image.stat().st_size))
+    with pytest.raises(UserError, match=r"from other images \(a/000\.png has changed since\)"):
+        build("folder", source=source, out=memory, workers=1)

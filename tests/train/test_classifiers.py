@@ -119,13 +119,13 @@ def test_a_fresh_classifier_knows_nothing_of_stage_one_and_has_no_scales():
     assert [name for name, p in fresh.named_parameters() if p.requires_grad] == ["linear.weight", "linear.bias"]
 
 
-def test_distillation_rises_from_zero_to_s():
+def test_distillation_rises_to_s():
     distillation = Distillation(lambda features: features, torch.tensor([True]), 0.5, 2.0)
     weights = [distillation.weight(epoch, 40) for epoch in range(1, 41)]
-    assert weights[0] == 0
+    assert weights[0] == pytest.approx(0.5 * (2 ** (1 / 40) - 1))
     assert weights[-1] == pytest.approx(0.5)
     assert all(a < b for a, b in itertools.pairwise(weights))
-    assert distillation.weight(1, 1) == 0
+    assert distillation.weight(1, 1) == 0.5
 
 
 def test_distillation_by_hand():

@@ -61,7 +61,7 @@ def test_a_finite_loss_leaves_no_file(tmp_path, digits):
 
 def test_a_diverging_run_never_saves_its_weights(workplace, capsys, monkeypatch):
     def diverge(self, batch, progress, lr):
-        return torch.tensor(math.nan if progress.step == 2 else 1.0), {}
+        return torch.tensor(math.nan if progress.step == 2 else 1.0)
 
     monkeypatch.setattr(Training, "_step", diverge)
     message = fails_with(capsys, "--run", "runs/a", "--loop.checkpoint_steps", "3")
@@ -170,7 +170,10 @@ def test_a_run_folder_that_cannot_be_written_to(workplace, capsys, monkeypatch, 
 
     monkeypatch.setattr("train.engine.checkpoints.os.fsync", fail)
     message = fails_with(capsys, "--run", "runs/a")
-    assert f"cannot write runs/a ({os.strerror(number)}); mend that, then go on with --run runs/a --resume" in message
+    assert (
+        f"cannot write runs/a ({os.strerror(number)}); when that is solved, resume with --run runs/a --resume"
+        in message
+    )
     left = {path.name for path in (workplace / "runs/a/checkpoints").iterdir()}
     assert left <= {"selected.safetensors", "selected.json"}
 

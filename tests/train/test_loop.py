@@ -1,6 +1,8 @@
 """Stage one from its command line: what it leaves, how it resumes, and what it says when something is wrong."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 from shards.build import build
 from shards.index import open_dataset
 from train.bbn import BBN
+from train.engine import config as config_module
 from train.engine import launch as launch_module
 from train.engine import runs as runs_module
 from train.engine.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
@@ -66,6 +69,19 @@ def test_a_run_needs_no_arguments_but_time_and_leaves_a_whole_folder(workplace, 
     run(method, [*SHORT[:2], "--optim.epochs", "1", "--input.batch_size", "128"])
     assert (workplace / "runs" / f"digits-{method.name}-2" / "summary.json").exists()
     assert "overall" in capsys.readouterr().out
+
+
+def test_auto_is_decided_once_printed_and_recorded(workplace, monkeypatch, capsys):
+    decided = []
+    choose = config_module.choose_loader
+    monkeypatch.setattr(config_module, "choose_loader", lambda *about: decided.append(choose(*about)) or decided[-1])
+    monkeypatch.setattr("pipeline.loader.choose_loader", None)  # opened with auto, a loader would decide by itself
+    run(ERM, [*SHORT, "--run", "runs/auto", "--input.resident_gb", "0"])
+    assert [chosen for chosen, _ in decided] == ["dali"]
+    summary = json.loads((workplace / "runs/auto/summary.json").read_text())
+    assert summary["environment"]["loader"] == "dali"
+    assert "loader: dali (" in capsys.readouterr().out
+    assert yaml.safe_load((workplace / "runs/auto/config.yaml").read_text())["input"]["loader"] == "auto"
 
 
 @pytest.mark.parametrize("stop_at", [2, 3])
@@ -245,6 +261,31 @@ def test_cosine_and_constant_schedules():
     assert lr_factor(cosine, 6) == pytest.approx(0.5 * (1 + np.cos(np.pi * 4 / 9)))
     assert {lr_factor(Optim(epochs=10, warmup_epochs=0, schedule="constant"), e) for e in range(1, 11)} == {1.0}
     assert lr_factor(Optim(epochs=1, warmup_epochs=5), 1) == pytest.approx(7 / 15)
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_told(workplace, capsys):
+    run(ERM, [*SHORT, "--optim.warmup_epochs", "5"])
+    warning = (
+        "warning: optim.warmup_epochs=5 is more than the 2 epochs: the rate rises to 0.012 only, not to optim.lr=0.02"
+    )
+    assert warning in capsys.readouterr().out
+    run(ERM, [*SHORT, "--optim.warmup_epochs", "2"])
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_dataset_that_has_moved_or_changed(workplace, capsys):
+    shutil.copytree("data/digits", "elsewhere")
+    run(ERM, [*SHORT, "--data", "elsewhere", "--run", "runs/a"])
+    Path("elsewhere").rename("moved")
+    resume = ["--resume", "--run", "runs/a", "--optim.epochs", "3"]
+    message = fails_with(capsys, ERM, *resume)
+    assert "elsewhere does not exist" in message
+    assert "runs/a was trained on it: if it has moved, name its new place with --data" in message
+    build("digits", out="other", seed=1, workers=1)
+    message = fails_with(capsys, ERM, *resume, "--data", "other")
+    assert "other does not hold the images that runs/a was trained on; name that dataset with --data, or" in message
+    run(ERM, [*resume, "--data", "moved"])
+    assert len(rows(workplace / "runs/a")) == 3
 
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda p: p.stem)

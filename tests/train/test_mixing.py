@@ -171,6 +171,10 @@ def test_weights_apply_from_the_deferred_epoch_on(make_method, settings, first):
             ["mix", "mixup", "objective", "hard"],
             "method.objective=hard counts which images are recognised, and method.mix",
         ),
+        (
+            ["mix", "mixup(q=0)", "objective", "gradual"],
+            "adjusts for the classes that one sampler draws, and method.mix",
+        ),
         (["defer", "0.8"], "method.defer=0.8 has nothing to defer with method.weights=none and method.q=1"),
         (["defer", "1", "weights", "inverse"], "method.defer=1 defers to after the last epoch"),
     ],

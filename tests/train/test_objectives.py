@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.batch import Batch
+from pipeline.plan import TrainPlan
 from train.engine.launch import run
 from train.engine.method import Progress
 from train.engine.objectives import adjusted_cross_entropy, gradual_weight, log_prior, make_objective
@@ -67,9 +68,26 @@ def test_a_step_adjusts_by_its_epoch(make_method, settings, title, taus):
     batch = {"train": Batch(images, torch.tensor([0, 1, 2]), np.arange(3))}
     for epoch, tau in zip((1, 5, 10), taus, strict=True):
         result = method.step(batch, Progress(epoch=epoch, epochs=10, step=0, seed=0))
-        shifted = method.predict(images) + tau * torch.from_numpy(np.log(COUNTS / 100)).float()
+        # q = 0.5 has corrected half of it already.
+        drawn_C = COUNTS ** settings.get("q", 1.0)
+        shifted = method.predict(images) + tau * torch.from_numpy(np.log(drawn_C / drawn_C.sum())).float()
         torch.testing.assert_close(result.loss, F.cross_entropy(shifted, batch["train"].labels_B))
         assert result.sums == ({} if title.startswith("CE") else {"tau": pytest.approx(tau)})
+
+
+@pytest.mark.parametrize("defer", [0.0, 0.4])
+@pytest.mark.parametrize("q", [1.0, 0.5, 0.0, -1.0, "progressive"])
+def test_the_prior_is_what_the_stream_draws(make_method, digits, q, defer):
+    counts, split, epochs = digits.train_counts, digits.splits["train"], 3
+    method = make_method(ERM, counts, objective="adjusted", q=q, defer=0.0 if q == 1 else defer)
+    plan = TrainPlan(split, method.streams, batch_size=100_000, image_size=8, seed=0, epochs=epochs)
+    logits = torch.randn(10, 10)
+    for epoch in (1, 2, 3):
+        drawn = np.bincount(split.samples["label"][plan.global_ids(method.streams[0], epoch - 1, 0)], minlength=10)
+        expected = F.cross_entropy(logits + torch.from_numpy(drawn / drawn.sum()).log(), torch.arange(10))
+        losses = method._objective.losses(logits, torch.arange(10), Progress(epoch, epochs, 0, 0))
+        # Of 100,000 draws.
+        assert float(losses.mean()) == pytest.approx(float(expected), abs=0.01), epoch
 
 
 def test_graloss_is_told_in_rows_and_summary(workplace):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -75,23 +76,38 @@ def test_clipping_bounds_the_gradient(workplace, monkeypatch):
 
 
 def test_the_average_is_what_is_evaluated_and_kept(workplace, monkeypatch):
-    decay, expected = 0.8, []
+    decay, names = 0.8, ("classifier.weight", "trunk.bn1.running_var")
+    expected: dict[str, torch.Tensor] = {}
     step = Training._step
 
     def step_and_average(self, *arguments):
         result = step(self, *arguments)
-        weight = self._network.classifier.weight.detach().clone()
-        expected.append(weight if not expected else decay * expected[-1] + (1 - decay) * weight)
+        for name in names:
+            value = self._network.state_dict()[name].detach().clone()
+            expected[name] = decay * expected[name] + (1 - decay) * value if name in expected else value
         return result
 
     monkeypatch.setattr(Training, "_step", step_and_average)
     run(ERM, [*SHORT, "--optim.ema", str(decay), "--run", "runs/a"])
     kept = load_file("runs/a/model.safetensors")
-    torch.testing.assert_close(kept["classifier.weight"], expected[-1])
+    for name in names:
+        torch.testing.assert_close(kept[name], expected[name])
     selected = load_file("runs/a/checkpoints/selected.safetensors")
     assert all(torch.equal(kept[key], selected[key]) for key in kept)
     (trained,) = (workplace / "runs/a/checkpoints").glob("step-*/model.safetensors")
     assert not torch.equal(load_file(trained)["classifier.weight"], kept["classifier.weight"])
+
+
+def test_the_best_epoch_is_remembered_where_a_resumed_run_takes_it_again(workplace):
+    run(ERM, [*SHORT, "--optim.epochs", "2", "--run", "runs/a"])
+    folder = workplace / "runs/a"
+    (folder / "summary.json").unlink()
+    shutil.rmtree(sorted((folder / "checkpoints").glob("step-*"))[-1])
+    best = {"epoch": 2, "balanced_accuracy": 0.99}  # as if the machine computed otherwise this time
+    (folder / "checkpoints/selected.json").write_text(json.dumps(best))
+    run(ERM, ["--resume", "--run", "runs/a"])
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    assert json.loads((folder / "checkpoints/selected.json").read_text()) == best
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

@@ -53,6 +53,7 @@ def test_a_method_from_outside_is_killed_resumed_and_exported_on_two_ranks(workp
     resumed = ["--resume", "--run", "runs/cut"]
     stopped = on_ranks(workplace, _train_toy, elsewhere, resumed, STEPS + 6, signal.SIGTERM)
     assert stopped == [EXIT_STATUS, EXIT_STATUS]
+    assert "toy_method.py --run runs/cut --resume\n" in (workplace / "rank-0.log").read_text()
     assert on_ranks(workplace, _train_toy, elsewhere, resumed) == [0, 0]
 
     whole, cut = rows(workplace / "runs/whole"), rows(workplace / "runs/cut")

@@ -6,7 +6,7 @@ import torch
 import torchvision
 from jsonargparse import Namespace
 
-from pipeline.augment import RECIPES
+from pipeline.augment import find_recipe
 from pipeline.plan import Stream, TrainPlan
 from shards.errors import UserError
 from shards.index import SAMPLE, Dataset, Split
@@ -14,6 +14,8 @@ from train import afg
 from train.bbn import BBN
 from train.engine.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
 from train.engine.loop import lr_factor
+from train.engine.method import Progress
+from train.engine.objectives import make_objective
 from train.erm import ERM
 from train.features.stage_two import stage_parser
 from train.sdn import SDN
@@ -47,7 +49,8 @@ def test_the_manifest_chooses(digits, photos):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_preset_names_exists(name, method, digits):
     settings = settings_of(name, digits, method)
-    assert {settings.input.augment, settings.input.eval_augment} <= set(RECIPES)
+    assert find_recipe(settings.input.augment)
+    assert find_recipe(settings.input.eval_augment)
     if settings.model.weights is not None:
         assert settings.model.weights in torchvision.models.get_model_weights(settings.model.backbone).__members__
         settings.model.weights = None  # not to be fetched here
@@ -140,3 +143,31 @@ def test_variants_name_their_method(name, variant, title, digits):
     assert method.title == title
     # LDAM's weights apply from epoch 161 of 200 on.
     assert method.streams[0].from_share == (0.8 if variant == "ldam" else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), [("cifar100", 1.0), ("imagenet-lt", 1.0), ("inat2017", 0.5), ("inat2018", 0.5)]
+)
+def test_glag_is_the_papers_own_recipe(name, scale, digits):
+    settings = settings_of(name, digits, ERM, "glag")
+    assert (settings.optim.weight_decay, settings.optim.schedule) == (5e-4, "cosine")
+    assert settings.optim.epochs == (90 if name.startswith("inat") else 200)
+    recipe = "cifar+autoaugment+cutout(16)" if name == "cifar100" else "imagenet"
+    assert settings.input.augment == recipe
+    assert find_recipe(recipe)
+    objective = make_objective(settings.method.objective, np.array([9, 5, 2]))
+    last = settings.optim.epochs
+    assert objective.strength(Progress(last, last, 0, 0)) == scale
+
+    parser = stage_parser("afg", "", afg.Settings)
+    second = parse(parser, [], preset(chosen_by(name, digits), "afg", variant="glag"))
+    assert (second.method.classifier, second.method.beta, second.method.distill) == ("lws", "adaptive", scale)
+    assert (second.optim.epochs, second.optim.weight_decay) == (40, 5e-4)
+
+
+@pytest.mark.parametrize("name", ["cifar100", "imagenet-lt", "inat2018"])
+def test_glag_changes_nothing_for_others(name, digits):
+    weight_decay = {"cifar100": 2e-4, "imagenet-lt": 5e-4, "inat2018": 1e-4}
+    assert settings_of(name, digits, BBN, None).optim.weight_decay == weight_decay[name]
+    second = parse(stage_parser("afg", "", afg.Settings), [], preset(chosen_by(name, digits), "afg"))
+    assert (second.method.classifier, second.method.beta) == ("scaled", "select")

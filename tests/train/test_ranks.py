@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline import resident_loader
 from train.bbn import BBN
 from train.engine.interrupts import EXIT_STATUS, Consensus
 from train.engine.launch import run
@@ -43,7 +44,7 @@ def _rank(function, rank: int, ranks: int, port: int, folder: str, *arguments) -
     torch.set_num_threads(1)
     os.chdir(folder)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with (
         open(f"rank-{rank}.log", "w", buffering=1) as log,
@@ -107,7 +108,7 @@ def test_two_processes_are_one(workplace):
             assert ours["eval"][figure] == pytest.approx(theirs["eval"][figure], abs=0.05)
     per_class = [json.loads((workplace / f"runs/{name}/per_class.json").read_text()) for name in ("one", "two")]
     assert per_class[0]["total"] == per_class[1]["total"]
-    assert len((workplace / "rank-0.log").read_text().splitlines()) == 5
+    assert len((workplace / "rank-0.log").read_text().splitlines()) == 6
     assert (workplace / "rank-1.log").read_text() == ""
 
 
@@ -141,6 +142,42 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step_and_they_go_on_toget
         torch.testing.assert_close(value, theirs[key])
 
 
+def _train_and_keep_statistics(rank: int, argv: list[str]) -> None:
+    """Train, and keep the batch-norm statistics of every evaluation in statistics-RANK.npz."""
+    seen: dict[str, np.ndarray] = {}
+    predict = BBN.predict
+
+    def predict_and_keep(self, images_BHWC):
+        buffers = dict(self.model.named_buffers())
+        seen.update({f"{name} {len(seen)}": buffer.numpy().copy() for name, buffer in buffers.items()})
+        np.savez(f"statistics-{rank}.npz", **seen)
+        return predict(self, images_BHWC)
+
+    BBN.predict = predict_and_keep
+    run(BBN, argv)
+
+
+@pytest.mark.parametrize("more", [[], ["--optim.ema", "0.9"]])
+def test_all_ranks_evaluate_the_model_that_is_saved(workplace, more):
+    settings = [*SETTINGS, "--input.batch_size", "200", *more, "--run", "runs/a"]
+    assert on_ranks(workplace, _train_and_keep_statistics, settings) == [0, 0], (workplace / "rank-0.log").read_text()
+    first, second = (dict(np.load(workplace / f"statistics-{rank}.npz")) for rank in range(2))
+    assert len(first) == len(second) > 0
+    for name, values in first.items():
+        np.testing.assert_array_equal(values, second[name], err_msg=name)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(workplace, before, after):
+    settings = [*SETTINGS, "--optim.lr", "0.0001", "--loop.sync_batch_norm", "true", "--run"]
+    assert on_ranks(workplace, _train, [*settings, "runs/whole"], ranks=1) == [0]
+    stopped = on_ranks(workplace, _train_until_signalled, [*settings, "runs/cut"], 4, 0, ranks=before)
+    assert stopped == [EXIT_STATUS] * before
+    assert on_ranks(workplace, _train, ["--resume", "--run", "runs/cut"], ranks=after) == [0] * after
+    for ours, theirs in zip(rows(workplace / "runs/cut"), rows(workplace / "runs/whole"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
 def _agree(rank: int) -> None:
     torch.distributed.init_process_group("gloo")
     consensus = Consensus(2)
@@ -153,6 +190,20 @@ def _agree(rank: int) -> None:
 
 def test_ranks_agree_a_call_later(tmp_path):
     assert on_ranks(tmp_path, _agree) == [0, 0], (tmp_path / "rank-0.log").read_text()
+
+
+def _train_with_no_room(rank: int, argv: list[str], without: int) -> None:
+    if rank == without:
+        resident_loader.free_memory = lambda device: 0
+    run(BBN, argv)
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_all_ranks_take_one_loader(workplace, without):
+    settings = [*SETTINGS, "--optim.epochs", "1", "--run", "runs/auto"]
+    assert on_ranks(workplace, _train_with_no_room, settings, without) == [0, 0]
+    assert json.loads((workplace / "runs/auto/summary.json").read_text())["environment"]["loader"] == "dali"
+    assert "loader: dali (" in (workplace / "rank-0.log").read_text()
 
 
 def test_a_batch_must_be_shared_evenly(workplace):

@@ -1,22 +1,31 @@
 """Cut off at any moment, by a signal or by kill -9, a run that is resumed ends as if nothing had been."""
 
+import contextlib
+import errno
+import hashlib
 import json
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from shards.errors import UserError
 from train.bbn import BBN
+from train.engine import runs
 from train.engine.interrupts import EXIT_STATUS, Consensus, Interrupts
 from train.engine.launch import run
 from train.engine.loop import Training
 from train.erm import ERM
 
+ROOT = Path(__file__).parents[2]
 TIMINGS = ("seconds", "images_per_second", "eval_seconds")
 SHORT = ["--optim.epochs", "2", "--input.batch_size", "48", "--input.image_size", "8", "--optim.lr", "0.02",
          "--optim.warmup_epochs", "1"]  # fmt: skip
@@ -67,10 +76,11 @@ def test_a_signal_stops_after_its_step_and_resume_goes_on_bit_for_bit(
         run(BBN, [*SHORT, *settings, "--run", "runs/cut"])
     assert stopped.value.code == EXIT_STATUS == 75
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == handlers
-    assert (
-        f"stopped by {signal.Signals(number).name} after step {step}, with a checkpoint; go on with: train/bbn.py"
-        in (capsys.readouterr().out)
-    )
+    told, name = capsys.readouterr(), signal.Signals(number).name
+    script = os.path.relpath(sys.modules[BBN.__module__].__file__)
+    assert f"stopped by {name} after step {step}, with a checkpoint; resume with: " in told.out
+    assert f" {script} --run runs/cut --resume\n" in told.out
+    assert f"{name}: finishing this step and writing a checkpoint" in told.err
     assert (workplace / f"runs/cut/checkpoints/step-{step:08d}").is_dir()
     monkeypatch.undo()
     monkeypatch.chdir(workplace)
@@ -118,6 +128,108 @@ def test_a_second_ctrl_c_leaves_at_once():
         assert interrupts.received == signal.SIGTERM
 
 
+def _compute_in_foreign_code(path: str, begun) -> None:
+    with open(path, "w") as log, contextlib.redirect_stderr(log), Interrupts():
+        begun.set()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes, in which no handler of Python's runs
+
+
+def test_in_a_long_step_ctrl_c_says_what_is_waited_for_and_a_second_ends_it(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    begun = context.Event()
+    process = context.Process(target=_compute_in_foreign_code, args=(str(tmp_path / "log"), begun), daemon=True)
+    process.start()
+    assert begun.wait(60)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    deadline = time.monotonic() + 60
+    while "SIGINT: finishing this step" not in (said := (tmp_path / "log").read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert said.endswith(f"; Ctrl-C again, or kill -INT {process.pid}, stops at once\n")
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGINT
+
+
+def _hold(run_folder: str, begun) -> None:
+    runs.lock(Path(run_folder))
+    begun.set()
+    time.sleep(600)
+
+
+def test_a_run_that_is_in_use_is_not_touched_and_a_killed_one_is_free(workplace, capsys):
+    run(ERM, [*SHORT, "--run", "runs/a"])
+    before = {path: path.stat().st_mtime_ns for path in Path("runs/a").rglob("*")}
+    context = multiprocessing.get_context("forkserver")
+    begun = context.Event()
+    process = context.Process(target=_hold, args=(str(workplace / "runs/a"), begun), daemon=True)
+    process.start()
+    assert begun.wait(60)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        run(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "3"])
+    assert f"error: runs/a is in use by process {process.pid} on " in capsys.readouterr().err
+    with pytest.raises(UserError, match="is in use by process"):
+        runs.use_run(Path("runs/a"), resume=True)
+    assert {path: path.stat().st_mtime_ns for path in Path("runs/a").rglob("*") if path.name != ".lock"} == before
+    process.kill()
+    process.join()
+    run(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "3"])
+    assert len(rows(workplace / "runs/a")) == 3
+    assert not Path("runs/a/.lock").exists()
+
+
+def test_a_lock_file_that_is_removed_while_another_waits_for_it_locks_nobody_out(tmp_path, monkeypatch):
+    flock, removed = runs.fcntl.flock, []
+
+    def remove_once(file, how):
+        flock(file, how)
+        if not removed:
+            removed.append((tmp_path / ".lock").unlink())
+
+    monkeypatch.setattr(runs.fcntl, "flock", remove_once)
+    runs.lock(tmp_path)
+    assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    runs.unlock()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_trains_without(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs.fcntl, "flock", refuse)
+    runs.lock(tmp_path)
+    runs.unlock()
+
+
+def test_the_printed_command_can_be_pasted(workplace):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    settings = [*SHORT, "--data", "data/digits", "--run", "runs/a b", "--optim.epochs", "1000"]
+    training = subprocess.Popen(
+        [sys.executable, os.path.relpath(ROOT / "train/erm.py"), *settings],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        lines = iter(training.stdout.readline, "")
+        next(line for line in lines if line.startswith("epoch"))
+        training.terminate()
+        (stopped,) = [line for line in lines if line.startswith("stopped by SIGTERM")]
+        assert training.wait(60) == EXIT_STATUS
+    finally:
+        training.kill()
+    command = stopped.partition("; resume with: ")[2].strip()
+    assert command.endswith("train/erm.py --data data/digits --run 'runs/a b' --resume")
+    done = len(rows(workplace / "runs/a b"))
+    subprocess.run(f"{command} --optim.epochs {done + 1}", shell=True, env=environment, check=True, capture_output=True)
+    assert len(rows(workplace / "runs/a b")) == done + 1
+
+
 def test_one_process_agrees_with_itself_at_once():
     consensus = Consensus(1)
     assert consensus(15, True) == [15, True]
@@ -136,12 +248,12 @@ def test_kill_9_at_twenty_random_moments_changes_nothing(workplace):
     run(ERM, [*settings, "runs/whole"])
     context = multiprocessing.get_context("forkserver")
     moments = random.Random(0)
-    kills = runs = 0
-    while kills < 20 or not (workplace / f"runs/{runs}/summary.json").exists():
-        runs += (workplace / f"runs/{runs}/summary.json").exists()  # it ended between two kills: another
+    kills = last = 0
+    while kills < 20 or not (workplace / f"runs/{last}/summary.json").exists():
+        last += (workplace / f"runs/{last}/summary.json").exists()  # it ended between two kills: another
         begun = context.Event()
         process = context.Process(
-            target=_train, args=(str(workplace), [*settings, f"runs/{runs}", "--resume"], begun), daemon=True
+            target=_train, args=(str(workplace), [*settings, f"runs/{last}", "--resume"], begun), daemon=True
         )
         process.start()
         assert begun.wait(60)
@@ -151,6 +263,6 @@ def test_kill_9_at_twenty_random_moments_changes_nothing(workplace):
             kills += 1
         process.join()
     assert kills == 20
-    for number in range(runs + 1):
+    for number in range(last + 1):
         assert_alike(workplace / "runs/whole", workplace / f"runs/{number}")
         assert not list(workplace.glob(f"runs/{number}/**/.*"))

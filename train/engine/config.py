@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.batch import Loader
-from pipeline.loader import LoaderKind, open_loader
+from pipeline.loader import ChosenLoader, Decode, LoaderKind, choose_loader, open_loader
 from pipeline.plan import Plan
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
@@ -35,12 +37,18 @@ class Input:
         batch_size: images per stream in the global batch.
         loader: resident (images are decoded once and kept in memory), dali, torch, or auto: resident where the images
             fit, else DALI where it is installed.
-        augment: the recipe of the training streams: none, shift, cifar, imagenet or eval.
+        augment: the recipe of the training streams: a crop (none, shift, cifar, imagenet, eval) and what follows it,
+            such as imagenet+rand(2,9) or cifar+autoaugment+cutout(16).
         eval_augment: the recipe of evaluation: none (whole image) or eval (centre crop of 7/8).
         threads: decoding threads per stream.
+        decode: what DALI decodes of an image: the window that is shown, the whole, or auto: the window on a CPU, the
+            whole on a GPU, where decoding windows has crashed with some versions of nvImageCodec.
         resident_gb: how many gigabytes decoded images may take in each process; by default a quarter of what is free.
         fault_limit: how many images of a split may fail to decode before the run ends; by default 10, or a thousandth
             of the split if that is more.
+        shard_window: how many shards an epoch of the data as it is reads at a time, for storage with slow random
+            reads; 0 shuffles over all of them. By default 16 for a remote dataset of which no stream draws with
+            replacement, else 0.
     """
 
     image_size: PositiveInt = 32
@@ -49,12 +57,27 @@ class Input:
     augment: str = "cifar"
     eval_augment: str = "none"
     threads: PositiveInt = 2
+    decode: Decode = "auto"
     resident_gb: NonNegativeFloat | None = None
     fault_limit: NonNegativeInt | None = None
+    shard_window: NonNegativeInt | None = None
+
+    def settle_loader(self, dataset: Dataset, accelerator: Accelerator) -> None:
+        """Decide what the loader `auto` is, once for all splits and all processes, and say so."""
+        if self.loader != "auto":
+            return
+
+        def agree(mine: ChosenLoader) -> ChosenLoader:
+            return min(gather_object([mine]), key=("torch", "dali", "resident").index)  # what all of them can
+
+        self.loader, why = choose_loader(dataset.splits.values(), accelerator.device, self.resident_gb, agree)
+        accelerator.print(f"loader: {self.loader} ({why})")
 
     def open_loader(self, plan: Plan, device: torch.device, start_step: int = 0) -> Loader:
         """Open a loader for a plan as configured."""
-        return open_loader(plan, self.loader, device, self.threads, start_step, self.resident_gb, self.fault_limit)
+        return open_loader(
+            plan, self.loader, device, self.threads, start_step, self.resident_gb, self.fault_limit, self.decode
+        )
 
 
 @dataclass
@@ -117,7 +140,9 @@ class Loop:
     Attributes:
         seed: of everything random.
         device: cpu, cuda, or auto (GPUs where there are any).
-        precision: no (float32), bf16, fp16, or auto (what accelerate was told).
+        precision: no (float32), bf16, fp16, or auto (accelerate's setting).
+        threads: CPU threads that each process computes with; by default OMP_NUM_THREADS where it is set, else the cores
+            divided among the processes of this machine.
         channels_last: whether pixels are laid out channels last, which most GPUs and CPUs compute faster.
         compile: whether torch.compile makes the network's kernels; the first steps take a minute longer then.
         sync_batch_norm: whether batch norm's statistics are those of all processes' images.
@@ -134,6 +159,7 @@ class Loop:
     seed: NonNegativeInt = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    threads: PositiveInt | None = None
     channels_last: bool = True
     compile: bool = False
     sync_batch_norm: bool = False

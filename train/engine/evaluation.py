@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -34,8 +35,15 @@ def test_split(dataset: Dataset) -> Split:
 
 @torch.inference_mode()
 def evaluate(method: Method, split: Split, input: Input, accelerator: Accelerator) -> Tally:
-    """Evaluate `method.predict` on every image of a split exactly once over all ranks."""
+    """Evaluate `method.predict` on every image of a split exactly once over all ranks.
+
+    All ranks evaluate one model, which the first one saves: they take over its buffers, since batch norm's statistics
+    are of each rank's own images. DDP does the same before its next step.
+    """
     network = unwrapped(method.network)
+    if accelerator.num_processes > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
     was_training = network.training
     network.eval()
     plan = EvalPlan(
@@ -93,7 +101,8 @@ def finish(
         "seconds": counters.seconds,
         "evaluation_seconds": counters.evaluation_seconds,
         "faults": collect_faults(dataset, accelerator),
-        "environment": runs.environment(device_name(accelerator.device), accelerator.num_processes),
+        "environment": runs.environment(device_name(accelerator.device), accelerator.num_processes)
+        | {"loader": config.input.loader},
         "command": runs.command(),
     }
     if accelerator.is_main_process:
@@ -113,6 +122,7 @@ def write_results(run_folder: Path, summary: dict[str, Any], final: Tally, datas
         },
     )
     write_json(run_folder / "summary.json", summary)
+    runs.unlock()
     print(f"{summary['title']}, last epoch, on {summary['evaluated_on']}: {accuracy_line(summary['last'])}")
     print(f"wrote {run_folder}/summary.json; for a page with figures: python -m analysis report {run_folder}")
 
@@ -136,6 +146,12 @@ def collect_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str,
 def device_name(device: torch.device) -> str:
     """Return what a person calls the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def device_text(device: torch.device) -> str:
+    """Return the device and, for a CPU, the threads that compute there."""
+    threads = torch.get_num_threads()
+    return f"{device} with {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else str(device)
 
 
 def accuracy_line(result: dict[str, Any]) -> str:

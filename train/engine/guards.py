@@ -19,6 +19,7 @@ from pipeline.batch import Batch, Loader
 from shards.atomic import write_json
 from shards.errors import UserError
 from shards.index import Split
+from train.engine import runs
 
 STALLED_STATUS = 1
 
@@ -99,7 +100,7 @@ class StallGuard:
                 stream = self._loader.waiting_for or " or ".join(self._streams)
                 print(
                     f"error: rank {self._rank} has waited {self._limit_s:g} s for a batch of the stream {stream}: look"
-                    " at the storage of its shards, then go on with --resume (or a longer --loop.stall_minutes)",
+                    " at the storage of its shards, then resume with --resume (or a longer --loop.stall_minutes)",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -140,8 +141,8 @@ def told_in_one_line(run_folder: Path | None = None) -> Iterator[None]:
         if run_folder is None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
             raise
         raise UserError(
-            f"cannot write {error.filename or run_folder} ({error.strerror}); mend that, then go on with --run"
-            f" {run_folder} --resume"
+            f"cannot write {error.filename or run_folder} ({error.strerror}); when that is solved, resume with"
+            f" {runs.resuming(run_folder)}"
         ) from error
     except RuntimeError as error:
         said = " ".join(str(error).split())
@@ -154,7 +155,7 @@ def told_in_one_line(run_folder: Path | None = None) -> Iterator[None]:
             ) from error
         if re.search(r"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe", said):
             raise UserError(
-                f"lost another process of this run ({said[:160]}); its own message says why; go on with --resume"
+                f"lost another process of this run ({said[:160]}); its own message says why; resume with --resume"
             ) from error
         raise
 

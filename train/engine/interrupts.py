@@ -1,11 +1,14 @@
-"""Signals that end a run in good order, and how every rank comes to act after the same step.
+"""Signals that shut a run down cleanly, and how every rank comes to act after the same step.
 
     SIGTERM, SIGINT, SIGUSR1 ─> the step is finished ─> checkpoint ─> exit status 75
 
-A second Ctrl-C leaves at once.
+A second Ctrl-C ends the process at once.
 """
 
+import os
 import signal
+import sys
+import threading
 from types import FrameType
 from typing import Any, Self
 
@@ -18,7 +21,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Interrupted(Exception):  # noqa: N818
-    """The run was asked to stop, and has stopped in good order.
+    """The run was asked to stop, and has shut down cleanly.
 
     Attributes:
         signal: the name of the signal that asked.
@@ -30,10 +33,13 @@ class Interrupted(Exception):  # noqa: N818
 
 
 class Interrupts:
-    """Remembers, within a with block, the last signal that asked to stop.
+    """Remembers, within a with block, the last signal that asked to stop, and says on the first rank what is finished.
+
+    A step may be one call into foreign code that takes minutes, in which Python runs no handler: a thread hears of the
+    signals at once, says what is waited for, and ends the process at the second Ctrl-C.
 
     Attributes:
-        received: its number, or 0.
+        received: the signal's number, or 0.
     """
 
     def __init__(self) -> None:
@@ -41,17 +47,43 @@ class Interrupts:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._woken_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=_say_what_is_waited_for, args=(reader,), daemon=True)
+        self._thread.start()
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._woken_before)
+        os.close(self._writer)
+        self._thread.join()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _say_what_is_waited_for(reader: int) -> None:
+    """Watch the numbers of the signals that come out of a pipe, to its end."""
+    told = interrupted = False
+    with open(reader, "rb", buffering=0) as pipe:
+        while numbers := pipe.read(64):
+            for number in numbers:
+                if number not in SIGNALS:
+                    continue
+                if interrupted and number == signal.SIGINT:
+                    os._exit(128 + number)
+                interrupted |= number == signal.SIGINT
+                if not told and os.environ.get("RANK", "0") == "0":
+                    now = f"; Ctrl-C again, or kill -INT {os.getpid()}, stops at once" if interrupted else ""
+                    name = signal.Signals(number).name
+                    print(f"\n{name}: finishing this step and writing a checkpoint{now}", file=sys.stderr, flush=True)
+                told = True
 
 
 class Consensus:

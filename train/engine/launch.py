@@ -1,6 +1,9 @@
 """From a command line to a finished run: the whole of what a launchable file does."""
 
+import hashlib
+import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from jsonargparse import Namespace
 
+from pipeline.loader import windowed
 from pipeline.plan import TrainPlan
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset
@@ -31,6 +36,7 @@ from train.engine.evaluation import finish, test_split
 from train.engine.guards import check_devices, told_in_one_line
 from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.loop import Training
+from train.engine.machine import check_launcher, launched_by, take_threads, unusable_gpu
 from train.engine.method import Method
 from train.engine.tracking import Tracking
 
@@ -38,20 +44,28 @@ from train.engine.tracking import Tracking
 def run(method_class: type[Method], argv: list[str] | None = None) -> None:
     """Run a method from its command line: the whole of what a launchable file does.
 
-    Exits with 2 for a user's mistake, told in one line.
+    Exits with 2 for a user's mistake, told in one line, and with 75 when a signal stopped it.
     """
-    program = f"train/{method_class.name}.py"
+    source = str(sys.modules[method_class.__module__].__file__)
+    ours = Path(source).parent == Path(__file__).parents[1]
+    # From Python, with a command line of its own, the method's file is what would be started.
+    script = sys.argv[0] if argv is None else os.path.relpath(source)
+    program = f"train/{method_class.name}.py" if ours else Path(script).name
+    command = shlex.join([*launched_by(script), script])
     with user_errors_exit_2(program):
-        _run(method_class, program, argv)
+        try:
+            _run(method_class, program, argv, command)
+        finally:
+            runs.unlock()
 
 
-def _run(method_class: type[Method], program: str, argv: list[str] | None) -> None:
+def _run(method_class: type[Method], program: str, argv: list[str] | None, command: str) -> None:
     description = (sys.modules[method_class.__module__].__doc__ or "").split("\n")[0]
     parser = make_parser(
         program, description, input=Input, model=Model, method=method_class.Settings, optim=Optim, loop=Loop
     )
-    parser.add_argument("--resume", action="store_true", help="go on with --run, or with the newest unfinished run")
-    parser.add_argument("--variant", type=str | None, help="of the dataset's preset, such as 2x: twice the epochs")
+    parser.add_argument("--resume", action="store_true", help="resume --run, or the newest unfinished run")
+    parser.add_argument("--variant", type=str | None, help="of the dataset's preset, such as 2x or glag")
 
     asked = peek(parser, argv)
     resumed = None
@@ -62,7 +76,7 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None) -> No
         about = saved.pop("about", {})
         if about.get("method") != method_class.name:
             raise UserError(f"{resumed} is a run of {about.get('method')}, not of {method_class.name}; name another")
-        dataset = find_dataset(asked.data or about["data"])
+        dataset = _dataset_of(resumed, about, asked.data)
         defaults = saved
     else:
         dataset = find_dataset(asked.data)
@@ -71,11 +85,31 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None) -> No
     chosen = parser.instantiate(settings)
     config = Config(chosen.input, chosen.model, chosen.method, chosen.optim, chosen.loop)
 
-    accelerator = make_accelerator(config.loop.precision, config.loop.device)
+    accelerator = make_accelerator(config.loop.precision, config.loop.device, config.loop.threads)
     with told_in_one_line(resumed):
-        _train_and_finish(
-            method_class, config, dataset, resumed, asked.run, plain_sections(parser, settings), accelerator
+        sections = plain_sections(parser, settings)
+        _train_and_finish(method_class, config, dataset, resumed, asked, sections, accelerator, command)
+
+
+def _dataset_of(run: Path, about: dict[str, Any], data: str | None) -> Dataset:
+    """Open the dataset that a run was trained on, which may lie elsewhere now."""
+    try:
+        dataset = find_dataset(data or about["data"])
+    except UserError as error:
+        if data:
+            raise
+        raise UserError(f"{error}; {run} was trained on it: if it has moved, name its new place with --data") from None
+    if about.get("fingerprint", _fingerprint(dataset)) != _fingerprint(dataset):
+        raise UserError(
+            f"{dataset.place} does not hold the images that {run} was trained on; name that dataset with --data, or"
+            " start a new run"
         )
+    return dataset
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    """Return what the dataset's training images, their labels and their order come down to."""
+    return hashlib.sha256(json.dumps(dataset.manifest["splits"]["train"], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _train_and_finish(
@@ -83,15 +117,18 @@ def _train_and_finish(
     config: Config,
     dataset: Dataset,
     resumed: Path | None,
-    named: str | None,
+    asked: Namespace,
     sections: dict[str, Any],
     accelerator: Accelerator,
+    command: str,
 ) -> None:
+    if resumed and (resumed / "config.yaml").exists() and accelerator.is_main_process:
+        runs.lock(resumed)  # before its checkpoint is read
     set_seed(config.loop.seed)
     method = method_class(config, dataset.train_counts)
     plan = TrainPlan(
         dataset.splits["train"],
-        method.streams,
+        windowed(method.streams, dataset.splits["train"], config.input.shard_window),
         config.input.batch_size,
         config.input.image_size,
         config.loop.seed,
@@ -123,17 +160,19 @@ def _train_and_finish(
             f"process {accelerator.process_index} finds a checkpoint of step {counters.step} in {resumed}, the first"
             f" process one of step {first_step}; put the run on a file system that all machines share"
         )
+    config.input.settle_loader(dataset, accelerator)
     loader = config.input.open_loader(plan, accelerator.device, counters.step)
     folder: list[Path | None] = [None]
     if accelerator.is_main_process:
-        if resumed or named:
-            folder = [runs.use_run(resumed or Path(str(named)), bool(resumed))]
+        if resumed or asked.run:
+            folder = [runs.use_run(resumed or Path(asked.run), bool(resumed))]
         else:
             folder = [runs.new_run(f"{dataset.name}-{method.name}")]
     (run_folder,) = broadcast_object_list(folder)
     assert run_folder is not None
     if accelerator.is_main_process:
         about = {"method": method.name, "dataset": dataset.name, "data": dataset.place}
+        about |= {"fingerprint": _fingerprint(dataset)}
         runs.write_config(run_folder, {"about": about, **sections})
         runs.truncate_rows(run_folder, counters.epochs)
         (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
@@ -150,8 +189,8 @@ def _train_and_finish(
             training.run(loader)
         except Interrupted as interrupted:
             accelerator.print(
-                f"stopped by {interrupted.signal} after step {counters.step}, with a checkpoint; go on with:"
-                f" train/{method.name}.py --run {run_folder} --resume",
+                f"stopped by {interrupted.signal} after step {counters.step}, with a checkpoint; resume with:"
+                f" {command} {runs.resuming(run_folder, asked.data)}",
                 flush=True,
             )
             sys.exit(EXIT_STATUS)
@@ -160,10 +199,14 @@ def _train_and_finish(
         finish(training.evaluated, config, dataset, run_folder, accelerator, counters)
 
 
-def make_accelerator(precision: str, device: str = "auto") -> Accelerator:
-    """Make the Accelerator, or say in one line what stands in its way here."""
+def make_accelerator(precision: str, device: str = "auto", threads: int | None = None) -> Accelerator:
+    """Make the Accelerator and take this process's share of the cores, or say in one line what stands in the way."""
+    check_launcher(os.environ, device)
     check_devices(os.environ, device, torch.cuda.device_count())
     cpu = device == "cpu" or not torch.cuda.is_available()
+    if device != "cpu" and os.environ.get("RANK", "0") == "0" and (warning := unusable_gpu(os.environ)):
+        print(warning, file=sys.stderr, flush=True)
+    take_threads(threads, os.environ)
     if cpu and precision == "fp16":
         raise UserError("loop.precision=fp16 needs a GPU; use --loop.precision bf16, or no")
     try:

@@ -21,7 +21,7 @@ from shards.index import Dataset
 from train.engine import runs
 from train.engine.checkpoints import Counters, read_selected, save_checkpoint, save_selected
 from train.engine.config import Config, Loop, Optim
-from train.engine.evaluation import epoch_line, evaluate, test_split
+from train.engine.evaluation import device_text, epoch_line, evaluate, test_split
 from train.engine.guards import LossGuard, StallGuard
 from train.engine.interrupts import Consensus, Interrupted, Interrupts
 from train.engine.method import Method, Progress, unwrapped
@@ -67,7 +67,11 @@ class Training:
         self.evaluated, self._average = method, None
         if config.optim.ema is not None:
             self._average = AveragedModel(
-                method.network, accelerator.device, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema)
+                method.network,
+                accelerator.device,
+                multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema),
+                # Batch norm's statistics, too: those of the weights of this step fit the average of many steps' badly.
+                use_buffers=True,
             )
             self.evaluated = copy.copy(method)
             self.evaluated.network = self._average.module
@@ -85,7 +89,8 @@ class Training:
         self._watched = dataset.splits.get("val") or test_split(dataset)
         self._selecting = config.loop.select and self._watched.name != test_split(dataset).name
         selected = read_selected(run_folder)
-        self._best = selected[2] if selected and selected[1] <= counters.epochs else -1.0
+        # Also of an epoch that a resumed run takes again: its weights are kept, and must be beaten.
+        self._best = selected[2] if selected and selected[1] <= config.optim.epochs else -1.0
 
     def run(self, loader: Loader) -> None:
         """Train to the last epoch.
@@ -101,8 +106,14 @@ class Training:
         accelerator.print(
             f"{self._method.title} on {self._dataset.name}: {len(plan.split):,} images, {len(self._dataset.classes):,}"
             f" classes, {config.optim.epochs} epochs of {plan.steps_per_epoch} steps, {config.model.backbone},"
-            f" {accelerator.device} -> {self._run_folder}"
+            f" {device_text(accelerator.device)} -> {self._run_folder}"
         )
+        if config.optim.warmup_epochs > config.optim.epochs:
+            reached = config.optim.lr * lr_factor(config.optim, config.optim.epochs)
+            accelerator.print(
+                f"warning: optim.warmup_epochs={config.optim.warmup_epochs} is more than the {config.optim.epochs}"
+                f" epochs: the rate rises to {reached:.2g} only, not to optim.lr={config.optim.lr:g}; lower it"
+            )
         self._started = time.perf_counter() - counters.seconds
         self._saved = time.perf_counter()
         self._consensus = Consensus(accelerator.num_processes)

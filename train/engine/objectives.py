@@ -12,12 +12,14 @@
     smoothed   −Σ_k t_k·log p_k                 label-aware smoothing (Zhong et al., CVPR 2021, Eq. 2 and 3)
     hard       −w_y·log p_y                     hard-aware loss (Zhang and Ye, SDNHL, section 2.3)
 
-z are the logits, p_k = softmax(z)_k, y is the label, and p without an index the training images' share of each class.
-Plain logits predict. Class weights and mixed labels are settings of their own (`weights`, `mixing`), which compose with
-any of these.
+z are the logits, p_k = softmax(z)_k, y is the label, and p without an index each class's share of what is drawn: of the
+training images, or, with a sampler that favours some classes, what that makes of it (else they would be favoured
+twice). Plain logits predict. Class weights and mixed labels are settings of their own (`weights`, `mixing`), which
+compose with any of these.
 """
 
 import importlib
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -47,12 +49,25 @@ class Adjusted(Objective):
 
         tau: NonNegativeFloat = 1.0
 
+    _shares_of_epoch: Callable[[Progress], NDArray[np.float64]] | None = None
+    _prior_of: int | None = None
+
     def __init__(self, settings: Any, train_counts_C: NDArray[np.int64]) -> None:
         super().__init__(settings, train_counts_C)
         self.title = f"logit-adjusted, τ={settings.tau:g}" if settings.tau != 1 else "balanced softmax"
         self._log_prior_C = log_prior(train_counts_C)
 
+    def draw_by(self, shares_of_epoch: Callable[[Progress], NDArray[np.float64]]) -> None:
+        """Take p, shape (C,), from a function of the epoch, as the stream has it, in the place of the training images'.
+
+        Args:
+            shares_of_epoch: returns the probability of drawing each class; it sums to 1.
+        """
+        self._shares_of_epoch = shares_of_epoch
+
     def losses(self, logits_BC: Tensor, labels_B: Tensor, progress: Progress) -> Tensor:  # noqa: D102
+        if self._shares_of_epoch and self._prior_of != progress.epoch:
+            self._log_prior_C, self._prior_of = log_prior(self._shares_of_epoch(progress)), progress.epoch
         self._log_prior_C = self._log_prior_C.to(logits_BC.device)
         return adjusted_cross_entropy(logits_BC, labels_B, self._log_prior_C, self.strength(progress))
 
@@ -110,8 +125,8 @@ def gradual_weight(epoch: int, epochs: int, scale: float, base: float, form: For
     return scale * (base**t - 1)
 
 
-def log_prior(train_counts_C: NDArray[np.int64]) -> Tensor:
-    """Return log p of each class from its training images (C,): float32 (C,), −∞ where a class has none."""
+def log_prior(train_counts_C: NDArray[Any]) -> Tensor:
+    """Return log p of each class from its training images, or its share (C,): float32 (C,), −∞ where it has none."""
     counts_C = torch.from_numpy(train_counts_C).double()
     return (counts_C / counts_C.sum()).log().float()
 

@@ -7,18 +7,21 @@ runs/digits-bbn-1/
     model.safetensors      the weights after the last epoch, with model.json to rebuild the network
     per_class.json         the last epoch's correct answers per class
     summary.json           written last: a run that has it is finished
+    .lock                  held by the process that writes here
 """
 
+import fcntl
 import json
 import os
 import platform
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -26,6 +29,48 @@ from shards.atomic import write_text
 from shards.errors import UserError
 
 RUNS = Path("runs")
+LOCK = ".lock"
+
+_held: dict[Path, TextIO] = {}
+
+
+def lock(run: Path) -> None:
+    """Keep other processes from writing to a run's folder, until `unlock` or this process's end, whatever ends it.
+
+    Where the file system knows no locks, nothing is kept.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    path = run.resolve() / LOCK
+    while path not in _held:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            raise UserError(f"{run} is in use by {holder}; wait until that ends, or stop it") from None
+        except OSError:
+            file.close()
+            return
+        # The process that held it before may have removed this file in the meantime.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            _held[path] = file
+        else:
+            file.close()
+
+
+def unlock() -> None:
+    """Let other processes write to the runs that this one holds."""
+    for path, file in _held.items():
+        path.unlink(missing_ok=True)  # while it is locked
+        file.close()
+    _held.clear()
 
 
 def write_config(run: Path, content: dict[str, Any]) -> None:
@@ -67,13 +112,13 @@ def read_summary(run: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise UserError(f"{run} is not finished (no summary.json); go on with it: --run {run} --resume") from None
+        raise UserError(f"{run} is not finished (no summary.json); resume it: {resuming(run)}") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); train the run again") from None
 
 
 def new_run(stem: str) -> Path:
-    """Make the next free folder runs/STEM-1, runs/STEM-2, …"""
+    """Make and lock the next free folder runs/STEM-1, runs/STEM-2, …"""
     number = 1
     while True:
         try:
@@ -83,19 +128,21 @@ def new_run(stem: str) -> Path:
         except OSError as error:
             raise UserError(f"cannot make a run folder under {RUNS.resolve()} ({error.strerror})") from None
         else:
+            lock(RUNS / f"{stem}-{number}")
             return RUNS / f"{stem}-{number}"
 
 
 def use_run(path: Path, resume: bool) -> Path:
-    """Make the folder of a run that was named, or accept the one that is there when resuming."""
+    """Make and lock the folder of a run that was named, or accept the one that is there when resuming."""
     # A kill may have left the beginnings of a file there.
     taken = path.exists() and (not path.is_dir() or any(not name.startswith(".") for name in os.listdir(path)))
     if taken and not (path / "config.yaml").exists():
         raise UserError(f"{path} already exists and is no run of ours; name another folder with --run")
     if taken and not resume:
-        raise UserError(f"{path} already holds a run: add --resume to go on with it, or name another")
+        raise UserError(f"{path} already holds a run: add --resume to resume it, or name another")
     try:
         path.mkdir(parents=True, exist_ok=True)
+        lock(path)
     except OSError as error:
         raise UserError(f"cannot make the run folder {path} ({error.strerror}); name another with --run") from None
     return path
@@ -177,6 +224,11 @@ def environment(device: str, processes: int) -> dict[str, Any]:
         "processor": f"{_processor()}, {os.cpu_count()} cores",
         "processes": processes,
     }
+
+
+def resuming(run: Path, data: str | None = None) -> str:
+    """Return the options that resume a run, as a shell takes them."""
+    return shlex.join([*(["--data", data] if data else []), "--run", str(run), "--resume"])
 
 
 def command() -> str:

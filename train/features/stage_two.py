@@ -107,6 +107,7 @@ def stage_parser(name: str, description: str, settings: type) -> ArgumentParser:
     parser = make_parser(
         f"train/{name}.py", description, input=Extraction, method=settings, optim=ClassifierOptim, loop=Loop
     )
+    parser.add_argument("--variant", type=str | None, help="of the dataset's preset, such as glag")
     parser.add_argument("--from", type=str | None, help="the stage-one run (default: the newest finished one)")
     return parser
 
@@ -137,7 +138,7 @@ def open_stage(
     if not (source / "summary.json").exists():
         raise UserError(f"{source} is not finished; resume it: train/{saved['about']['method']}.py --resume")
     dataset = find_dataset(asked.data or saved["about"]["data"])
-    settings = parse(parser, argv, preset(dataset, name))
+    settings = parse(parser, argv, preset(dataset, name, variant=asked.variant))
     config = parser.instantiate(settings)
     check(config)
 

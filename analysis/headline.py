@@ -1,0 +1,137 @@
+"""What a report says in words: who does best, by how much, and how sure that is."""
+
+from collections.abc import Mapping, Sequence
+
+from analysis.compare import Entry
+from analysis.metrics import percent
+from analysis.predictions import Interval
+from analysis.runs import METRICS
+from analysis.tables import interval_told
+from shards.groups import GROUPS
+
+PLACES = {"many": "head", "medium": "middle", "few": "tail"}
+_LEVEL = 0.0005  # differences below it are 0.0 points
+
+
+def best_entry(entries: Sequence[Entry]) -> Entry:
+    """Return the entry that does best, counting every class equally; of several that are level, the first."""
+    return max(entries, key=lambda entry: round(entry.last.mean["balanced_accuracy"] or 0, 3))
+
+
+def headline(entries: Sequence[Entry], split: str, versus: Mapping[str, dict[str, Interval]]) -> str:
+    """Compare the best entry of a dataset with the first, as a person would say it.
+
+    Args:
+        entries: at least one.
+        split: what they were evaluated on.
+        versus: intervals of the differences from the first, by title; empty where they are not known.
+    """
+    first = entries[0]
+    if any(entry.last.mean["balanced_accuracy"] is None for entry in entries):
+        return f"No {split} images were evaluated."
+    if len(entries) == 1:
+        return _one(first, split)
+    best = best_entry(entries)
+    # Where the first is the best, the next is what there is to tell about.
+    other = best if best is not first else best_entry(entries[1:])
+    after, before = (entry.last.mean["balanced_accuracy"] or 0 for entry in (other, first))
+    gain = after - before
+    one, two = _averaged(other), _averaged(first)
+    subject = "it"
+    if len(entries) == 2:
+        verdict = f"{one} does {'better' if best is not first else 'no better'} than {two}"
+    elif best is not first:
+        verdict = f"{one} does best"
+    else:
+        verdict, subject = f"{two} does best, and {one} is next", other.title
+    than = f"{_points(gain)} {'more' if gain > 0 else 'less'} than" if abs(gain) >= _LEVEL else "just as many as"
+    whom = two if len(entries) > 2 and best is not first else first.title
+    sentences = [
+        f"{verdict}: counting every class equally, {subject} recognises {percent(after)} % of the {split} images,"
+        f" {than} {whom}."
+    ]
+    changes = []
+    for group in GROUPS:
+        old, new = first.last.mean[group], other.last.mean[group]
+        if old is not None and new is not None:
+            verb = (
+                "stayed level"
+                if abs(new - old) < _LEVEL
+                else f"{'gained' if new > old else 'lost'} {_points(new - old)}"
+            )
+            changes.append(f"the {PLACES[group]} ({group}) {verb}")
+    if changes:
+        sentences.append(f"{_capital(and_join(changes))}.")
+    sentences += _cautions(first, other, gain, versus.get(other.title, {}))
+    return " ".join(sentences)
+
+
+def _one(entry: Entry, split: str) -> str:
+    figures = entry.last.mean
+    parts = [f"{percent(figures[g])} % of the {PLACES[g]} ({g})" for g in GROUPS if figures[g] is not None]
+    sentences = [
+        f"{_averaged(entry)} recognises {percent(figures['top1'])} % of the {split} images.",
+        f"Averaged over classes, it recognises {and_join(parts)}.",
+    ]
+    if len(entry.replicates) == 1:
+        sentences.append("This is a single seed.")
+    return " ".join(sentences)
+
+
+def _cautions(first: Entry, other: Entry, gain: float, versus: dict[str, Interval]) -> list[str]:
+    """Say how far the difference of two entries can be relied on."""
+    if abs(gain) < _LEVEL:
+        return []
+    cautions = []
+    if (interval := versus.get("balanced_accuracy")) is not None:
+        may = (
+            "is more than the choice of test images explains"
+            if interval.is_clear
+            else "may be chance: other test images could turn it"
+        )
+        cautions.append(f"The difference {may} ({interval_told(interval)} points, 95 % interval).")
+    unsure = [
+        "overall" if key in ("top1", "balanced_accuracy") else f"in the {PLACES[key]}"
+        for key in ("top1", "balanced_accuracy", *PLACES)
+        if key in METRICS and _within_spread(first, other, key)
+    ]
+    if unsure:
+        cautions.append(f"The difference {and_join(list(dict.fromkeys(unsure)))} is within the spread of the seeds.")
+    single = [entry.title for entry in (first, other) if len(entry.replicates) == 1]
+    if single:
+        whose = "Each has a single seed" if len(single) == 2 else f"{single[0]} has a single seed"
+        cautions.append(f"{whose}, and another may turn out differently: train two more before relying on this.")
+    return cautions
+
+
+def _within_spread(first: Entry, other: Entry, key: str) -> bool:
+    """Whether two means differ visibly, but by less than the larger of their standard deviations."""
+    old, new = first.last.mean[key], other.last.mean[key]
+    if old is None or new is None:
+        return False
+    return _LEVEL <= abs(new - old) < max(entry.last.std[key] or 0 for entry in (first, other))
+
+
+def seeds_told(entry: Entry) -> str:
+    """Say over how many seeds an entry is averaged, and over how many runs where seeds repeat; empty for one."""
+    runs, seeds = len(entry.runs), len(entry.replicates)
+    if runs == seeds:
+        return "" if runs == 1 else f"{seeds} seeds"
+    return f"{runs} runs of {'one seed' if seeds == 1 else f'{seeds} seeds'}"
+
+
+def and_join(parts: Sequence[str]) -> str:
+    """Write "a, b and c"."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
+
+
+def _averaged(entry: Entry) -> str:
+    return entry.title + (f" (mean of {seeds_told(entry)})" if len(entry.runs) > 1 else "")
+
+
+def _points(difference: float) -> str:
+    return f"{abs(100 * difference):.1f} points"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,56 @@
+"""Identical images of a source, so that none of them trains what another one tests."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.progress import Progress
+from shards.sources import Listing, Source
+
+READERS = 16  # at the same time: files may lie behind a network
+STEP = 1000  # images, for the progress
+
+
+def identical_images(source: Source) -> list[list[int]]:
+    """Find the training images that have the same bytes.
+
+    Files of the same size are compared by their last bytes, and those that are alike there as a whole: of a hundred
+    different photographs few are read to the end. Images that cannot be read have no copies.
+
+    Returns:
+        The positions in the training listing of each group of two or more, ascending; groups by their first one.
+    """
+    train = source.splits["train"]
+    groups = [np.arange(len(train))] if train.sizes is None else _alike(np.flatnonzero(train.sizes > 0), train.sizes)
+    for read in filter(None, (source.peek, source.read)):
+        ids = np.concatenate(groups) if groups else np.zeros(0, np.int64)
+        digests = _digests(train, ids, read)
+        groups = [part for group in groups for part in _alike(group[[i in digests for i in group.tolist()]], digests)]
+    return sorted(sorted(group.tolist()) for group in groups)
+
+
+def _digests(images: Listing, ids: NDArray[np.int64], read: Callable[[str], bytes]) -> dict[int, bytes]:
+    def digest(i: int) -> tuple[int, bytes]:
+        try:
+            return i, hashlib.sha256(read(images.names[i])).digest()
+        except OSError:
+            return i, b""
+
+    found: dict[int, bytes] = {}
+    with Progress("look for copies", len(ids)) as progress, ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(ids), STEP):
+            part = ids[start : start + STEP].tolist()
+            found |= {i: value for i, value in pool.map(digest, part) if value}
+            progress.add(len(part))
+    return found
+
+
+def _alike(ids: NDArray[np.int64], key_of: Mapping[int, bytes] | NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Group the ids that share a key with others."""
+    groups: dict[bytes | int, list[int]] = {}
+    for i in ids.tolist():
+        groups.setdefault(key_of[i], []).append(i)
+    return [np.array(group) for group in groups.values() if len(group) > 1]

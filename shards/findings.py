@@ -1,0 +1,208 @@
+"""What has to be known of the images before the first shard is written; an interrupted build remembers it.
+
+    copies      identical images, which the plan keeps together
+    lost        classes without a readable training image, and held-out splits without a readable one: they are left
+                out, and labels count the other classes
+    grey bits   how many bits 16-bit grey images use: one scale for all, so that dark ones stay dark
+
+For the second, one image of each class and split is decoded, and the others where that fails. The third costs
+something only where one of these is of 16-bit grey: then all of the images are looked at.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from shards.encode import GREY_BITS, BadImageError, Encoded, grey_maximum
+from shards.errors import UserError
+from shards.parallel import run_jobs
+from shards.plan import Plan
+from shards.progress import Progress
+from shards.sources import Listing, Source
+from shards.sources.files import printable, some
+from shards.writer import read_image
+
+AT_ONCE = 100  # images of a job
+HELD_OUT = {"val", "test"}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found out; goes into a JSON file and back.
+
+    Attributes:
+        copies: groups of identical training images, by position in the source's listing.
+        lost: labels of the classes that are left out, ascending.
+        lost_splits: held-out splits that are left out.
+        rejected: their images, as in `rejected.jsonl`; the labels are null.
+        grey_bits: of 16-bit grey images.
+    """
+
+    copies: list[list[int]]
+    lost: list[int]
+    lost_splits: list[str]
+    rejected: list[dict[str, Any]]
+    grey_bits: int
+
+    def notes(self, source: Source) -> Iterator[str]:
+        """Lines for the user."""
+        if self.lost:
+            names = [source.classes[j] for j in self.lost]
+            first = self.rejected[0]
+            yield (
+                "classes of which no training image can be read are left out:"
+                f" {some(names)}, for example {first['source']}: {first['reason']}"
+            )
+        for split in self.lost_splits:
+            yield f"no image that was held out for {split} can be read; there is no {split} split"
+        if self.grey_bits != max(GREY_BITS):
+            white = (1 << self.grey_bits) - 1
+            yield f"16-bit grey images use {self.grey_bits} bits: value v is stored as v · 255 / {white}"
+
+    def applied(self, source: Source, plan: Plan) -> tuple[Source, Plan]:
+        """Leave out the lost classes."""
+        if not self.lost and not self.lost_splits:
+            return source, plan
+        kept_C = np.ones(len(source.classes), dtype=bool)
+        kept_C[self.lost] = False
+        label_C = np.cumsum(kept_C) - 1
+
+        def kept(listing: Listing) -> Listing:
+            rest = listing[np.flatnonzero(kept_C[listing.labels])]
+            return replace(rest, labels=label_C[rest.labels])
+
+        splits = {
+            split: rest
+            for split, listing in plan.splits.items()
+            if split not in self.lost_splits and len(rest := kept(listing))
+        }
+        classes = [name for name, keep in zip(source.classes, kept_C, strict=True) if keep]
+        return replace(source, classes=classes), replace(plan, splits=splits)
+
+
+@dataclass(frozen=True)
+class _Job:
+    images: Listing
+    read: Callable[[str], bytes]
+    encode: Callable[[bytes], Encoded] | None
+
+
+class _Looked(NamedTuple):
+    reasons: list[str]  # why each image cannot be stored, "" where it can
+    grey: int  # the largest value in 16-bit grey images
+
+
+def find_out(
+    source: Source,
+    plan: Plan,
+    copies: list[list[int]],
+    encode: Callable[[bytes], Encoded],
+    *,
+    workers: int | None,
+    scheduler: str | None,
+) -> Findings:
+    """Look at the planned images.
+
+    Raises:
+        UserError: fewer than two classes have a readable training image, or an official split has none.
+    """
+    look = partial(_look_at, source=source, encode=encode, workers=workers, scheduler=scheduler)
+    train = plan.splits["train"]
+    trained, first_ids = np.unique(train.labels, return_index=True)
+    first = look("look at each class", train[first_ids])
+    grey = first.grey
+    lost: list[int] = []
+    rejected: list[dict[str, Any]] = []
+    for j in [int(j) for j, reason in zip(trained, first.reasons, strict=True) if reason]:
+        images = train[np.flatnonzero(train.labels == j)]
+        found = _until_one_is_good(images, partial(look, f"look at class {source.classes[j]}"))
+        grey = max(grey, found.grey)
+        if all(found.reasons):
+            lost.append(j)
+            rejected += _lines("train", source, images, found.reasons)
+            for split in sorted(HELD_OUT & plan.splits.keys()):
+                others = plan.splits[split][np.flatnonzero(plan.splits[split].labels == j)]
+                rejected += _lines(split, source, others, ["its class is left out"] * len(others))
+    lost_splits = []
+    for split in sorted(HELD_OUT & plan.splits.keys()):
+        listing = plan.splits[split]
+        images = listing[np.flatnonzero(~np.isin(listing.labels, lost))]
+        found = _until_one_is_good(images, partial(look, f"look at {split}"))
+        grey = max(grey, found.grey)
+        if all(found.reasons):
+            if split in source.splits:
+                raise UserError(f"no image of the {split} split can be read; nothing was built")
+            lost_splits.append(split)
+            rejected += _lines(split, source, images, found.reasons)
+
+    if len(trained) - len(lost) < 2:
+        line = rejected[0]
+        raise UserError(
+            f"classes with a training image that can be read: {len(trained) - len(lost)}; a dataset needs at least two"
+            f" (class {line['class']!r}: {line['source']}: {line['reason']})"
+        )
+    bits = max(GREY_BITS)
+    if grey:
+        grey = max(look("look at 16-bit grey", images, encode=None).grey for images in plan.splits.values())
+        bits = next((bits for bits in GREY_BITS if grey < 1 << bits), bits)
+    return Findings(copies, lost, lost_splits, rejected, bits)
+
+
+def _until_one_is_good(images: Listing, look: Callable[[Listing], _Looked]) -> _Looked:
+    """Look at images in order, until one can be stored."""
+    reasons: list[str] = []
+    grey = 0
+    # The first is good, as a rule.
+    for ids in np.split(np.arange(len(images)), np.arange(1, len(images), AT_ONCE)):
+        found = look(images[ids])
+        reasons, grey = [*reasons, *found.reasons], max(grey, found.grey)
+        if not all(found.reasons):
+            break
+    return _Looked(reasons, grey)
+
+
+def _look_at(
+    task: str,
+    images: Listing,
+    *,
+    source: Source,
+    encode: Callable[[bytes], Encoded] | None,
+    workers: int | None,
+    scheduler: str | None,
+) -> _Looked:
+    parts = np.array_split(np.arange(len(images)), -(-len(images) // AT_ONCE) or 1)
+    with Progress(task, len(images)) as progress:
+        found = run_jobs(
+            _look,
+            [_Job(images[ids], source.read, encode) for ids in parts],
+            n_images=len(images),
+            workers=workers,
+            scheduler=scheduler,
+            done=lambda looked: progress.add(len(looked.reasons)),
+        )
+    return _Looked([reason for looked in found for reason in looked.reasons], max(looked.grey for looked in found))
+
+
+def _look(job: _Job) -> _Looked:
+    reasons = []
+    grey = 0
+    for i in range(len(job.images)):
+        try:
+            data = read_image(job.images, i, job.read)
+            grey = max(grey, grey_maximum(data))
+            if job.encode is not None:
+                job.encode(data)
+            reasons.append("")
+        except BadImageError as error:
+            reasons.append(str(error))
+    return _Looked(reasons, grey)
+
+
+def _lines(split: str, source: Source, images: Listing, reasons: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"split": split, "class": source.classes[j], "label": None, "source": printable(name), "reason": reason}
+        for name, j, reason in zip(images.names, images.labels.tolist(), reasons, strict=True)
+    ]

@@ -1,0 +1,87 @@
+"""What a report says in words."""
+
+import itertools
+
+import pytest
+
+from analysis.compare import group_runs
+from analysis.headline import headline
+from analysis.predictions import Interval
+from analysis.runs import read_runs
+
+
+@pytest.fixture
+def say(make_run):
+    """Return `say(CE=[…], BBN=[…])`: the headline over entries of these balanced accuracies, one for each seed."""
+    numbers = itertools.count()
+
+    def told(versus=None, **accuracies):
+        number = next(numbers)
+        runs = []
+        for title, values in accuracies.items():
+            for seed, value in enumerate(values):
+                figures = {"many": 0.9, "medium": None, "few": value - 0.1, "ece": 0.1}
+                last = figures | dict.fromkeys(("top1", "balanced_accuracy"), value)
+                runs.append(make_run(f"{number}/{title}{seed}", title=title, seed=seed, last=last))
+        return headline(group_runs(read_runs(runs)), "test", versus or {})
+
+    return told
+
+
+def test_two_entries_and_their_single_seeds(say):
+    assert say(CE=[0.7], BBN=[0.75]) == (
+        "BBN does better than CE: counting every class equally, it recognises 75.0 % of the test images, 5.0 points"
+        " more than CE. The head (many) stayed level and the tail (few) gained 5.0 points. Each has a single seed, and"
+        " another may turn out differently: train two more before relying on this."
+    )
+
+
+def test_the_best_of_several_is_not_the_last(say):
+    told = say(CE=[0.5, 0.51], BBN=[0.8, 0.81], AFG=[0.7])
+    assert told.startswith(
+        "BBN (mean of 2 seeds) does best: counting every class equally, it recognises 80.5 % of the test images, 30.0"
+        " points more than CE (mean of 2 seeds)."
+    )
+    assert "seed, and" not in told
+    assert "within the spread" not in told
+
+
+def test_a_first_that_nobody_beats_is_told_as_it_is(say):
+    assert say(CE=[0.8], BBN=[0.7]).startswith(
+        "BBN does no better than CE: counting every class equally, it recognises 70.0 % of the test images, 10.0"
+        " points less than CE. The head (many) stayed level and the tail (few) lost 10.0 points."
+    )
+    assert say(CE=[0.8], BBN=[0.6], AFG=[0.7]).startswith(
+        "CE does best, and AFG is next: counting every class equally, AFG"
+    )
+
+
+def test_level_entries_need_no_caution(say):
+    assert say(CE=[0.7], BBN=[0.7]) == (
+        "BBN does no better than CE: counting every class equally, it recognises 70.0 % of the test images, just as"
+        " many as CE. The head (many) stayed level and the tail (few) stayed level."
+    )
+
+
+@pytest.mark.parametrize(
+    ("low", "said"),
+    [
+        (0.01, "is more than the choice of test images explains (+5.0 [1.0, 9.0] points, 95 % interval)"),
+        (-0.01, "may be chance: other test images could turn it (+5.0 [−1.0, 9.0] points, 95 % interval)"),
+    ],
+)
+def test_an_interval_says_how_sure_a_difference_is(say, low, said):
+    versus = {"BBN": {"balanced_accuracy": Interval(0.05, low, 0.09)}}
+    assert f"The difference {said}." in say(versus, CE=[0.7], BBN=[0.75])
+
+
+def test_one_entry_alone(say):
+    assert say(BBN=[0.7]) == (
+        "BBN recognises 70.0 % of the test images. Averaged over classes, it recognises 90.0 % of the head (many) and"
+        " 60.0 % of the tail (few). This is a single seed."
+    )
+    assert "single" not in say(BBN=[0.6, 0.7])
+
+
+def test_only_one_side_has_a_single_seed(say):
+    assert "BBN has a single seed, and another may" in say(CE=[0.7, 0.71], BBN=[0.8])

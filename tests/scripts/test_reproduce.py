@@ -1,0 +1,101 @@
+"""A paper's table: planned, trained, resumed and shown beside the paper's figures."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import reproduce
+from shards.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+TABLES = yaml.safe_load((ROOT / "scripts/papers.yaml").read_text(encoding="utf-8"))["tables"]
+LINES = [(name, row, says) for name, table in TABLES.items() for row, says in table["rows"].items()]
+
+
+@pytest.mark.parametrize(("name", "row", "says"), LINES, ids=[f"{name}: {row}" for name, row, _ in LINES])
+def test_every_line_names_a_launchable_file_and_has_a_figure_for_each_column(name, row, says):
+    assert len(says.get("paper", TABLES[name]["figures"])) == len(TABLES[name]["figures"])
+    assert ("run" in says) != ("mean_of" in says)
+    for other in (says.get("from"), *says.get("mean_of", [])):
+        assert other is None or other in TABLES[name]["rows"]
+    if "run" in says:
+        assert (ROOT / "train" / f"{shlex.split(says['run'])[0]}.py").is_file()
+
+
+def test_the_column_follows_from_the_data(digits, monkeypatch):
+    columns = ["cifar10-100", "cifar10-22", "inat2018"]
+    assert reproduce.column_of(digits, columns) is None
+    monkeypatch.setitem(digits.manifest, "preset", "inat2018")
+    assert reproduce.column_of(digits, columns) == "inat2018"
+    monkeypatch.setitem(digits.manifest, "preset", "cifar10")  # 131 to 6 images
+    assert reproduce.column_of(digits, columns) == "cifar10-22"
+
+
+def test_rows_bring_what_they_start_from():
+    _, rows = reproduce.read_table("bbn-6", "cifar10-50")
+    chosen = [row.name for row in reproduce.chosen_rows(rows, "BBN,uniform + reversed")]
+    assert chosen == ["uniform sampler", "reversed sampler", "uniform + reversed", "BBN"]
+    assert [row.paper for row in rows if row.name == "BBN"] == [17.82]
+    with pytest.raises(UserError, match="has no row 'BNN'; it has: uniform sampler"):
+        reproduce.chosen_rows(rows, "BNN")
+    with pytest.raises(UserError, match="there is no table 'bbn-9'; there are: bbn-1"):
+        reproduce.read_table("bbn-9", None)
+    with pytest.raises(UserError, match="bbn-3 has no column 'cifar10'; it has: cifar10-50"):
+        reproduce.read_table("bbn-3", "cifar10")
+
+
+def test_folders_of_rows_differ():
+    for name in TABLES:
+        _, rows = reproduce.read_table(name, None)
+        folders = [row.folder(Path("runs"), 0).name for row in rows]
+        assert len(set(folders)) == len(folders)
+        assert all(folder.replace("-", "").isalnum() for folder in folders)
+
+
+def reproduced(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts/reproduce.py"), *words]
+    return subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=reproduce.os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_a_table_is_trained_once_and_shown(tmp_path, digits):
+    options = ["bbn-3", "--data", str(digits.root), "--rows", "reversed sampler", "--seeds", "1", "--epochs", "1"]
+    short = ["--", "--input.image_size", "8", "--input.batch_size", "128", "--loop.eval_every", "1"]
+    first = reproduced(*options, "--threads", "1", *short, folder=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "reversed sampler: 0 of 1 finished; 1 epochs, 768 images a run" in first.stdout
+    table = json.loads((tmp_path / "runs/bbn-3/bbn-3.json").read_text())
+    (run,) = table["rows"]["reversed sampler"]["runs"].values()
+    assert run["parameters"] > 400_000
+    assert run["flops"] > 1e6
+    assert len(run["curve"]) == 1
+    assert "reversed sampler" in (tmp_path / "runs/bbn-3/bbn-3.txt").read_text()
+    again = reproduced(*options, "--dry-run", *short, folder=tmp_path)
+    assert "reversed sampler: 1 of 1 finished" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bbn-3", "--data", "nowhere"], "nowhere"),
+        (["bbn-3"], "--data DIR is needed"),
+        (["bbn-3", "--data", "DIGITS", "--column", "x"], "has no column 'x'"),
+        (["bbn-3", "--data", "DIGITS", "--dry-run", "--", "--optim.lrr", "1"], "optim.lrr"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, digits, words, message):
+    said = reproduced(*[str(digits.root) if word == "DIGITS" else word for word in words], folder=tmp_path)
+    assert said.returncode == 2
+    assert message in said.stderr
+    assert "Traceback" not in said.stderr

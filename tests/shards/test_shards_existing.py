@@ -1,0 +1,168 @@
+"""What a build does about what is already there: the same dataset, one of changed images, or something else."""
+
+import os
+import shutil
+
+import pytest
+from shards_pictures import encoded, picture
+
+import shards.existing
+from shards.build import build
+from shards.errors import UserError
+from shards.index import open_dataset
+
+
+@pytest.fixture
+def pets(tmp_path, image_folder):
+    """BMP files: all of one size, whatever they show."""
+    root = image_folder(tmp_path / "pets", {"cat": 0, "dog": 0})
+    for i in range(12):
+        (root / ("cat", "dog")[i % 2] / f"{i}.bmp").write_bytes(encoded(picture(i), "BMP"))
+    (root / "dog" / "bad.bmp").write_bytes(bytes(len(encoded(picture(), "BMP"))))
+    return root
+
+
+def replace_by(path, data, like=None):
+    """Put other contents of the same length in a file's place, as old as `like`."""
+    assert path.stat().st_size == len(data)
+    other = path.with_name("other")
+    other.write_bytes(data)
+    if like is not None:
+        shutil.copystat(like, other)
+    other.replace(path)
+
+
+@pytest.mark.parametrize("as_old", [False, True])
+def test_an_image_replaced_by_one_of_the_same_size_is_found(tmp_path, pets, as_old):
+    out = build("folder", source=pets, out=tmp_path / "out", workers=1)
+    path = pets / "cat" / "4.bmp"
+    replace_by(path, encoded(picture(99), "BMP"), like=path if as_old else None)
+    with pytest.raises(UserError, match=r"from other images \(cat/4\.bmp has changed since\); give --overwrite or"):
+        build("folder", source=pets, out=out, workers=1)
+    build("folder", source=pets, out=out, workers=1, overwrite=True)
+    build("folder", source=pets, out=out, workers=1)
+
+
+def test_a_bad_image_that_was_fixed_is_found(tmp_path, pets):
+    out = build("folder", source=pets, out=tmp_path / "out", workers=1)
+    replace_by(pets / "dog" / "bad.bmp", encoded(picture(99), "BMP"))
+    with pytest.raises(UserError, match=r"dog/bad\.bmp has changed since"):
+        build("folder", source=pets, out=out, workers=1)
+
+
+def test_touched_files_with_the_same_contents_are_the_same_images(tmp_path, pets, capsys):
+    out = build("folder", source=pets, out=tmp_path / "out", workers=1)
+    for path in pets.rglob("*.bmp"):
+        replace_by(path, path.read_bytes())
+    build("folder", source=pets, out=out, workers=1)
+    assert "already built" in capsys.readouterr().err
+
+
+def test_untouched_images_are_not_read_again(tmp_path, pets, monkeypatch):
+    monkeypatch.setattr("shards.build.FILE_TIMES", 0)
+    out = build("folder", source=pets, out=tmp_path / "out", workers=1)
+    monkeypatch.setattr(shards.existing, "read_image", lambda *_: pytest.fail("nothing has changed"))
+    build("folder", source=pets, out=out, workers=1)
+
+
+def test_an_image_that_changes_while_it_is_built_is_found_later(tmp_path, pets, monkeypatch):
+    """The dataset is as old as the list of images, and not as its last shard."""
+    publish = shards.build.Staging.publish
+
+    def late(staging):
+        path = pets / "cat" / "4.bmp"
+        replace_by(path, encoded(picture(99), "BMP"))
+        return publish(staging)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.build.Staging, "publish", late)
+        out = build("folder", source=pets, out=tmp_path / "out", workers=1)
+    with pytest.raises(UserError, match=r"cat/4\.bmp has changed since"):
+        build("folder", source=pets, out=out, workers=1)
+
+
+def test_another_encoder_is_no_change_of_the_images(tmp_path, pets, monkeypatch):
+    out = build("folder", source=pets, out=tmp_path / "out", workers=1)
+    monkeypatch.setattr(shards.existing, "_stored", lambda *_: {f"cat/{i}.bmp": "other bytes" for i in range(12)})
+    with pytest.raises(UserError, match="has changed since"):
+        build("folder", source=pets, out=out, workers=1)
+    monkeypatch.setattr(shards.existing, "ENCODER", "Pillow 99")
+    build("folder", source=pets, out=out, workers=1)
+
+
+def test_photographs_given_as_data_are_told_how_to_become_it(pets):
+    with pytest.raises(UserError) as error:
+        open_dataset(pets)
+    assert str(error.value) == (
+        f"{pets} has no dataset.json, but images; build a dataset from them with:"
+        f" scripts/build_shards.sh folder --source {pets} --out data/pets"
+    )
+
+
+def test_a_folder_of_datasets_and_one_of_something_else(tmp_path, digits):
+    (tmp_path / "data").mkdir()
+    shutil.copytree(digits, tmp_path / "data" / "digits")
+    with pytest.raises(UserError, match=f"has no dataset.json, but {tmp_path}/data/digits has; give that"):
+        open_dataset(tmp_path / "data")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"so it is not a dataset; give a folder that scripts/build_shards\.sh made"):
+        open_dataset(tmp_path / "thesis")
+    with pytest.raises(UserError, match=r"chapter1\.tex is a file"):
+        open_dataset(tmp_path / "thesis" / "chapter1.tex")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_photographs_given_as_out_are_left_alone(tmp_path, pets, overwrite):
+    before = sorted(pets.rglob("*"))
+    with pytest.raises(UserError) as error:
+        build("digits", out=pets, workers=1, overwrite=overwrite)
+    assert str(error.value) == (
+        f"{pets} holds images and no dataset, and is left alone; to build from them:"
+        f" scripts/build_shards.sh folder --source {pets} --out data/pets"
+    )
+    assert sorted(pets.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (".", "is --source; give another --out, such as data/pets"),
+        ("shards", r"lies inside --source .*, among the images; give an --out outside, such as .*/pets-shards"),
+        ("cat/x/../out", "lies inside --source"),
+        ("..", "holds --source .*; give another --out, such as data/pets"),
+        ("link/shards", "lies inside --source"),
+    ],
+)
+def test_source_and_out_lie_apart(tmp_path, pets, out, message):
+    (tmp_path / "link").symlink_to(pets)
+    place = tmp_path / out if out.startswith("link") else pets / out
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=f"--out {os.fspath(place)} {message}"):
+        build("folder", source=pets, out=place, workers=1, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_csv_file_may_lie_above_its_dataset(tmp_path, pets):
+    rows = [f"pets/{name}/{i}.bmp,{name}" for i in range(12) for name in [("cat", "dog")[i % 2]]]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
+    build("csv", source=tmp_path / "list.csv", out=tmp_path / "data" / "csv", workers=1)
+
+
+def test_the_factor_that_was_reached_is_told(tmp_path, image_folder, capsys):
+    source = image_folder(tmp_path / "source", {"a": 30, "b": 30, "c": 2})
+    options = {"source": source, "workers": 1, "profile": "exp", "test_fraction": 0, "val_fraction": 0}
+    build("folder", out=tmp_path / "4", **options, imbalance_factor=4)
+    assert "note: imbalance factor 15 is reached, of 4 that was asked for\n" in capsys.readouterr().err
+    assert open_dataset(tmp_path / "4").train_counts.tolist() == [30, 15, 2]
+    build("folder", out=tmp_path / "15", **options, imbalance_factor=15)
+    assert "factor" not in capsys.readouterr().err
+
+
+def test_an_already_built_dataset_costs_one_listing(tmp_path, pets, monkeypatch):
+    out = build("folder", source=pets, out=tmp_path / "out", workers=1)
+    scans = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scans.append(str(path)) or scandir(path))
+    build("folder", source=pets, out=out, workers=1)
+    assert sorted(path for path in scans if path.startswith(f"{pets}/")) == [f"{pets}/cat", f"{pets}/dog"]

@@ -1,0 +1,134 @@
+"""What is found out before shards are written: classes that are lost, splits that are, and the bits of grey images."""
+
+import json
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+from shards_pictures import encoded
+
+import shards.build
+from shards.build import build
+from shards.errors import UserError
+from shards.index import open_dataset
+from shards.verify import verify
+from shards.writer import write_shard
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def half_lost(tmp_path, image_folder):
+    """Classes a, b, c and d; none of b's eight images is one."""
+    source = image_folder(tmp_path / "source", {"a": 9, "b": 0, "c": 8, "d": 7})
+    for i in range(8):
+        (source / "b" / f"{i}.jpg").write_text(f"no image {i}")
+    return source
+
+
+def test_a_class_of_bad_images_is_left_out_and_told(tmp_path, half_lost, capsys):
+    out = build("folder", source=half_lost, out=tmp_path / "out", workers=1, shard_samples=4)
+    err = capsys.readouterr().err
+    assert "note: classes of which no training image can be read are left out: 1 (b), for example b/" in err
+    dataset = open_dataset(out)
+    assert dataset.classes == ["a", "c", "d"]
+    assert [len(split.class_counts) for split in dataset.splits.values()] == [3, 3, 3]
+    for split in dataset.splits.values():
+        expected = [dataset.classes.index(name.split("/")[0]) for name in split.sample_names()]
+        assert split.samples["label"].tolist() == expected
+    rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert len(rejected) == dataset.manifest["rejected"]["total"] == 8
+    assert {(image["class"], image["label"]) for image in rejected} == {("b", None)}
+    assert {image["reason"] for image in rejected} == {"not an image", "its class is left out"}
+    assert "note: 8 of 32 images are left out (" in err
+    assert verify(out, workers=1) == []
+
+
+def test_it_is_the_same_for_any_workers_and_after_an_interruption(tmp_path, half_lost, monkeypatch, capsys):
+    options = {"source": half_lost, "shard_samples": 4}
+    for name, workers in (("one", 1), ("two", 2)):
+        build("folder", out=tmp_path / name / "out", workers=workers, **options)
+    one = contents(tmp_path / "one" / "out")
+    assert contents(tmp_path / "two" / "out") == one
+
+    written = []
+
+    def write(job):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(job)
+        return write_shard(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.build, "write_shard", write)
+        with pytest.raises(KeyboardInterrupt):
+            build("folder", out=tmp_path / "cut" / "out", workers=1, **options)
+    # What was found out is remembered: shards that are done count on it.
+    (half_lost / "b" / "0.jpg").write_bytes((half_lost / "a" / "000.png").read_bytes()[: len("no image 0")])
+    capsys.readouterr()
+    build("folder", out=tmp_path / "cut" / "out", workers=1, **options)
+    assert "continuing: 3 of " in capsys.readouterr().err
+    assert contents(tmp_path / "cut" / "out") == one
+
+
+def test_one_good_image_among_many_bad_ones_keeps_the_class(tmp_path, half_lost):
+    good = (half_lost / "a" / "000.png").read_bytes()
+    (half_lost / "b" / "good.png").write_bytes(good[:-1] + good[-1:])
+    for seed in range(3):
+        out = build(
+            "folder", source=half_lost, out=tmp_path / str(seed), workers=1, test_fraction=0, val_fraction=0, seed=seed
+        )
+        assert open_dataset(out).train_counts.tolist() == [9, 1, 8, 7]
+
+
+def test_strict_names_an_image_of_the_class(tmp_path, half_lost):
+    with pytest.raises(UserError, match=r"b/\d\.jpg: not an image; fix or remove it, or leave out --strict"):
+        build("folder", source=half_lost, out=tmp_path / "out", workers=1, strict=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_held_out_split_of_one_bad_image_is_left_out(tmp_path, image_folder, capsys):
+    source = image_folder(tmp_path / "source", {"a": 5, "b": 1})
+    out = tmp_path / "out"
+    options = {"source": source, "out": out, "workers": 1, "test_fraction": 0, "val_fraction": 0.1}
+    build("folder", **options)
+    (name,) = open_dataset(out).splits["val"].sample_names()
+    (source / name).write_bytes(bytes((source / name).stat().st_size))
+    build("folder", **options, overwrite=True)
+    assert "note: no image that was held out for val can be read; there is no val split" in capsys.readouterr().err
+    assert list(open_dataset(out).splits) == ["train"]
+    assert verify(out, workers=1) == []
+
+
+def grey(folder, values):
+    """16-bit PNGs, each of one value and one black pixel."""
+    for i, value in enumerate(values):
+        values_HW = np.full((8, 8), value, np.uint16)
+        values_HW[0, 0] = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.png").write_bytes(encoded(Image.fromarray(values_HW), "PNG"))
+
+
+@pytest.mark.parametrize(
+    ("largest", "bits"), [(200, 8), (1023, 10), (1024, 12), (4095, 12), (16383, 14), (16384, 16), (65535, 16)]
+)
+def test_16_bit_images_share_one_scale(tmp_path, capsys, largest, bits):
+    source = tmp_path / "source"
+    grey(source / "bright", [largest, largest])
+    grey(source / "dark", [largest // 10, largest // 5])
+    out = build("folder", source=source, out=tmp_path / "out", workers=1, test_fraction=0, val_fraction=0)
+    dataset = open_dataset(out)
+    assert dataset.manifest["grey_bits"] == bits
+    split = dataset.splits["train"]
+    tar = split.shard_paths[0].read_bytes()
+    for name, row in zip(split.sample_names(), split.samples, strict=True):
+        value = {"bright/0.png": largest, "bright/1.png": largest, "dark/0.png": largest // 10}.get(name, largest // 5)
+        shown = np.asarray(Image.open(BytesIO(tar[row["offset"] :][: row["size"]])))[4, 4]
+        assert shown == round(value * 255 / ((1 << bits) - 1))
+    note = f"note: 16-bit grey images use {bits} bits: value v is stored as v · 255 / {(1 << bits) - 1}\n"
+    assert (note in capsys.readouterr().err) == (bits < 16)
+    assert verify(out, workers=1) == []
+    assert build("folder", source=source, out=out, workers=1, test_fraction=0, val_fraction=0) == out
