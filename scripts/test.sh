@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up, checks format, lint and types, and runs the tests.
 #   scripts/test.sh [pytest arguments]     such as: scripts/test.sh tests/pipeline -k reversed
-#   scripts/test.sh -m slow                every method trained on the digits, which takes half an hour
+#   scripts/test.sh -m slow                every method trained on the digits: a quarter of an hour on a free core
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh --test

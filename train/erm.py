@@ -4,7 +4,7 @@
     … --method.objective ldam --method.weights effective --method.defer 0.8                      LDAM-DRW
     … --method.objective focal --method.weights effective                                        CB-focal
     … --method.q 0 --method.defer 0.8                                                            CE-DRS
-    … --method.mix "manifold(q=-1)"                                  manifold mixup with two samplers (BBN, Table 1)
+    … --method.mix "manifold(partner_q=-1)"                        manifold mixup with two samplers (BBN, Table 1)
 
 Measured: digits, 60 epochs, six first weights: 94.2 overall, 86.5 ± 6.1 on few-shot classes; half a minute each on one
 core of an AMD EPYC. CIFAR-10-LT as JPEG, 20 epochs, three seeds: 49.0 ± 3.6, GraLoss 60.9 ± 1.8; a quarter of an hour.
@@ -57,8 +57,8 @@ class ERM(Method):
                 "effective(beta=0.999)".
             defer: the share of the epochs that go by before weights and q apply, such as 0.8: deferred re-weighting
                 (DRW) and re-sampling (DRS). Until then there are no weights, and the data as it is.
-            mix: none, mixup, remix, cutmix or manifold (manifold mixup), such as "mixup(alpha=0.2)"; with a q of its
-                own, such as "manifold(q=-1)", the partners come from a second stream.
+            mix: none, mixup, remix, cutmix or manifold (manifold mixup), such as "mixup(alpha=0.2)"; with
+                partner_q, as in "manifold(partner_q=-1)", the partners come from a second stream with that exponent.
         """
 
         q: Exponent = 1.0
@@ -86,9 +86,12 @@ class ERM(Method):
         self._check(settings, model.backbone, network.depths)
         self.network = network
         augment, mix = config.input.augment, self._mixing.mix() if self._mixing else None
-        self.streams = (Stream("train", q=settings.q, augment=augment, mix=mix, from_share=settings.defer),)
-        if self._mixing and self._mixing.q is not None:
-            self.streams += (Stream(PARTNERS, q=self._mixing.q, augment=augment),)
+        train = Stream("train", q=settings.q, augment=augment, mix=mix, from_share=settings.defer)
+        self.streams = (train,)
+        if isinstance(self._objective, Adjusted) and settings.q != 1:
+            self._objective.draw_by(lambda progress: _drawn(train_counts_C, train, progress))
+        if self._mixing and self._mixing.partner_q is not None:
+            self.streams += (Stream(PARTNERS, q=self._mixing.partner_q, augment=augment),)
         prefix, mixed = weighting.title if weighting else None, self._mixing.label if self._mixing else None
         self.title = _title(self._objective.title, prefix, settings, mixed)
 
@@ -110,6 +113,11 @@ class ERM(Method):
             raise UserError(
                 f"method.objective={settings.objective} counts which images are recognised, and method.mix="
                 f"{settings.mix} gives each two labels; choose another objective, or --method.mix none"
+            )
+        if isinstance(self._objective, Adjusted) and self._mixing.partner_q is not None:
+            raise UserError(
+                f"method.objective={settings.objective} adjusts for the classes that one sampler draws, and method.mix="
+                f"{settings.mix} mixes those of two; leave partner_q out, or choose another objective"
             )
         if isinstance(self._mixing, ManifoldMixup) and self._mixing.depth != "random" and self._mixing.depth > depths:
             raise UserError(
@@ -148,10 +156,10 @@ class ERM(Method):
         self._objective.load_state_dict(state)
 
 
-def _drawn(train_counts_C: NDArray[np.int64], settings: Any, progress: Progress) -> NDArray[np.float64]:
+def _drawn(train_counts_C: NDArray[np.int64], stream: Stream, progress: Progress) -> NDArray[np.float64]:
     """Return the probability of drawing each class in an epoch, (C,), as `pipeline.plan.TrainPlan` has it."""
-    q = settings.q if progress.epoch > epochs_before(settings.defer, progress.epochs) else 1.0
-    return class_probabilities(train_counts_C, q, (progress.epoch - 1) / max(1, progress.epochs - 1))
+    epoch, epochs = progress.epoch - 1, progress.epochs
+    return class_probabilities(train_counts_C, stream.at(epoch, epochs).q, epoch / max(1, epochs - 1))
 
 
 def _title(objective: str, weighting: str | None, settings: Any, mixing: str | None) -> str:

@@ -1,6 +1,6 @@
 """SDNHL: the strong-weak dual-branch network with hard-aware loss (Zhang and Ye).
 
-    accelerate launch train/sdn.py [--data data/digits] [--method.gamma 0.3] [--method.last_from 1]
+    accelerate launch train/sdn.py [--data data/digits] [--method.gamma 0.3] [--method.hard_from 1]
 
     images, weak view ───> trunk ──> weak branch ────> z_w ── L(z_w, y) ──┐
        │ (the same ones)     ║                          └── KL(P_s‖P_w)   ├─(+)─> λ·(L_w + L_s) + (1−λ)·[b − KL]₊
@@ -72,8 +72,8 @@ class SDN(Method):
             objective: each branch's classification loss, as in train/erm.py.
             weights: of classes, as in train/erm.py.
             defer: the share of the epochs that go by before weights apply.
-            last: the classification loss of the last part.
-            last_from: the share of the epochs that go by before it; 1 leaves it out (SDN without HL).
+            hard: the classification loss of the last part.
+            hard_from: the share of the epochs that go by before it; 1 leaves it out (SDN without HL).
         """
 
         gamma: NonNegativeFloat = 1.0
@@ -81,8 +81,8 @@ class SDN(Method):
         objective: str = "ldam"
         weights: str = "effective"
         defer: NonNegativeFloat = 0.8
-        last: str = "hard"
-        last_from: ClosedUnitInterval = 0.8
+        hard: str = "hard"
+        hard_from: ClosedUnitInterval = 0.8
 
     def __init__(self, config: Any, train_counts_C: NDArray[np.int64]) -> None:
         settings, model = config.method, config.model
@@ -97,15 +97,15 @@ class SDN(Method):
         self._objectives = {
             (branch, part): make_objective(text, train_counts_C)
             for branch in BRANCHES
-            for part, text in (("first", settings.objective), ("last", settings.last))
+            for part, text in (("first", settings.objective), ("last", settings.hard))
         }
         first, last = self._objectives["weak", "first"], self._objectives["weak", "last"]
         if (last.classifier, last.scale) not in (("linear", last.scale), (first.classifier, first.scale)):
             raise UserError(
-                f"method.last={settings.last} wants another classifier than method.objective={settings.objective};"
+                f"method.hard={settings.hard} wants another classifier than method.objective={settings.objective};"
                 " give both the same"
             )
-        self.title = "SDN" if settings.last_from == 1 else "SDNHL"
+        self.title = "SDN" if settings.hard_from == 1 else "SDNHL"
         weak = Stream("weak", augment=config.input.augment)
         self.streams = (weak, Stream("strong", augment=f"{weak.augment}+strong", repeats="weak"))
         self.network = build_network(
@@ -121,7 +121,7 @@ class SDN(Method):
         settings, weights_C = self._settings, None
         if self._weights_C is not None and progress.epoch > epochs_before(settings.defer, progress.epochs):
             weights_C = self._weights_C = self._weights_C.to(batch["weak"].labels_B.device)
-        part = "last" if progress.epoch > epochs_before(settings.last_from, progress.epochs) else "first"
+        part = "last" if progress.epoch > epochs_before(settings.hard_from, progress.epochs) else "first"
         logits_w_BC, logits_s_BC = self.network(batch["weak"].images_BHWC, batch["strong"].images_BHWC)
         logits = {"weak": logits_w_BC, "strong": logits_s_BC}
 

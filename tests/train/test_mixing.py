@@ -24,19 +24,19 @@ COUNTS = np.array([60, 30, 10, 4])
     [
         ("mixup", Mixup()),
         ("mixup(alpha=0.2, probability=0.5, per_image=True)", Mixup(alpha=0.2, probability=0.5, per_image=True)),
-        ("mixup(q=0)", Mixup(partner="partners")),
+        ("mixup(partner_q=0)", Mixup(partner="partners")),
         ("remix", Remix()),
         ("remix(kappa=2, tau=0.4)", Remix(kappa=2.0, tau=0.4)),
         ("cutmix", CutMix()),
         ("manifold", Mixup(alpha=2.0, hidden=True)),
-        ("manifold(alpha=1, depth=1, q=-1)", Mixup(hidden=True, partner="partners")),
+        ("manifold(alpha=1, depth=1, partner_q=-1)", Mixup(hidden=True, partner="partners")),
     ],
 )
 def test_what_the_plan_is_asked_for(text, asked, make_method):
     assert make_mixing(text).mix() == asked
     streams = make_method(ERM, COUNTS, mix=text, q=0.5).streams
     assert (streams[0].mix, streams[0].q) == (asked, 0.5)
-    assert [(s.name, s.q) for s in streams[1:]] == ([("partners", make_mixing(text).q)] if "q=" in text else [])
+    assert [(s.name, s.q) for s in streams[1:]] == ([("partners", make_mixing(text).partner_q)] if "q=" in text else [])
 
 
 def by_hand(network, first, second, shares, partners, depth):
@@ -84,7 +84,7 @@ def test_a_steps_depth_is_drawn_by_seed_epoch_and_step():
     assert {ManifoldMixup(depth=3).depth_of(Progress(1, 9, step, 5), 3) for step in range(9)} == {3}
 
 
-@pytest.mark.parametrize("mix", ["mixup", "manifold(depth=2)", "manifold(depth=1, q=-1)"])
+@pytest.mark.parametrize("mix", ["mixup", "manifold(depth=2)", "manifold(depth=1, partner_q=-1)"])
 def test_a_step_weighs_both_labels(make_method, mix):
     method = make_method(ERM, COUNTS, mix=mix, objective="focal", weights="inverse")
     method.network.eval()
@@ -130,8 +130,8 @@ def test_a_step_weighs_both_labels(make_method, mix):
         ({"mix": "cutmix", "q": 0.0}, "CutMix, q=0"),
         ({"mix": "remix", "weights": "effective", "defer": 0.8}, "Remix-DRW"),
         ({"mix": "manifold"}, "manifold mixup"),
-        ({"mix": "manifold(q=-1)"}, "manifold mixup, two samplers"),
-        ({"mix": "mixup(q=0)"}, "mixup, two samplers, partners q=0"),
+        ({"mix": "manifold(partner_q=-1)"}, "manifold mixup, two samplers"),
+        ({"mix": "mixup(partner_q=0)"}, "mixup, two samplers, partners q=0"),
         ({"mix": "mixup", "weights": "effective", "objective": "ldam", "defer": 0.8}, "LDAM-DRW + mixup"),
         ({"objective": "smoothed"}, "label-aware smoothing"),
         ({"objective": "hard"}, "hard-aware"),
@@ -170,6 +170,10 @@ def test_weights_apply_from_the_deferred_epoch_on(make_method, settings, first):
         (
             ["mix", "mixup", "objective", "hard"],
             "method.objective=hard counts which images are recognised, and method.mix",
+        ),
+        (
+            ["mix", "mixup(partner_q=0)", "objective", "gradual"],
+            "adjusts for the classes that one sampler draws, and method.mix",
         ),
         (["defer", "0.8"], "method.defer=0.8 has nothing to defer with method.weights=none and method.q=1"),
         (["defer", "1", "weights", "inverse"], "method.defer=1 defers to after the last epoch"),

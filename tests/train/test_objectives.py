@@ -75,10 +75,11 @@ def test_a_step_adjusts_by_its_epoch(make_method, settings, title, taus):
         assert result.sums == ({} if title.startswith("CE") else {"tau": pytest.approx(tau)})
 
 
+@pytest.mark.parametrize("defer", [0.0, 0.4])
 @pytest.mark.parametrize("q", [1.0, 0.5, 0.0, -1.0, "progressive"])
-def test_the_prior_is_what_the_stream_draws(make_method, digits, q):
+def test_the_prior_is_what_the_stream_draws(make_method, digits, q, defer):
     counts, split, epochs = digits.train_counts, digits.splits["train"], 3
-    method = make_method(ERM, counts, objective="adjusted", q=q)
+    method = make_method(ERM, counts, objective="adjusted", q=q, defer=0.0 if q == 1 else defer)
     plan = TrainPlan(split, method.streams, batch_size=100_000, image_size=8, seed=0, epochs=epochs)
     logits = torch.randn(10, 10)
     for epoch in (1, 2, 3):

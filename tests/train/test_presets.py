@@ -128,6 +128,21 @@ def test_the_other_settings_are_the_papers(name, backbone, image_size, batch_siz
 
 
 @pytest.mark.parametrize(
+    ("name", "variant", "title"),
+    [
+        ("cifar10", "ldam", "CE"),
+        ("cifar100", "ldam", "CE"),
+        ("fashion-mnist", "ldam", "CE"),
+        ("cifar100", "mislas", "mixup"),
+    ],
+)
+def test_variants_are_recipes_of_their_papers(name, variant, title, digits):
+    settings = settings_of(name, digits, ERM, variant)
+    assert (settings.optim.lr, settings.optim.weight_decay, settings.optim.nesterov) == (0.1, 2e-4, False)
+    assert ERM(settings, np.array([9, 5, 2])).title == title
+
+
+@pytest.mark.parametrize(
     ("name", "scale"), [("cifar100", 1.0), ("imagenet-lt", 1.0), ("inat2017", 0.5), ("inat2018", 0.5)]
 )
 def test_glag_is_the_papers_own_recipe(name, scale, digits):
@@ -153,21 +168,3 @@ def test_glag_changes_nothing_for_others(name, digits):
     assert settings_of(name, digits, BBN, None).optim.weight_decay == weight_decay[name]
     second = parse(stage_parser("afg", "", afg.Settings), [], preset(chosen_by(name, digits), "afg"))
     assert (second.method.classifier, second.method.beta) == ("scaled", "select")
-
-
-@pytest.mark.parametrize(
-    ("name", "variant", "title"),
-    [
-        ("cifar10", "ldam", "LDAM-DRW"),
-        ("cifar100", "ldam", "LDAM-DRW"),
-        ("fashion-mnist", "ldam", "LDAM-DRW"),
-        ("cifar100", "mislas", "mixup"),
-    ],
-)
-def test_variants_name_their_method(name, variant, title, digits):
-    settings = settings_of(name, digits, ERM, variant)
-    assert (settings.optim.lr, settings.optim.weight_decay, settings.optim.nesterov) == (0.1, 2e-4, False)
-    method = ERM(settings, np.array([9, 5, 2]))
-    assert method.title == title
-    # LDAM's weights apply from epoch 161 of 200 on.
-    assert method.streams[0].from_share == (0.8 if variant == "ldam" else 0)

@@ -120,7 +120,7 @@ def test_each_branch_counts_its_own_hard_classes(workplace):
 
 def test_a_resumed_run_goes_on_with_the_weights_of_hard_classes(workplace):
     # Nothing here depends on how many epochs there are to be.
-    settings = [*SHORT, "--optim.schedule", "constant", "--method.gamma", "0", "--method.last_from", "0"]
+    settings = [*SHORT, "--optim.schedule", "constant", "--method.gamma", "0", "--method.hard_from", "0"]
     settings += ["--method.defer", "0", "--loop.select", "false"]
     run(SDN, [*settings, "--optim.epochs", "3", "--run", "runs/whole"])
     run(SDN, [*settings, "--optim.epochs", "2", "--run", "runs/cut"])
@@ -151,10 +151,10 @@ def test_the_mean_of_both_branches_predicts_and_is_exported_as_one_linear_layer(
     [
         (["--method.defer", "1"], "method.defer=1 defers to after the last epoch"),
         (
-            ["--method.last", "ldam(scale=9)"],
-            "method.last=ldam(scale=9) wants another classifier than method.objective=ldam",
+            ["--method.hard", "ldam(scale=9)"],
+            "method.hard=ldam(scale=9) wants another classifier than method.objective=ldam",
         ),
-        (["--method.objective", "ce", "--method.last", "ldam"], "method.last=ldam wants another classifier"),
+        (["--method.objective", "ce", "--method.hard", "ldam"], "method.hard=ldam wants another classifier"),
         (["--input.augment", "cifar+strong"], "has strong twice"),
     ],
 )

@@ -7,7 +7,8 @@
     cutmix     a box of the partner's picture pasted in (Yun et al. 2019)
     manifold   maps of the trunk instead of pictures (Verma et al. 2019), at a depth drawn for each step
 
-With q the partners come from a stream of their own: "manifold(q=-1)" is BBN's manifold mixup with two samplers.
+With partner_q the partners come from a stream of their own: "manifold(partner_q=-1)" is BBN's manifold mixup with two
+samplers.
 """
 
 from abc import ABC, abstractmethod
@@ -34,7 +35,7 @@ class Mixing(ABC):
         alpha: an image's share is drawn from Beta(alpha, alpha).
         probability: of a batch being mixed at all (of an image, with per_image).
         per_image: each image has a share of its own; the papers' code draws one for the batch.
-        q: the sampling exponent of a stream that partners come from; None: they are the batch's own.
+        partner_q: the sampling exponent of a stream that partners come from; None: they are the batch's own.
     """
 
     title: ClassVar[str]
@@ -42,7 +43,7 @@ class Mixing(ABC):
     alpha: PositiveFloat = 1.0
     probability: ClosedUnitInterval = 1.0
     per_image: bool = False
-    q: Exponent | None = None
+    partner_q: Exponent | None = None
 
     @abstractmethod
     def mix(self) -> Mix:
@@ -51,14 +52,14 @@ class Mixing(ABC):
     @property
     def partner(self) -> str | None:
         """The stream that partners come from; None for the stream's own."""
-        return None if self.q is None else PARTNERS
+        return None if self.partner_q is None else PARTNERS
 
     @property
     def label(self) -> str:
         """What tables call it, with what sets it apart."""
-        if self.q is None:
+        if self.partner_q is None:
             return self.title
-        return f"{self.title}, two samplers" + ("" if self.q == -1 else f", partners q={said(self.q)}")
+        return f"{self.title}, two samplers" + ("" if self.partner_q == -1 else f", partners q={said(self.partner_q)}")
 
 
 @dataclass

@@ -12,10 +12,10 @@
     smoothed   −Σ_k t_k·log p_k                 label-aware smoothing (Zhong et al., CVPR 2021, Eq. 2 and 3)
     hard       −w_y·log p_y                     hard-aware loss (Zhang and Ye, SDNHL, section 2.3)
 
-z are the logits, p_k = softmax(z)_k, y is the label, and p without an index each class's share of what is drawn: of
-the training images, or what a sampler that favours some classes makes of it (else they would be favoured twice). Plain
-logits predict. Class weights and mixed labels are settings of their own (`weights`, `mixing`), which compose with any
-of these.
+z are the logits, p_k = softmax(z)_k, y is the label, and p without an index each class's share of what is drawn: of the
+training images, or, with a sampler that favours some classes, what that makes of it (else they would be favoured
+twice). Plain logits predict. Class weights and mixed labels are settings of their own (`weights`, `mixing`), which
+compose with any of these.
 """
 
 import importlib
