@@ -43,6 +43,7 @@ class ERM(Method):
     """Empirical risk minimisation: one branch, one stream, one objective."""
 
     name = "erm"
+    in_title = frozenset({"q", "objective", "weights", "defer", "mix"})
 
     @dataclass
     class Settings:
@@ -70,8 +71,6 @@ class ERM(Method):
     def __init__(self, config: Any, train_counts_C: NDArray[np.int64]) -> None:
         settings, model = config.method, config.model
         self._objective = make_objective(settings.objective, train_counts_C)
-        if isinstance(self._objective, Adjusted) and settings.q != 1:
-            self._objective.draw_by(lambda progress: _drawn(train_counts_C, settings, progress))
         self._defer, weighting = settings.defer, make_weighting(settings.weights)
         self._weights_C = None if weighting is None else class_weights(weighting, train_counts_C)
         self._mixing = make_mixing(settings.mix)

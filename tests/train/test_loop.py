@@ -345,3 +345,16 @@ def test_an_unknown_variant_is_told(workplace, capsys):
     assert "--variant 3x: the preset digits has no such variant; it has: none" in fails_with(
         capsys, BBN, "--variant", "3x"
     )
+
+
+def test_a_run_says_which_settings_are_not_its_presets(workplace):
+    run(
+        BBN,
+        [*SHORT, "--optim.epochs", "1", "--run", "runs/a", "--method.adaptor", "linear_decay", "--optim.ema", "0.9"],
+    )
+    changed = yaml.safe_load((workplace / "runs/a/config.yaml").read_text())["about"]["changed"]
+    assert {"method.adaptor", "optim.ema", "optim.epochs"} <= set(changed)
+    assert "optim.momentum" not in changed
+    run(ERM, [*SHORT, "--optim.epochs", "1", "--run", "runs/b", "--method.q", "0"])
+    changed = yaml.safe_load((workplace / "runs/b/config.yaml").read_text())["about"]["changed"]
+    assert "method.q" not in changed  # the title says it

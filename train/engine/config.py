@@ -277,6 +277,26 @@ def peek(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
         raise _one_line(error, parser) from None
 
 
+def changed_settings(
+    parser: ArgumentParser, sections: dict[str, Any], defaults: dict[str, Any], spoken: frozenset[str] = frozenset()
+) -> list[str]:
+    """Return the dotted names of the settings that differ from the defaults, for tables to tell runs apart.
+
+    Args:
+        parser: that of the run.
+        sections: the run's settings, from `plain_sections`.
+        defaults: the preset, from `preset`.
+        spoken: settings of the method that its title says already.
+    """
+    usual = plain_sections(parser, parse(parser, [], defaults))
+    return [
+        f"{section}.{name}"
+        for section, values in sections.items()
+        for name, value in values.items()
+        if value != usual.get(section, {}).get(name) and not (section == "method" and name in spoken)
+    ]
+
+
 def plain_sections(parser: ArgumentParser, settings: Namespace) -> dict[str, Any]:
     """Return the sections of parsed settings as plain data, ready for YAML."""
     everything = yaml.safe_load(parser.dump(settings, skip_unset=False))

@@ -27,6 +27,7 @@ from train.engine.config import (
     Loop,
     Model,
     Optim,
+    changed_settings,
     find_dataset,
     make_parser,
     parse,
@@ -98,6 +99,8 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None, comma
     accelerator = make_accelerator(config.loop.precision, config.loop.device, config.loop.threads)
     with told_in_one_line(resumed):
         sections = plain_sections(parser, settings)
+        usual = preset(dataset, "training", method_class.name, variant=asked.variant)
+        asked.changed = changed_settings(parser, sections, usual, method_class.in_title)
         _train_and_finish(method_class, config, dataset, resumed, asked, sections, accelerator, command)
 
 
@@ -186,7 +189,7 @@ def _train_and_finish(
     (run_folder,) = broadcast_object_list(folder)
     assert run_folder is not None
     if accelerator.is_main_process:
-        about = {"method": method.name, "dataset": dataset.name, "data": dataset.place}
+        about = {"method": method.name, "dataset": dataset.name, "data": dataset.place, "changed": asked.changed}
         about |= {"fingerprint": _fingerprint(dataset), "variant": asked.variant}
         runs.write_config(run_folder, {"about": about, **sections})
         runs.truncate_rows(run_folder, counters.epochs)
