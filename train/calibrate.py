@@ -21,7 +21,7 @@ from shards.cli import Parser
 from shards.errors import UserError, user_errors_exit_2
 from train.engine.calibration import Calibration, fit, probabilities, reject_threshold, write_calibration
 from train.engine.inference import open_model
-from train.engine.predictions import FILES, read_predictions
+from train.engine.predictions import kept_arrays, read_predictions
 from train.networks.model_files import choose_weights
 
 BINS = 10
@@ -126,8 +126,7 @@ def _calibrate_run(run: Path, reject: float | None, per_class: bool) -> None:
     kinds = dict.fromkeys(["last", choose_weights(run, None)])
     found = {}
     for weights in kinds:
-        path = run / FILES[weights]
-        if path.exists() and "val_logits" not in np.load(path, allow_pickle=False).files:
+        if "val_logits" not in kept_arrays(run, weights):
             print(
                 f"{run} has no val split beside the one that it is reported on, so there is nothing to calibrate on;"
                 " nothing is done (build the dataset again with --val-fraction 0.1, and train)"

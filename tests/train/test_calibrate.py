@@ -3,10 +3,13 @@
 import io
 import json
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from test_ranks import on_ranks
 from untrained import make_run
 
 from analysis.metrics import summarize, tally
@@ -185,6 +188,29 @@ def test_what_is_kept_of_predictions(tmp_path, classes, kept, dtype, monkeypatch
     np.testing.assert_allclose(scores[:, 0], logits_NC.softmax(1).amax(1).numpy()[order], rtol=1e-3)
     assert rows.tolist() == [0, 2, 4, 6, 8]  # every second is enough
     np.testing.assert_allclose(logits, logits_NC.numpy()[order][rows], rtol=1e-3, atol=1e-3)
+
+
+def _gather(rank: int, folder: str) -> None:
+    accelerator = Accelerator(cpu=True)
+    logits_NC = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    mine = slice(4, 7) if rank == 0 else slice(0, 4)
+    collector = Collector(3, logits=True)
+    if rank < 2:  # the third has no image
+        collector.add(np.arange(7)[mine], torch.arange(7)[mine] % 3, logits_NC[mine])
+    gathered = collector.gather(accelerator)
+    write_predictions(Path(folder) / str(rank), {"val": gathered})
+
+
+def test_ranks_gather_their_predictions_by_ascending_id(tmp_path):
+    for rank in range(3):
+        (tmp_path / str(rank)).mkdir()
+    assert on_ranks(tmp_path, _gather, str(tmp_path), ranks=3) == [0, 0, 0]
+    logits_NC = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    for rank in range(3):
+        ids, labels, logits = read_predictions(tmp_path / str(rank), "last", "val_ids", "val_labels", "val_logits")
+        assert ids.tolist() == list(range(7))
+        assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+        np.testing.assert_array_equal(logits, logits_NC.numpy())
 
 
 def tally_argmax(logits_NC):
