@@ -81,23 +81,31 @@ def shares(counts_C: ArrayLike) -> NDArray[np.float64]:
 def fit(logits_NC: ArrayLike, labels_N: ArrayLike, train_counts_C: ArrayLike) -> Calibration:
     """Fit T and τ by the likelihood of held-out labels, which is concave in 1/T and τ: one maximum.
 
+    As Platt ("Probabilistic Outputs for Support Vector Machines", 1999, section 2.2) does, the label's target is
+    (N + 1) / (N + 2) and not 1, the rest being spread over all classes: a small split without mistakes is no proof that
+    there are none.
+
     Args:
         logits_NC: finite; N >= 1.
         labels_N: 0 … C − 1.
         train_counts_C: n_j.
     """
     logits_NC, labels_N = np.asarray(logits_NC, np.float64), np.asarray(labels_N)
-    log_prior_C, rows = np.log(shares(train_counts_C)), np.arange(len(labels_N))
+    log_prior_C, rare = np.log(shares(train_counts_C)), 1 / (len(labels_N) + 2)
+    targets_NC = np.full(logits_NC.shape, rare / logits_NC.shape[1])
+    targets_NC[np.arange(len(labels_N)), labels_N] += 1 - rare
     scale = max(float(np.abs(logits_NC - logits_NC.mean(1, keepdims=True)).mean()), 1e-12)
     terms_NC2 = np.stack([logits_NC / scale, np.broadcast_to(-log_prior_C, logits_NC.shape)], axis=-1)
 
     def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         log_p_NC = log_softmax(terms_NC2 @ parameters, axis=1)
         wrong_NC = np.exp(log_p_NC)
-        wrong_NC[rows, labels_N] -= 1
-        return -float(log_p_NC[rows, labels_N].mean()), np.einsum("nc,nck->k", wrong_NC, terms_NC2) / len(labels_N)
+        wrong_NC -= targets_NC
+        return -float((targets_NC * log_p_NC).sum() / len(labels_N)), np.einsum("nc,nck->k", wrong_NC, terms_NC2) / len(
+            labels_N
+        )
 
-    # Where val is recognised without a mistake the best T is 0, and where nothing is, infinite: both have bounds.
+    # Where nothing is recognised the best T is infinite: it has bounds.
     found = minimize(loss, [scale, 0.0], jac=True, method="L-BFGS-B", bounds=[(0.02 * scale, 50 * scale), (-4, 4)])
     inverse, tau = found.x
     prior_C = shares(np.bincount(labels_N, minlength=logits_NC.shape[1]))

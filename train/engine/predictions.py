@@ -10,9 +10,9 @@ predictions.npz             of the last weights; predictions-selected.npz of tho
     val_logit_rows    (M,) int64: the rows of val_ids that they belong to; all of them, unless that is too much
 """
 
-import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,15 +113,31 @@ def read_predictions(run_folder: Path, weights: str, *names: str) -> list[NDArra
     Raises:
         UserError: there is no such file or array, or it is damaged.
     """
+    with _opened(run_folder, weights) as file:
+        arrays = [file[name] for name in names]
+        for name, array in zip(names, arrays, strict=True):
+            if not isinstance(array, np.ndarray):
+                raise ValueError(f"{name} is no array")
+        return arrays
+
+
+def kept_arrays(run_folder: Path, weights: str) -> list[str]:
+    """Return the names of the arrays in a run's predictions; raises as `read_predictions` does."""
+    with _opened(run_folder, weights) as file:
+        return list(file.files)
+
+
+@contextmanager
+def _opened(run_folder: Path, weights: str) -> Iterator[Any]:
     path = run_folder / FILES[weights]
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return [file[name] for name in names]
+        with path.open("rb") as raw, np.lib.npyio.NpzFile(raw, allow_pickle=False) as file:
+            yield file
     except FileNotFoundError:
         raise UserError(
             f"{run_folder} has no {path.name}: it was trained before predictions were kept; train the run again"
         ) from None
     except KeyError as error:
-        raise UserError(f"{path} has no array {error.args[0]!r}") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, io.UnsupportedOperation) as error:
+        raise UserError(f"{path} has no array {error.args[0]!r}; train the run again") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); train the run again") from None
