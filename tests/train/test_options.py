@@ -127,7 +127,7 @@ def test_what_a_method_keeps_is_used_with_the_average_too(workplace, monkeypatch
             self.seen.append(self.shift)
             return super().predict(images_BHWC)
 
-    run(Shifting, [*SHORT, "--optim.epochs", "2", "--optim.ema", "0.9", "--run", "runs/a"])
+    run(Shifting, [*SHORT, "--optim.epochs", "2", "--loop.eval_every", "1", "--optim.ema", "0.9", "--run", "runs/a"])
     assert sorted(set(Shifting.seen)) == [1.0, 2.0]
 
 
