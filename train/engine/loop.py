@@ -77,7 +77,9 @@ class Training:
             weight_decay=config.optim.weight_decay,
         )
         method.network, self._optimizer = accelerator.prepare(method.network, optimizer)
-        self._sums = Sums(accelerator.device)
+        # What methods are given, and what is logged: there each part counts by its share of the step, so that a run may
+        # be resumed with other numbers of parts and processes in the middle of an epoch.
+        self._sums, self._means = Sums(accelerator.device), Sums(accelerator.device)
         self._network = unwrapped(method.network)
         # A dataset without a test split reports on val, which must not choose an epoch then.
         self._watched = dataset.splits.get("val") or test_split(dataset)
@@ -172,7 +174,10 @@ class Training:
                     result = self._method.step(part, progress)
                 accelerator.backward(result.loss / len(parts))
             loss += result.loss.detach() / len(parts)
-            self._sums.add({"loss": result.loss, **result.sums})
+            self._sums.add(result.sums)
+            scalars = {name: value for name, value in result.sums.items() if torch.as_tensor(value).ndim == 0}
+            share = 1 / (len(parts) * accelerator.num_processes)
+            self._means.add({name: value * share for name, value in {"loss": result.loss, **scalars}.items()})
         if optim.clip_norm is not None:
             accelerator.clip_grad_norm_(self._method.network.parameters(), optim.clip_norm)
         self._optimizer.step()
@@ -193,6 +198,7 @@ class Training:
         """Bring what is known of the epoch under way up to date."""
         self._losses.check()
         self._sums.gather(self._accelerator)
+        self._means.gather(self._accelerator)
         self._counters.epoch_seconds = time.perf_counter() - began
 
     def _end_of_epoch(self) -> None:
@@ -201,12 +207,13 @@ class Training:
         epochs, epoch, took = config.optim.epochs, counters.epochs + 1, counters.epoch_seconds
         images = plan.steps_per_epoch * plan.batch_size * len(plan.streams)
         row: dict[str, Any] = {"epoch": epoch, "step": counters.step}
-        means = self._sums.means(plan.steps_per_epoch * config.optim.accumulate * accelerator.num_processes)
+        means = {name: float(total) / plan.steps_per_epoch for name, total in self._means.totals().items()}
         row |= {"loss": means.pop("loss"), "lr": config.optim.lr * lr_factor(config.optim, epoch)}
         row |= {"images_per_second": images / took, **means}
         progress = Progress(epoch, epochs, plan.steps_per_epoch, config.loop.seed)
         row |= self._method.end_of_epoch(self._sums.totals(), progress)
         self._sums.clear()
+        self._means.clear()
         if epoch % config.loop.eval_every == 0 or epoch == epochs:
             began = time.perf_counter()
             tally = evaluate(self.evaluated, self._watched, config.input, accelerator)
@@ -247,7 +254,7 @@ class Training:
     def _states(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the network and the counters."""
         states = {"optimizer": self._optimizer.state_dict(), "random": torch.get_rng_state()}
-        states |= {"method": self._method.state_dict(), "sums": self._sums.totals()}
+        states |= {"method": self._method.state_dict(), "sums": self._sums.totals(), "means": self._means.totals()}
         if self._accelerator.device.type == "cuda":
             states["random_cuda"] = torch.cuda.get_rng_state(self._accelerator.device)
         if self._accelerator.scaler is not None:
@@ -267,6 +274,7 @@ class Training:
         self._method.load_state_dict(states["method"])
         if self._accelerator.is_main_process:
             self._sums.add(states["sums"])
+            self._means.add(states.get("means", {}))
         if self._accelerator.device.type == "cuda" and "random_cuda" in states:
             torch.cuda.set_rng_state(states["random_cuda"], self._accelerator.device)
         if self._accelerator.scaler is not None and "scaler" in states:
@@ -301,10 +309,6 @@ class Sums:
     def totals(self) -> dict[str, torch.Tensor]:
         """Return the totals over ranks as of the last `gather`, on the CPU."""
         return {name: value.cpu().clone() for name, value in self._gathered.items()}
-
-    def means(self, number: int) -> dict[str, float]:
-        """Return those totals that are scalars, divided by how many were added."""
-        return {name: float(value) / number for name, value in self._gathered.items() if value.ndim == 0}
 
     def clear(self) -> None:
         """Begin an epoch."""
