@@ -38,12 +38,14 @@ class Recipe:
         draw: `(generator, heights_B, widths_B, image_size) -> (windows_B4, flips_B)`.
         pads: whether windows may reach beyond the image (then no loader can decode the window alone).
         distortions: what is then done to the picture, in this order.
+        centre_share: where the window is always the centre square: its side as a share of the shorter side.
     """
 
     name: str
     draw: Callable[[np.random.Generator, NDArray[np.int64], NDArray[np.int64], int], tuple[Windows, Flips]]
     pads: bool = False
     distortions: tuple[Distortion, ...] = ()
+    centre_share: float | None = None
 
     def draw_distortions(self, generator: np.random.Generator, count: int, image_size: int) -> NDArray[np.void] | None:
         """Draw what `pipeline.distort` does to each picture: shape (count,), a field for each distortion, or None."""
@@ -67,11 +69,15 @@ def _unflipped(windows_B4: Windows) -> tuple[Windows, Flips]:
     return windows_B4, np.zeros(len(windows_B4), dtype=np.bool_)
 
 
-def _none(
-    generator: np.random.Generator, heights_B: NDArray[np.int64], widths_B: NDArray[np.int64], image_size: int
-) -> tuple[Windows, Flips]:
-    """Centre square, whole shorter side."""
-    return _unflipped(centre_windows(heights_B, widths_B, 1.0))
+def _centre(name: str, share: float) -> Recipe:
+    """Show the centre square, this share of the shorter side."""
+
+    def draw(
+        generator: np.random.Generator, heights_B: NDArray[np.int64], widths_B: NDArray[np.int64], image_size: int
+    ) -> tuple[Windows, Flips]:
+        return _unflipped(centre_windows(heights_B, widths_B, share))
+
+    return Recipe(name, draw, centre_share=share)
 
 
 def _eval(
@@ -137,13 +143,13 @@ def _imagenet(
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("none", _none),
+        _centre("none", 1.0),  # all of the shorter side
         Recipe("shift", _shift, pads=True),
         Recipe("cifar", _cifar, pads=True),
         Recipe("imagenet", _imagenet),
         Recipe("strong", _imagenet, distortions=(Strong(),)),
         Recipe("strong-cifar", _cifar, pads=True, distortions=(Strong(),)),
-        Recipe("eval", _eval),
+        Recipe("eval", _eval, centre_share=224 / 256),
     )
 }
 

@@ -9,11 +9,22 @@ from pathlib import Path
 from typing import Any
 
 
+@contextmanager
+def partial_file(path: Path) -> Iterator[Path]:
+    """Give a path to write to; when the block ends well the file there takes its name, else it goes."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is either the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with partial_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager

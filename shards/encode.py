@@ -4,10 +4,12 @@ The loaders cannot skip a bad image in the middle of training, so none gets into
 decoded here, once.
 """
 
+import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from math import ceil
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -90,6 +92,31 @@ def encode(
         MemoryError: there is too little of it.
     """
     assert not (keep_bytes and shorter_side)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _opened(data, shorter_side) as image:
+            return _encode(image, data, shorter_side, quality, keep_bytes, grey_bits)
+
+
+def decode(data: bytes, shorter_side: int | None = None, quality: int = 90, grey_bits: int = 16) -> Image.Image:
+    """Return the picture that loaders show of what `encode` would store: RGB, upright.
+
+    Threads may call it; PIL's warnings are then the caller's to silence, as filters belong to the whole process.
+
+    Raises:
+        BadImageError: as `encode`.
+    """
+    with _opened(data, shorter_side) as image:
+        if not _is_shrunk(image, shorter_side) and _orientation(image) == 1 and _is_plain(image, data):
+            return image.convert("RGB")  # stored as it is: to decode it once is enough
+        stored = _encode(image, data, shorter_side, quality, False, grey_bits)
+    with Image.open(BytesIO(stored.data)) as image:
+        return image.convert("RGB")
+
+
+@contextmanager
+def _opened(data: bytes, shorter_side: int | None) -> Iterator[Image.Image]:
+    """Open an image file; what goes wrong in the block, too, is a BadImageError."""
     if not data:
         raise BadImageError("empty file")
     most = MOST_PIXELS if shorter_side is None else MOST_SHRUNK_PIXELS
@@ -97,12 +124,16 @@ def encode(
         # Never put back: other threads may be in the middle of an image.
         Image.MAX_IMAGE_PIXELS = most
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(BytesIO(data), formats=OPENED) as image:
-                if image.width * image.height > most:
-                    raise BadImageError(_too_large(most))
-                return _encode(image, data, shorter_side, quality, keep_bytes, grey_bits)
+        with Image.open(BytesIO(data), formats=OPENED) as image:
+            if image.width * image.height > most:
+                raise BadImageError(_too_large(most))
+            if image.format == "PNG":
+                # PIL's decoder overlooks wrong checksums and a lost end; DALI's does not.
+                with Image.open(BytesIO(data), formats=["PNG"]) as again:
+                    again.verify()
+            if image.format not in ("JPEG", "MPO"):  # those may still be decoded at a fraction of their size
+                image.load()  # before the orientation: PNG may have it behind the pixels, TIFF is turned by loading
+            yield image
     except (BadImageError, MemoryError):  # too little memory says nothing about the image
         raise
     except UnidentifiedImageError:
@@ -114,6 +145,10 @@ def encode(
         lacking = "not available" in str(error)  # such as "decoder libtiff not available"
         reason = "this PIL was built without its format" if lacking else "damaged or truncated"
         raise BadImageError(reason) from None
+
+
+def _is_shrunk(image: Image.Image, shorter_side: int | None) -> bool:
+    return shorter_side is not None and min(image.size) > shorter_side
 
 
 def grey_maximum(data: bytes) -> int:
@@ -149,14 +184,8 @@ def _encode(
     image: Image.Image, data: bytes, shorter_side: int | None, quality: int, keep_bytes: bool, grey_bits: int
 ) -> Encoded:
     kind = image.format or ""
-    if kind == "PNG":
-        # PIL's decoder overlooks wrong checksums and a lost end; DALI's does not.
-        with Image.open(BytesIO(data), formats=["PNG"]) as again:
-            again.verify()
-    if kind not in ("JPEG", "MPO"):  # those may still be decoded at a fraction of their size
-        image.load()  # before the orientation: PNG may have it behind the pixels, TIFF is turned by loading
     orientation = _orientation(image)
-    shrink = shorter_side is not None and min(image.size) > shorter_side
+    shrink = _is_shrunk(image, shorter_side)
     if not shrink and orientation == 1 and _is_plain(image, data):
         image.load()
         return Encoded(data, "jpg" if kind == "JPEG" else "png", image.height, image.width)
@@ -169,7 +198,7 @@ def _encode(
         scale = shorter_side / min(size)
         size = (max(round(size[0] * scale), 1), max(round(size[1] * scale), 1))
         # The box is exact where the decoder's rounded size is not.
-        drafted = image.draft(None, (ceil(size[0] * DRAFT_MARGIN), ceil(size[1] * DRAFT_MARGIN)))
+        drafted = image.draft(None, (math.ceil(size[0] * DRAFT_MARGIN), math.ceil(size[1] * DRAFT_MARGIN)))
         picture = _to_8_bit(image, grey_bits).resize(size, Image.Resampling.BICUBIC, box=drafted and drafted[1])
     else:
         picture = _to_8_bit(image, grey_bits)

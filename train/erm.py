@@ -46,6 +46,7 @@ class ERM(Method):
     """Empirical risk minimisation: one branch, one stream, one objective."""
 
     name = "erm"
+    in_title = frozenset({"q", "objective", "weights", "defer", "mix"})
 
     @dataclass
     class Settings:

@@ -21,6 +21,7 @@ from train import afg
 from train.afg import BETA_MOST, BETA_START, Settings, choose_beta, run, train_afg
 from train.engine.config import PRESETS
 from train.engine.launch import run as run_stage_one
+from train.engine.predictions import read_predictions
 from train.erm import ERM
 from train.features.candidates import Judge
 from train.features.classifiers import ClassifierOptim
@@ -188,9 +189,16 @@ def test_the_saved_model_predicts_what_was_measured_on_features(here):
 
     with open_loader(EvalPlan(test, 1000, 16), "torch", threads=0) as loader, torch.no_grad():
         (batch,) = [step["eval"] for step in loader]
-        right = network.predict(batch.images_BHWC).argmax(1) == batch.labels_B
+        predicted_N = network.predict(batch.images_BHWC).argmax(1)
     told = json.loads((here / "runs/afg/per_class.json").read_text())
-    assert abs(int(right.sum()) - sum(told["correct"])) <= 1  # the bank is half precision
+    assert abs(int((predicted_N == batch.labels_B).sum()) - sum(told["correct"])) <= 1  # the bank is half precision
+    # The features are sorted by class, and the predictions by id.
+    ids_N, labels_N, topk_NK = read_predictions(
+        here / "runs/afg", "last", "test_ids", "test_labels", "test_topk_labels"
+    )
+    np.testing.assert_array_equal(ids_N, batch.ids_B)
+    np.testing.assert_array_equal(labels_N, batch.labels_B)
+    assert (topk_NK[:, 0] == predicted_N.numpy()).mean() > 0.99
 
 
 def test_a_run_without_a_val_split_says_which_beta_it_takes(here, photo_folder, capsys):

@@ -1,7 +1,10 @@
 """Stage one from its command line: what it leaves, how it resumes, and what it says when something is wrong."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +161,12 @@ def test_a_checkpoint_of_another_model_is_named(workplace, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--optim.epoch", "3"], "--optim.epoch"),
+        (["--optim.epoch", "3"], "--optim.epoch 3; did you mean --optim.epochs? (--help"),
+        (["--epochs", "3"], "did you mean --optim.epochs?"),
+        (["--batch-size=3"], "did you mean --input.batch_size?"),
+        (["--optim.seed", "3"], "did you mean --loop.seed?"),
+        (["--rum", "a"], "did you mean --run?"),
+        (["--factor", "20"], "unrecognized arguments: --factor 20 (--help"),
         (["--optim.epochs", "many"], "optim.epochs"),
         (["--optim.epochs", "0"], "optim.epochs"),
         (["--optim.lr", "-1"], "optim.lr"),
@@ -170,9 +178,11 @@ def test_a_checkpoint_of_another_model_is_named(workplace, capsys):
         (["--data", "nowhere"], "nowhere does not exist"),
         (["--data", "."], "has no dataset.json"),
         (["--config", "absent.yaml"], "absent.yaml"),
-        (["--config", "wrong-key.yaml"], "epoch"),
+        (["--config", "wrong-key.yaml"], "option 'epoch'; did you mean optim.epochs?"),
         (["--config", "wrong-type.yaml"], "optim.epochs"),
         (["--config", "broken.yaml"], "broken.yaml"),
+        (["--loop.seed", str(2**32)], "loop.seed=4294967296 must be below 2**32"),
+        (["--optim.ema", "1"], "optim.ema"),
         (["--run", "data"], "data already exists and is no run of ours"),
         (["--run", "file/below"], "cannot make the run folder"),
         (["--resume", "--run", "data"], "data already exists and is no run of ours"),
@@ -186,6 +196,14 @@ def test_mistakes_are_told_in_one_line_and_leave_nothing(workplace, capsys, argu
     before = sorted(workplace.rglob("*"))
     assert expected in fails_with(capsys, BBN, *arguments)
     assert sorted(workplace.rglob("*")) == before
+
+
+def test_help_and_refusals_wait_for_no_library_that_only_training_needs():
+    slow = "{'torchvision', 'nvidia.dali', 'sklearn', 'scipy', 'matplotlib'}"
+    loaded = f"import sys, train.bbn, train.erm, train.afg; print({slow} & set(sys.modules))"
+    environment = os.environ | {"PYTHONPATH": str(PRESETS.parents[1])}
+    done = subprocess.run([sys.executable, "-c", loaded], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_data_must_be_one_or_named(workplace, capsys, photos):
@@ -282,6 +300,7 @@ def test_a_dataset_that_has_moved_or_changed(workplace, capsys):
     assert "elsewhere does not exist" in message
     assert "runs/a was trained on it: if it has moved, name its new place with --data" in message
     build("digits", out="other", seed=1, workers=1)
+    capsys.readouterr()
     message = fails_with(capsys, ERM, *resume, "--data", "other")
     assert "other does not hold the images that runs/a was trained on; name that dataset with --data, or" in message
     run(ERM, [*resume, "--data", "moved"])
@@ -306,7 +325,36 @@ def test_inaturalist_has_a_longer_variant(year, digits):
     assert settings[None] == settings["2x"]
 
 
+def test_a_variant_belongs_to_a_new_run(workplace, monkeypatch, capsys):
+    (workplace / "presets").mkdir()
+    name = open_dataset("data/digits").manifest["preset"]
+    variants = {"variants": {"long": {"training": {"optim": {"epochs": 2}}}}}
+    (workplace / f"presets/{name}.yaml").write_text(yaml.safe_dump({"training": {"optim": {"epochs": 1}}, **variants}))
+    monkeypatch.setattr("train.engine.config.PRESETS", workplace / "presets")
+    slurm = ["--resume", "--run", "runs/a"]  # its script always resumes
+    run(ERM, [*SHORT[2:], *slurm, "--variant", "long"])
+    assert len(rows(workplace / "runs/a")) == 2
+    run(ERM, [*slurm, "--variant", "long", "--optim.epochs", "3"])
+    run(ERM, [*slurm, "--optim.epochs", "4"])
+    assert "runs/a was begun with --variant long; begin another run for --variant none" in fails_with(
+        capsys, ERM, *slurm, "--variant", "none"
+    )
+
+
 def test_an_unknown_variant_is_told(workplace, capsys):
     assert "--variant 3x: the preset digits has no such variant; it has: none" in fails_with(
         capsys, BBN, "--variant", "3x"
     )
+
+
+def test_a_run_says_which_settings_are_not_its_presets(workplace):
+    run(
+        BBN,
+        [*SHORT, "--optim.epochs", "1", "--run", "runs/a", "--method.adaptor", "linear_decay", "--optim.ema", "0.9"],
+    )
+    changed = yaml.safe_load((workplace / "runs/a/config.yaml").read_text())["about"]["changed"]
+    assert {"method.adaptor", "optim.ema", "optim.epochs"} <= set(changed)
+    assert "optim.momentum" not in changed
+    run(ERM, [*SHORT, "--optim.epochs", "1", "--run", "runs/b", "--method.q", "0"])
+    changed = yaml.safe_load((workplace / "runs/b/config.yaml").read_text())["about"]["changed"]
+    assert "method.q" not in changed  # the title says it

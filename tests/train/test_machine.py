@@ -153,12 +153,12 @@ def test_a_gpu_that_torch_cannot_use_is_named(tmp_path, monkeypatch, capsys, see
     assert warning.startswith("warning: this machine has an NVIDIA GPU, but torch ")
     assert warning.count("\n") == 1
     assert ("with this driver 535.104.05; update" if seen == "driver" else "with this driver; update") in warning
-    assert "install torch and DALI for CUDA 12 (README, Installation)" in warning
+    assert "install torch and DALI that are made for CUDA 12 (README names them)" in warning
     make_accelerator("auto", "cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     make_accelerator("auto")
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "is built without CUDA; install torch for CUDA" in unusable_gpu({})
+    assert "is made without CUDA; install one with CUDA" in unusable_gpu({})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert unusable_gpu({}) is None

@@ -290,7 +290,7 @@ def test_save_and_load(kind, tmp_path):
     folder = tmp_path / "run" / "deep"
     save_model(network, folder)
     assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.safetensors"]
-    assert json.loads((folder / "model.json").read_text()) == network.spec
+    assert json.loads((folder / "model.json").read_text()) == {"format": 1, "network": network.spec}
     loaded = load_model(folder)
     assert type(loaded) is type(network)
     assert not loaded.training

@@ -5,11 +5,13 @@ import json
 import shutil
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.batch import Batch
@@ -18,7 +20,7 @@ from train.engine.config import Loop
 from train.engine.launch import run
 from train.engine.loop import Training, prepare_network, split_batch
 from train.erm import ERM
-from train.networks.backbones import Normalize
+from train.networks.backbones import _OWN_RESNETS, Normalize
 from train.networks.batch_norm import StreamBatchNorm2d
 from train.networks.networks import build_network
 
@@ -112,6 +114,50 @@ def test_the_best_epoch_is_remembered_where_a_resumed_run_takes_it_again(workpla
     run(ERM, ["--resume", "--run", "runs/a"])
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert json.loads((folder / "checkpoints/selected.json").read_text()) == best
+
+
+def test_what_a_method_keeps_is_used_with_the_average_too(workplace, monkeypatch):
+    """A method that predicts by what it learnt in its epochs, as of now and not as of the beginning."""
+
+    class Shifting(ERM):
+        shift = 0.0
+        seen: ClassVar[list[float]] = []
+
+        def end_of_epoch(self, sums, progress):
+            self.shift = float(progress.epoch)
+            return {}
+
+        def predict(self, images_BHWC):
+            self.seen.append(self.shift)
+            return super().predict(images_BHWC)
+
+    run(Shifting, [*SHORT, "--optim.epochs", "2", "--loop.eval_every", "1", "--optim.ema", "0.9", "--run", "runs/a"])
+    assert sorted(set(Shifting.seen)) == [1.0, 2.0]
+
+
+def test_a_resumed_run_does_without_the_pretrained_weights(workplace):
+    save_file(_OWN_RESNETS["resnet32"]().state_dict(), "pretrained.safetensors")
+    run(ERM, [*SHORT, "--model.weights", "pretrained.safetensors", "--run", "runs/a"])
+    (workplace / "pretrained.safetensors").unlink()
+    run(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "2"])
+    assert (
+        yaml.safe_load((workplace / "runs/a/config.yaml").read_text())["model"]["weights"] == "pretrained.safetensors"
+    )
+
+
+def test_a_resumed_run_takes_the_settings_that_it_is_given(workplace, monkeypatch):
+    run(ERM, [*SHORT, "--run", "runs/a"])
+    seen = []
+    step = Training._step
+
+    def look(self, *arguments):
+        seen.extend((group["weight_decay"], group["momentum"]) for group in self._optimizer.param_groups)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Training, "_step", look)
+    changed = ["--optim.epochs", "2", "--optim.weight_decay", "0.003", "--optim.momentum", "0.5"]
+    run(ERM, ["--resume", "--run", "runs/a", *changed])
+    assert set(seen) == {(0.003, 0.5)}
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

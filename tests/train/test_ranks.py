@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from pipeline import resident_loader
 from train.bbn import BBN
+from train.engine import launch
 from train.engine.interrupts import EXIT_STATUS, Consensus
 from train.engine.launch import run
 from train.engine.loop import Training
@@ -176,6 +177,20 @@ def test_a_run_goes_on_with_another_number_of_processes(workplace, before, after
     assert on_ranks(workplace, _train, ["--resume", "--run", "runs/cut"], ranks=after) == [0] * after
     for ours, theirs in zip(rows(workplace / "runs/cut"), rows(workplace / "runs/whole"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
+def _train_in_folders_of_their_own(rank: int, argv: list[str]) -> None:
+    os.makedirs(f"rank-{rank}")
+    os.chdir(f"rank-{rank}")
+    launch.SEEN_WITHIN_S = 0.0
+    run(BBN, argv)
+
+
+def test_a_run_that_not_all_processes_see_is_refused(workplace):
+    settings = [*SETTINGS, "--data", str(workplace / "data/digits"), "--run", "runs/a"]
+    first, second = on_ranks(workplace, _train_in_folders_of_their_own, settings)
+    assert (first != 0, second) == (True, 2)
+    assert "process 1 does not see runs/a, where the first process writes" in (workplace / "rank-1.log").read_text()
 
 
 def _agree(rank: int) -> None:

@@ -100,6 +100,11 @@ def load_checkpoint(run: Path, network: torch.nn.Module) -> tuple[dict[str, Any]
     return None
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Return whether a run has a checkpoint, whole or damaged."""
+    return bool(_found(run))
+
+
 def _found(run: Path) -> list[Path]:
     return sorted((run / FOLDER).glob("step-*"), reverse=True)
 

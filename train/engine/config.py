@@ -5,6 +5,8 @@
 A resumed run takes the `config.yaml` of its folder in the preset's place. The resolved configuration is saved there.
 """
 
+import difflib
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,14 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+)
 
 from pipeline.batch import Loader
 from pipeline.loader import ChosenLoader, Decode, LoaderKind, choose_loader, open_loader
@@ -114,8 +123,8 @@ class Optim:
         accumulate: in how many parts a process works through its share of a batch, to need less memory. Batch norm
             sees the parts one by one.
         clip_norm: the largest norm that a step's gradient may have.
-        ema: the decay of an exponential moving average of the weights, such as 0.999, which is then what is evaluated
-            and kept.
+        ema: the decay of an exponential moving average of the weights and of batch norm's statistics, such as 0.999,
+            which is then what is evaluated and kept.
     """
 
     epochs: PositiveInt = 200
@@ -130,7 +139,7 @@ class Optim:
     decay: PositiveFloat = 0.01
     accumulate: PositiveInt = 1
     clip_norm: PositiveFloat | None = None
-    ema: ClosedUnitInterval | None = None
+    ema: OpenUnitInterval | None = None
 
 
 @dataclass
@@ -256,7 +265,7 @@ def parse(parser: ArgumentParser, argv: list[str] | None, defaults: dict[str, An
         parser.set_defaults(flat)
         return parser.parse_args(argv)
     except (ArgumentError, KeyError, TypeError) as error:
-        raise _one_line(error) from None
+        raise _one_line(error, parser) from None
 
 
 def peek(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
@@ -265,7 +274,27 @@ def peek(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     try:
         return parser.parse_args([a for a in arguments if not a.startswith("--print_config")])
     except ArgumentError as error:
-        raise _one_line(error) from None
+        raise _one_line(error, parser) from None
+
+
+def changed_settings(
+    parser: ArgumentParser, sections: dict[str, Any], defaults: dict[str, Any], spoken: frozenset[str] = frozenset()
+) -> list[str]:
+    """Return the dotted names of the settings that differ from the defaults, for tables to tell runs apart.
+
+    Args:
+        parser: that of the run.
+        sections: the run's settings, from `plain_sections`.
+        defaults: the preset, from `preset`.
+        spoken: settings of the method that its title says already.
+    """
+    usual = plain_sections(parser, parse(parser, [], defaults))
+    return [
+        f"{section}.{name}"
+        for section, values in sections.items()
+        for name, value in values.items()
+        if value != usual.get(section, {}).get(name) and not (section == "method" and name in spoken)
+    ]
 
 
 def plain_sections(parser: ArgumentParser, settings: Namespace) -> dict[str, Any]:
@@ -274,5 +303,24 @@ def plain_sections(parser: ArgumentParser, settings: Namespace) -> dict[str, Any
     return {name: value for name, value in everything.items() if isinstance(value, dict)}
 
 
-def _one_line(error: Exception) -> UserError:
-    return UserError(f"{' '.join(str(error).split())} (--help lists every setting)")
+def _one_line(error: Exception, parser: ArgumentParser) -> UserError:
+    said = " ".join(str(error).split())
+    flag = re.search(r"unrecognized arguments: --([\w.-]+)", said)
+    key = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", said)  # of a YAML file
+    unknown = flag[1] if flag else ".".join(key.groups()) if key else None
+    near = [f"{'--' * bool(flag)}{name}" for name in _near(unknown, parser)] if unknown else []
+    guess = f"; did you mean {' or '.join(near)}?" if near else ""
+    return UserError(f"{said}{guess} (--help lists every setting)")
+
+
+def _near(unknown: str, parser: ArgumentParser) -> list[str]:
+    """Return the settings that an unknown one may be meant for: of that name in another section, or spelt alike."""
+    wanted = unknown.replace("-", "_")
+    by_name: dict[str, list[str]] = {}
+    for key in parser.get_defaults().keys():  # noqa: SIM118 (the Namespace iterates over sections)
+        by_name.setdefault(key.rpartition(".")[2], []).append(key)
+    name = wanted.rpartition(".")[2]
+    if name in by_name:
+        return by_name[name]
+    whole = difflib.get_close_matches(wanted, [key for keys in by_name.values() for key in keys], 1, 0.8)
+    return whole or [key for close in difflib.get_close_matches(name, by_name, 1, 0.65) for key in by_name[close]]

@@ -1,5 +1,6 @@
 """Evaluating a method, and what a finished run leaves: results, and the lines that people read."""
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,27 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from analysis.metrics import Tally, percent, summarize, tally
+from pipeline.augment import find_recipe
 from pipeline.faults import faults_of
 from pipeline.plan import EvalPlan
 from shards.atomic import write_json
 from shards.errors import UserError
-from shards.index import Dataset, Split
+from shards.index import MANIFEST, Dataset, Split
 from train.engine import runs
+from train.engine.calibration import FILE as CALIBRATION
 from train.engine.checkpoints import Counters, read_selected
 from train.engine.config import Config, Input
 from train.engine.method import Method, unwrapped
-from train.networks.model_files import load_weights, save_model
+from train.engine.predictions import Collector, write_predictions
+from train.networks.model_files import (
+    FILES,
+    Description,
+    describe_model,
+    load_weights,
+    save_model,
+    save_selected_model,
+)
+from train.networks.networks import Network
 
 # What a line says of an epoch in its own way, or leaves to metrics.jsonl; everything else that is logged follows.
 SAID = {"epoch", "step", "loss", "lr", "images_per_second", "eval", "eval_seconds", "seconds"}
@@ -34,8 +46,10 @@ def test_split(dataset: Dataset) -> Split:
 
 
 @torch.inference_mode()
-def evaluate(method: Method, split: Split, input: Input, accelerator: Accelerator) -> Tally:
-    """Evaluate `method.predict` on every image of a split exactly once over all ranks.
+def evaluate(
+    method: Method, split: Split, input: Input, accelerator: Accelerator, collector: Collector | None = None
+) -> Tally:
+    """Evaluate `method.predict` on every image of a split exactly once over all ranks; `collector` takes the logits.
 
     All ranks evaluate one model, which the first one saves: they take over its buffers, since batch norm's statistics
     are of each rank's own images. DDP does the same before its next step.
@@ -63,6 +77,8 @@ def evaluate(method: Method, split: Split, input: Input, accelerator: Accelerato
                 total = total + tally(logits_BC.float().cpu().numpy(), batch["eval"].labels_B.cpu().numpy())
             except ValueError as error:
                 raise UserError(f"on {split.name}, {error}") from None
+            if collector is not None:
+                collector.add(batch["eval"].ids_B, batch["eval"].labels_B, logits_BC)
     network.train(was_training)
     # Through float64, which the counts fit exactly.
     vector = torch.from_numpy(total.to_vector()).to(accelerator.device)
@@ -74,17 +90,31 @@ def finish(
 ) -> None:
     """Evaluate the last and the selected weights on the test split and write the run's results."""
     network, test = method.model, test_split(dataset)
-    final = evaluate(method, test, config.input, accelerator)
+
+    def measure(weights: str) -> Tally:
+        tallies, kept = {}, {}
+        # What results are reported on comes first. Calibration needs a split beside it.
+        for split in dict.fromkeys([test.name, *held_out_beside(test, dataset)]):
+            collector = Collector(len(dataset.classes), logits=split != test.name)
+            tallies[split] = evaluate(method, dataset.splits[split], config.input, accelerator, collector)
+            kept[split] = collector.gather(accelerator)
+        if accelerator.is_main_process:
+            write_predictions(run_folder, kept, weights)
+        return tallies[test.name]
+
+    final = measure("last")
     last, selected = summarize(final, dataset.train_counts), None
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        (run_folder / CALIBRATION).unlink(missing_ok=True)  # of weights that are replaced now
         save_model(network, run_folder)
+    epochs = {"last": config.optim.epochs}
     chosen = read_selected(run_folder) if config.loop.select else None
     if chosen is not None:
-        path, epoch, _ = chosen
+        path, epochs["selected"], _ = chosen
         load_weights(network, path)
-        measured = summarize(evaluate(method, test, config.input, accelerator), dataset.train_counts)
-        selected = {"epoch": epoch, **measured}
+        selected = {"epoch": epochs["selected"], **summarize(measure("selected"), dataset.train_counts)}
+        if accelerator.is_main_process:
+            save_selected_model(network, run_folder)
     summary = {
         "method": method.name,
         "title": method.title,
@@ -106,7 +136,55 @@ def finish(
         "command": runs.command(),
     }
     if accelerator.is_main_process:
+        describe(run_folder, network, dataset, config.input, summary, epochs)
         write_results(run_folder, summary, final, dataset)
+
+
+def held_out_beside(test: Split, dataset: Dataset) -> list[str]:
+    """Return ["val"] where the dataset has such images, and results are not reported on them."""
+    return ["val"] if test.name != "val" and len(dataset.splits.get("val", ())) else []
+
+
+def describe(
+    run_folder: Path, network: Network, dataset: Dataset, input: Input, summary: dict[str, Any], epochs: dict[str, int]
+) -> None:
+    """Write into model.json what it takes to use the model.
+
+    Args:
+        run_folder: holds the model.
+        network: gives mean and standard deviation.
+        dataset: what it was trained on.
+        input: size and recipe of its images.
+        summary: the run's figures.
+        epochs: for "last", and "selected" where there is one: the epoch of these weights.
+    """
+    options = dataset.manifest["options"]
+    weights = {name: {"file": FILES[name], "epoch": epoch, "figures": summary[name]} for name, epoch in epochs.items()}
+    describe_model(
+        run_folder,
+        Description(
+            classes=dataset.classes,
+            train_counts=dataset.train_counts.tolist(),
+            image_size=input.image_size,
+            eval_augment=input.eval_augment,
+            crop_share=find_recipe(input.eval_augment).centre_share,
+            mean=network.normalize.mean.flatten().tolist(),
+            std=network.normalize.std.flatten().tolist(),
+            shorter_side=options.get("shorter_side"),
+            quality=options.get("quality", 90),
+            grey_bits=dataset.manifest.get("grey_bits", 16),
+            dataset={"name": dataset.name, "fingerprint": _digest(dataset.root / MANIFEST)},
+            method=summary["title"],
+            commit=summary["environment"]["commit"],
+            evaluated_on=summary["evaluated_on"],
+            weights=weights,
+        ),
+    )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_results(run_folder: Path, summary: dict[str, Any], final: Tally, dataset: Dataset) -> None:
@@ -124,6 +202,9 @@ def write_results(run_folder: Path, summary: dict[str, Any], final: Tally, datas
     write_json(run_folder / "summary.json", summary)
     runs.unlock()
     print(f"{summary['title']}, last epoch, on {summary['evaluated_on']}: {accuracy_line(summary['last'])}")
+    if summary["selected"]:
+        told = f"{summary['title']}, epoch {summary['selected']['epoch']}, which {summary['selected_on']} chose"
+        print(f"{told}, on {summary['evaluated_on']}: {accuracy_line(summary['selected'])}")
     print(f"wrote {run_folder}/summary.json; for a page with figures: python -m analysis report {run_folder}")
 
 

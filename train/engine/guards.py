@@ -66,6 +66,20 @@ class LossGuard:
         )
 
 
+def check_weights(network: torch.nn.Module, epoch: int, step: int) -> None:
+    """Refuse weights that are not finite: a checkpoint of them could never be resumed.
+
+    Raises:
+        UserError: a gradient was not finite although the loss was.
+    """
+    for name, weights in network.named_parameters():
+        if not bool(torch.isfinite(weights).all()):
+            raise UserError(
+                f"{name} is not finite in epoch {epoch}, after step {step}, and no checkpoint of it is written; lower"
+                " optim.lr, set --optim.clip_norm 1, or use --loop.precision no, then resume with --resume"
+            )
+
+
 class StallGuard:
     """Hands on a loader's batches, and ends the process when one does not come within a limit.
 

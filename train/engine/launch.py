@@ -5,6 +5,8 @@ import json
 import os
 import shlex
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ from pipeline.plan import TrainPlan
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset
 from train.engine import runs
-from train.engine.checkpoints import Counters, load_checkpoint
+from train.engine.checkpoints import Counters, has_checkpoint, load_checkpoint
 from train.engine.config import (
     Config,
     Input,
     Loop,
     Model,
     Optim,
+    changed_settings,
     find_dataset,
     make_parser,
     parse,
@@ -40,13 +43,16 @@ from train.engine.machine import check_launcher, launched_by, take_threads, unus
 from train.engine.method import Method
 from train.engine.tracking import Tracking
 
+# For network file systems; on one machine a folder is seen at once.
+SEEN_WITHIN_S = 30.0
+
 
 def run(method_class: type[Method], argv: list[str] | None = None) -> None:
     """Run a method from its command line: the whole of what a launchable file does.
 
     Exits with 2 for a user's mistake, told in one line, and with 75 when a signal stopped it.
     """
-    source = str(sys.modules[method_class.__module__].__file__)
+    source = getattr(sys.modules[method_class.__module__], "__file__", None) or sys.argv[0]  # none in a notebook
     ours = Path(source).parent == Path(__file__).parents[1]
     # From Python, with a command line of its own, the method's file is what would be started.
     script = sys.argv[0] if argv is None else os.path.relpath(source)
@@ -76,6 +82,11 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None, comma
         about = saved.pop("about", {})
         if about.get("method") != method_class.name:
             raise UserError(f"{resumed} is a run of {about.get('method')}, not of {method_class.name}; name another")
+        begun_with = about.get("variant")
+        if asked.variant not in (None, begun_with):
+            begun = f"--variant {begun_with}" if begun_with else "no --variant"
+            raise UserError(f"{resumed} was begun with {begun}; begin another run for --variant {asked.variant}")
+        asked.variant = begun_with
         dataset = _dataset_of(resumed, about, asked.data)
         defaults = saved
     else:
@@ -88,6 +99,8 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None, comma
     accelerator = make_accelerator(config.loop.precision, config.loop.device, config.loop.threads)
     with told_in_one_line(resumed):
         sections = plain_sections(parser, settings)
+        usual = preset(dataset, "training", method_class.name, variant=asked.variant)
+        asked.changed = changed_settings(parser, sections, usual, method_class.in_title)
         _train_and_finish(method_class, config, dataset, resumed, asked, sections, accelerator, command)
 
 
@@ -124,7 +137,12 @@ def _train_and_finish(
 ) -> None:
     if resumed and (resumed / "config.yaml").exists() and accelerator.is_main_process:
         runs.lock(resumed)  # before its checkpoint is read
+    if config.loop.seed >= 2**32:
+        raise UserError(f"loop.seed={config.loop.seed} must be below 2**32, NumPy's limit")
     set_seed(config.loop.seed)
+    if resumed and has_checkpoint(resumed):
+        # Its weights replace the pretrained ones, whose file or server may be out of reach by now.
+        config = replace(config, model=replace(config.model, weights=None))
     method = method_class(config, dataset.train_counts)
     plan = TrainPlan(
         dataset.splits["train"],
@@ -171,12 +189,14 @@ def _train_and_finish(
     (run_folder,) = broadcast_object_list(folder)
     assert run_folder is not None
     if accelerator.is_main_process:
-        about = {"method": method.name, "dataset": dataset.name, "data": dataset.place}
-        about |= {"fingerprint": _fingerprint(dataset)}
+        about = {"method": method.name, "dataset": dataset.name, "data": dataset.place, "changed": asked.changed}
+        about |= {"fingerprint": _fingerprint(dataset), "variant": asked.variant}
         runs.write_config(run_folder, {"about": about, **sections})
         runs.truncate_rows(run_folder, counters.epochs)
         (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
         tracking.open(run_folder, counters.step)
+    accelerator.wait_for_everyone()
+    _wait_to_see(run_folder, accelerator.process_index)
     if restored:
         within = counters.step - counters.epochs * plan.steps_per_epoch
         where = f" and {within} of {plan.steps_per_epoch} steps" if within else ""
@@ -197,6 +217,18 @@ def _train_and_finish(
         finally:
             tracking.close()
         finish(training.evaluated, config, dataset, run_folder, accelerator, counters)
+
+
+def _wait_to_see(run_folder: Path, rank: int) -> None:
+    """Wait until this process sees the run's folder, which the first one made: network file systems take a moment."""
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not (run_folder / "config.yaml").exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"process {rank} does not see {run_folder}, where the first process writes; put the run on a file"
+                " system that all machines share, and start every process in the same folder"
+            )
+        time.sleep(0.1)
 
 
 def make_accelerator(precision: str, device: str = "auto", threads: int | None = None) -> Accelerator:

@@ -22,7 +22,7 @@ from train.engine import runs
 from train.engine.checkpoints import Counters, read_selected, save_checkpoint, save_selected
 from train.engine.config import Config, Loop, Optim
 from train.engine.evaluation import device_text, epoch_line, evaluate, test_split
-from train.engine.guards import LossGuard, StallGuard
+from train.engine.guards import LossGuard, StallGuard, check_weights
 from train.engine.interrupts import Consensus, Interrupted, Interrupts
 from train.engine.method import Method, Progress, unwrapped
 from train.engine.tracking import Tracking
@@ -31,11 +31,7 @@ from train.networks.batch_norm import use_stream_batch_norm
 
 
 class Training:
-    """A method on its way to its last epoch: a row of numbers each, checkpoints, and the selected weights.
-
-    Attributes:
-        evaluated: the method with the weights that are evaluated and kept: the trained ones, or their average.
-    """
+    """A method on its way to its last epoch: a row of numbers each, checkpoints, and the selected weights."""
 
     def __init__(
         self,
@@ -64,7 +60,7 @@ class Training:
         self._run_folder, self._accelerator, self._counters = run_folder, accelerator, counters
         self._tracking = tracking
         prepare_network(method.network, config.loop)
-        self.evaluated, self._average = method, None
+        self._average = None
         if config.optim.ema is not None:
             self._average = AveragedModel(
                 method.network,
@@ -73,8 +69,6 @@ class Training:
                 # Batch norm's statistics, too: those of the weights of this step fit the average of many steps' badly.
                 use_buffers=True,
             )
-            self.evaluated = copy.copy(method)
-            self.evaluated.network = self._average.module
         optimizer = torch.optim.SGD(
             method.parameter_groups(),
             lr=config.optim.lr,
@@ -91,6 +85,15 @@ class Training:
         selected = read_selected(run_folder)
         # Also of an epoch that a resumed run takes again: its weights are kept, and must be beaten.
         self._best = selected[2] if selected and selected[1] <= config.optim.epochs else -1.0
+
+    @property
+    def evaluated(self) -> Method:
+        """The method as it is now, with the weights that are evaluated and kept: those trained, or their average."""
+        if self._average is None:
+            return self._method
+        method = copy.copy(self._method)
+        method.network = self._average.module
+        return method
 
     def run(self, loader: Loader) -> None:
         """Train to the last epoch.
@@ -233,6 +236,7 @@ class Training:
     def _save(self) -> None:
         """Write a checkpoint; every rank returns when it is there."""
         self._counters.seconds = time.perf_counter() - self._started
+        check_weights(self._network, self._counters.epochs + 1, self._counters.step)
         if self._accelerator.is_main_process:
             keep = self._config.loop.keep_checkpoints
             save_checkpoint(self._run_folder, self._network, self._states(), self._counters, keep)
@@ -254,7 +258,11 @@ class Training:
 
     def restore(self, states: dict[str, Any]) -> None:
         """Undo `_states`; what the checkpoint lacks, because the run was set otherwise, begins anew."""
+        # The settings are the configuration's: a resumed run may have been given others.
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(states["optimizer"])
+        for group, of_group in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(of_group)
         torch.set_rng_state(states["random"])
         self._method.load_state_dict(states["method"])
         if self._accelerator.is_main_process:

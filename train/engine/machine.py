@@ -72,11 +72,11 @@ def unusable_gpu(environment: Mapping[str, str]) -> str | None:
         found = None
     driver = f"driver {found[1]}" if found else "driver"
     if torch.version.cuda is None:
-        cannot = f"torch {torch.__version__} is built without CUDA; install torch for CUDA"
+        cannot = f"torch {torch.__version__} is made without CUDA; install one with CUDA"
     else:
         cannot = (
             f"torch {torch.__version__}, made for CUDA {torch.version.cuda}, cannot use it with this {driver}; update"
-            " the driver, or install torch and DALI for CUDA 12 (README, Installation)"
+            " the driver, or install torch and DALI that are made for CUDA 12 (README names them)"
         )
     return f"warning: this machine has an NVIDIA GPU, but {cannot}; training on the CPU (--loop.device cpu: no warning)"
 

@@ -4,7 +4,9 @@ runs/digits-bbn-1/
     config.yaml            the resolved configuration
     metrics.jsonl          a row per epoch
     checkpoints/           to resume from; selected.safetensors where a split chose an epoch
-    model.safetensors      the weights after the last epoch, with model.json to rebuild the network
+    model.safetensors      the weights after the last epoch, with model.json, which says all that it takes to use them
+    model-selected.safetensors   those of the epoch that did best on val, where it chose one
+    predictions.npz        what the last weights say of each test and val image; predictions-selected.npz likewise
     per_class.json         the last epoch's correct answers per class
     summary.json           written last: a run that has it is finished
     .lock                  held by the process that writes here
@@ -82,6 +84,8 @@ def append_row(run: Path, row: dict[str, Any]) -> None:
     """Append one epoch's row to metrics.jsonl."""
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # as the checkpoint that counts it is
 
 
 def truncate_rows(run: Path, epochs: int) -> None:

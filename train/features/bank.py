@@ -33,7 +33,7 @@ from shards.atomic import write_json
 from shards.errors import UserError
 from shards.index import MANIFEST, Dataset, Split
 from train.engine.config import Input
-from train.networks.model_files import WEIGHTS_FILE
+from train.networks.model_files import FILES
 from train.networks.networks import BilateralNetwork, PlainNetwork
 
 FOLDER = "features"
@@ -94,6 +94,7 @@ def feature_bank(
     input: Input,
     accelerator: Accelerator,
     views: int = 0,
+    weights: str = "last",
 ) -> tuple[Tensor, Tensor]:
     """Return a split's features and labels, from the run's bank where it fits, else by extraction.
 
@@ -106,6 +107,7 @@ def feature_bank(
             and mirroring; colours stay).
         accelerator: gives device, precision and ranks. Every rank returns the whole bank.
         views: how often each image is taken with the training recipe; 0: once, as in evaluation.
+        weights: which of the run's weights the network has: "last" or "selected".
 
     Returns:
         features_RD, float16, >= 0, and labels_R, int64, ascending: R = images × max(1, views), less those that do not
@@ -118,7 +120,7 @@ def feature_bank(
     wanted = {
         "split": split,
         "network": run.resolve().name,
-        "weights": _digest(run / WEIGHTS_FILE),
+        "weights": _digest(run / FILES[weights]),
         "dataset": _digest(dataset.root / MANIFEST),
         "recipe": input.augment if views else input.eval_augment,
         "image_size": input.image_size,
@@ -148,6 +150,12 @@ def feature_bank(
     if not seen_R.all():
         features_RD, labels_R = features_RD[seen_R], labels_R[seen_R]
     return torch.from_numpy(features_RD).to(accelerator.device), torch.from_numpy(labels_R).to(accelerator.device)
+
+
+def bank_ids(run: Path, split: Split) -> NDArray[np.int64]:
+    """Return the samples that a finished bank of one view holds, row by row: ids_R, int64."""
+    seen_R = np.load(run / FOLDER / split.name / "seen.npy")
+    return np.asarray(split.by_class[seen_R], np.int64)
 
 
 def _digest(path: Path) -> str:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from jsonargparse import ArgumentParser
@@ -23,12 +25,13 @@ from shards.errors import UserError
 from shards.index import Dataset
 from train.engine import runs
 from train.engine.config import Input, find_dataset, make_parser, parse, peek, plain_sections, preset
-from train.engine.evaluation import collect_faults, device_name, test_split, write_results
+from train.engine.evaluation import collect_faults, describe, device_name, test_split, write_results
 from train.engine.launch import make_accelerator
-from train.features.bank import feature_bank
+from train.engine.predictions import Collector, write_predictions
+from train.features.bank import bank_ids, feature_bank
 from train.features.candidates import Judge
-from train.features.classifiers import ClassifierOptim, measure
-from train.networks.model_files import load_model, save_model
+from train.features.classifiers import FEATURES_PER_BLOCK, ClassifierOptim, measure
+from train.networks.model_files import choose_weights, load_model, save_model
 
 
 @dataclass
@@ -78,6 +81,8 @@ class Stage:
         watched: the name of the split that may choose, or None.
         tested: the name of the split that is reported.
         started: when it began, by time.perf_counter.
+        weights: which of the stage-one run's weights the network has: "last" or "selected".
+        input: what the network sees.
     """
 
     name: str
@@ -93,6 +98,8 @@ class Stage:
     watched: str | None
     tested: str
     started: float
+    weights: str
+    input: Input
 
     def average(self, gradient: Tensor) -> Tensor:
         """Return the mean of a gradient over all ranks."""
@@ -109,6 +116,11 @@ def stage_parser(name: str, description: str, settings: type) -> ArgumentParser:
     )
     parser.add_argument("--variant", type=str | None, help="of the dataset's preset, such as glag")
     parser.add_argument("--from", type=str | None, help="the stage-one run (default: the newest finished one)")
+    parser.add_argument(
+        "--weights",
+        type=Literal["last", "selected"] | None,
+        help="of that run (default: those of the epoch that val chose, where it chose one)",
+    )
     return parser
 
 
@@ -144,7 +156,8 @@ def open_stage(
 
     accelerator = make_accelerator(config.loop.precision)
     set_seed(config.loop.seed)
-    network = load_model(source)
+    weights = choose_weights(source, asked.weights)
+    network = load_model(source, weights)
     if network.classifier.out_features != len(dataset.classes):
         raise UserError(
             f"{source} was trained for {network.classifier.out_features} classes, and {dataset.root} has"
@@ -157,8 +170,12 @@ def open_stage(
     assert run_folder is not None
     if accelerator.is_main_process:
         about = {"method": name, "dataset": dataset.name, "data": dataset.place, "from": str(source)}
+        about["weights"] = weights
         runs.write_config(run_folder, {"about": about, **plain_sections(parser, settings)})
-    accelerator.print(f"{title} on {source} ({dataset.name}, {len(dataset.classes):,} classes) -> {run_folder}")
+    accelerator.print(
+        f"{title} on the {weights} weights of {source} ({dataset.name}, {len(dataset.classes):,} classes) ->"
+        f" {run_folder}"
+    )
 
     started = time.perf_counter()
     network.to(accelerator.device)
@@ -169,7 +186,8 @@ def open_stage(
     input = Input(**{key: saved["input"][key] for key in ("image_size", "augment", "eval_augment")}, **taken)
 
     def bank(split: str) -> tuple[Tensor, Tensor]:
-        return feature_bank(source, network, dataset, split, input, accelerator, views if split == "train" else 0)
+        seen = views if split == "train" else 0
+        return feature_bank(source, network, dataset, split, input, accelerator, seen, weights)
 
     features_ND, labels_N = bank("train")
     judge = Judge(bank(watched) if watched else None, bank(test.name), dataset.train_counts)
@@ -187,6 +205,8 @@ def open_stage(
         watched,
         test.name,
         started,
+        weights,
+        input,
     )
 
 
@@ -207,6 +227,7 @@ def close_stage(stage: Stage, title: str, linear: nn.Linear, rows: list[dict[str
         "title": f"{runs.read_summary(stage.source)['title']} + {title}",
         "stage": 2,
         "from": stage.source.resolve().name,
+        "from_weights": stage.weights,
         "dataset": stage.dataset.name,
         "seed": stage.config.loop.seed,
         "epochs": stage.config.optim.epochs,
@@ -224,6 +245,27 @@ def close_stage(stage: Stage, title: str, linear: nn.Linear, rows: list[dict[str
     if stage.accelerator.is_main_process:
         stage.network.classifier = linear
         save_model(stage.network, stage.run_folder)
+        epochs = {"last": stage.config.optim.epochs}
+        describe(stage.run_folder, stage.network, stage.dataset, stage.input, summary, epochs)
+        keep_predictions(stage, linear)
         for row in rows:
             runs.append_row(stage.run_folder, {**row, "seconds": seconds})
         write_results(stage.run_folder, summary, final, stage.dataset)
+
+
+@torch.no_grad()
+def keep_predictions(stage: Stage, linear: nn.Linear) -> None:
+    """Write predictions.npz: what a classifier says of the features of test, and of val where there is one."""
+    kept = {}
+    for name, bank in ((stage.tested, stage.judge.test), (stage.watched, stage.judge.watched)):
+        if name is not None and bank is not None:
+            collector = Collector(linear.out_features, logits=name != stage.tested)
+            ids_N = bank_ids(stage.source, stage.dataset.splits[name])
+            for ids_B, features_BD, labels_B in zip(
+                np.split(ids_N, range(FEATURES_PER_BLOCK, len(ids_N), FEATURES_PER_BLOCK)),
+                *(part.split(FEATURES_PER_BLOCK) for part in bank),
+                strict=True,
+            ):
+                collector.add(ids_B, labels_B, linear(features_BD.float()))
+            kept[name] = collector.gather()
+    write_predictions(stage.run_folder, kept)

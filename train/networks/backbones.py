@@ -1,4 +1,7 @@
-"""Backbones: a network cut before its last residual block, and the layer that normalises pictures."""
+"""Backbones: a network cut before its last residual block, and the layer that normalises pictures.
+
+torchvision is imported where it is needed: that takes longer than all else that a command line's --help waits for.
+"""
 
 import copy
 from collections import OrderedDict
@@ -8,9 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, ResNet
 
 from shards.errors import UserError
 from train.networks.weights import load_state, read_state
@@ -80,7 +81,9 @@ def make_backbone(name: str, weights: str | None = None) -> Backbone:
     if name in _OWN_RESNETS:
         net, owner = _OWN_RESNETS[name](), "a"
     elif name in _torchvision_resnets():
-        net, owner = torchvision.models.get_model(name, weights=None), "torchvision's"
+        from torchvision.models import get_model
+
+        net, owner = get_model(name, weights=None), "torchvision's"
     else:
         choices = ", ".join([*_OWN_RESNETS, *_torchvision_resnets()])
         raise UserError(f"backbone {name!r} is unknown; choose one of: {choices}")
@@ -105,7 +108,8 @@ def make_backbone(name: str, weights: str | None = None) -> Backbone:
 
 
 def _torchvision_resnets() -> list[str]:
-    models = torchvision.models
+    from torchvision import models
+
     return [
         name
         for name in models.list_models(module=models)
@@ -114,7 +118,9 @@ def _torchvision_resnets() -> list[str]:
 
 
 def _pretrained(backbone: str, weights: str) -> dict[str, Tensor]:
-    named = {} if backbone in _OWN_RESNETS else torchvision.models.get_model_weights(backbone).__members__
+    from torchvision.models import get_model_weights
+
+    named = {} if backbone in _OWN_RESNETS else get_model_weights(backbone).__members__
     if weights in named:
         try:
             return named[weights].get_state_dict(progress=True, check_hash=True)
@@ -180,7 +186,11 @@ def _resnet32() -> nn.Module:
     )
 
 
-_OWN_RESNETS: dict[str, Callable[[], nn.Module]] = {
-    "resnet32": _resnet32,
-    "resnet10": lambda: ResNet(BasicBlock, [1, 1, 1, 1]),
-}
+def _resnet10() -> nn.Module:
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    network: nn.Module = ResNet(BasicBlock, [1, 1, 1, 1])
+    return network
+
+
+_OWN_RESNETS: dict[str, Callable[[], nn.Module]] = {"resnet32": _resnet32, "resnet10": _resnet10}

@@ -1,0 +1,102 @@
+"""Exported models: what is in the file, and that it says what the network and train.predict say."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from untrained import CLASSES, make_run, odd_images
+
+from shards.encode import decode
+from train.engine.calibration import Calibration, write_calibration
+from train.engine.inference import find_images, open_model
+from train.export import centre_resize, main
+from train.predict import predict as predict_rows
+
+
+def fails_with(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2, error
+    assert error.startswith("python -m train.export: error: ")
+    assert "\n" not in error
+    return error
+
+
+def load(path):
+    """Return what runs an exported file, and its metadata."""
+    if path.suffix == ".onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        facts = session.get_modelmeta().custom_metadata_map
+        return lambda images_BHWC: session.run(None, {"images": images_BHWC})[0], facts
+    facts = dict.fromkeys(["classes", "description", "reject_below"], "")
+    module = torch.export.load(path, extra_files=facts).module()
+    return lambda images_BHWC: module(torch.from_numpy(images_BHWC)).detach().numpy(), facts
+
+
+@pytest.mark.parametrize("share", [1.0, 0.875])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (31, 57), (200, 90), (20, 300), (1, 7), (9, 9)])
+def test_the_resize_inside_is_pils(height, width, share):
+    from pipeline.augment import centre_windows
+
+    noise_HWC = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    ((top, left, side, _),) = centre_windows(np.array([height]), np.array([width]), share).tolist()
+    window = Image.fromarray(noise_HWC).crop((left, top, left + side, top + side))
+    expected = np.asarray(window.resize((32, 32), Image.Resampling.BILINEAR), np.float32)
+    shown = centre_resize(torch.from_numpy(noise_HWC)[None], 32, share)[0].numpy()
+    assert np.abs(shown - expected).max() <= 1  # pillow-simd's weights have 16 bits
+    assert np.abs(shown - expected).mean() < 0.05
+
+
+@pytest.mark.parametrize(("form", "kind"), [("onnx", "bilateral"), ("pt2", "plain")])
+def test_a_file_says_what_predict_says_of_odd_images_of_any_size(tmp_path, capsys, form, kind):
+    if form == "onnx":
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxscript")
+    run, out = make_run(tmp_path / "run", kind=kind), tmp_path / f"model.{form}"
+    write_calibration(run, {"last": (Calibration(1.7, 0.5, [0.2, 0.3, 0.5], 0.4), {})})
+    main(["--run", str(run), "--format", form, "--out", str(out)])
+    said = capsys.readouterr().out
+    assert "largest difference from the network on the same images: " in said
+    assert "calibrated" in said
+    call, facts = load(out)
+    assert json.loads(facts["classes"]) == CLASSES
+    assert json.loads(facts["description"])["image_size"] == 32
+    assert json.loads(facts["reject_below"]) == [0.4] * 3
+    images = odd_images(tmp_path / "odd")
+    told = list(predict_rows([open_model(run)], find_images([str(path) for path in images]), 3, 8))
+    for path, row in zip(images, told, strict=True):
+        picture_HWC = np.array(decode(path.read_bytes()))
+        scores_C = dict(zip(CLASSES, call(picture_HWC[None])[0].tolist(), strict=True))
+        assert max(scores_C, key=scores_C.get) == row.topk[0][0]
+        assert scores_C == pytest.approx(dict(row.topk), abs=1e-3)
+    assert call(np.zeros((3, 40, 50, 3), np.uint8)).shape == (3, 3)
+
+
+def test_of_the_networks_size_it_gives_logits(tmp_path, capsys):
+    run, out = make_run(tmp_path / "run", selected=True), tmp_path / "model.pt2"
+    main(["--run", str(run), "--format", "pt2", "--out", str(out), "--input", "network", "--output", "logits"])
+    call, _ = load(out)
+    images_BHWC = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    expected_BC = open_model(run, "selected").logits(images_BHWC)
+    offsets_C = expected_BC - call(images_BHWC)
+    np.testing.assert_allclose(offsets_C, 0, atol=1e-4)
+
+
+def test_mistakes_leave_nothing(tmp_path, capsys, monkeypatch):
+    run, out = make_run(tmp_path / "run"), tmp_path / "model.pt2"
+    out.write_text("mine")
+    assert "already exists" in fails_with(capsys, "--run", run, "--format", "pt2", "--out", out)
+    assert out.read_text() == "mine"
+    out.unlink()
+    monkeypatch.setattr("train.export.MOST_DIFFERENCE", -1.0)
+    asked = ["--run", run, "--format", "pt2", "--out", out, "--input", "network"]
+    assert "the file differs from the network" in fails_with(capsys, *asked)
+    assert not list(tmp_path.glob("*model.pt2*"))
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        monkeypatch.setitem(__import__("sys").modules, name, None)
+    assert "pip install 'tailstream[export]'" in fails_with(capsys, "--run", run, "--format", "onnx")
+    assert sorted(path.name for path in run.iterdir()) == ["model.json", "model.safetensors"]

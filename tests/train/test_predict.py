@@ -1,0 +1,267 @@
+"""A trained model in use: the pictures of an evaluation, any input, every format, and what is said when it fails."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from untrained import CLASSES, make_run, odd_images
+
+from pipeline.loader import open_loader
+from pipeline.plan import EvalPlan
+from shards.build import build
+from shards.errors import UserError
+from shards.index import open_dataset
+from train.engine.calibration import Calibration, write_calibration
+from train.engine.inference import find_images, open_model
+from train.predict import main, printable
+
+ROOT = Path(__file__).parents[2]
+HOSTILE = ["<script>alert(1).jpg", "quo\"te',.jpg", "new\nline.jpg", "\u202egpj.exe.jpg", "--help.jpg", "שלום.jpg"]
+
+
+def predict(capsys, *arguments) -> str:
+    main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def rows(capsys, *arguments) -> list[dict]:
+    return [json.loads(line) for line in predict(capsys, "--format", "jsonl", *arguments).splitlines()]
+
+
+def fails_with(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2, error
+    assert error.startswith("python -m train.predict: error: ")
+    return error
+
+
+@pytest.mark.parametrize("shorter_side", [None, 64])
+def test_it_shows_the_network_the_pictures_of_an_evaluation(tmp_path, capsys, photo_folder, shorter_side):
+    images = odd_images(tmp_path / "source/odd")
+    shutil.copytree(photo_folder / "both", tmp_path / "source/both")
+    out = build("folder", source=tmp_path / "source", out=tmp_path / "data", test_fraction=0.0, val_fraction=0.0,
+                shorter_side=shorter_side, workers=1)  # fmt: skip
+    run = make_run(tmp_path / "run", classes=["both", "odd"], shorter_side=shorter_side)
+    split, model = open_dataset(out).splits["train"], open_model(run)
+    expected = {}
+    with open_loader(EvalPlan(split, 5, 32, "eval"), "torch", torch.device("cpu"), threads=0) as loader:
+        names = split.sample_names()
+        for batch in loader:
+            p_BC = model.network.predict(batch["eval"].images_BHWC).softmax(1).detach().numpy()
+            expected |= {names[i]: p_C for i, p_C in zip(batch["eval"].ids_B.tolist(), p_BC, strict=True)}
+    assert len(expected) == len(images) + 6
+    assert np.std([p_C[0] for p_C in expected.values()]) > 0.01  # the network tells them apart
+    capsys.readouterr()
+    told = rows(capsys, "--run", run, "--batch-size", 4, tmp_path / "source")
+    for row in told:
+        p_C = expected[os.path.relpath(row["file"], tmp_path / "source")]
+        assert row["label"] == ["both", "odd"][p_C.argmax()]
+        assert [pair["score"] for pair in row["topk"]] == pytest.approx(sorted(p_C, reverse=True), abs=1e-5)
+    # What the shards hold is predicted alike.
+    from_shards = rows(capsys, "--run", run, out)
+    assert len(from_shards) == len(told)
+    scores = [sorted(row["score"] for row in some) for some in (told, from_shards)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+def test_a_copied_run_needs_neither_the_dataset_nor_dali(tmp_path, photo_folder):
+    run = make_run(tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    program = f"""
+import sys
+for name in ("nvidia", "nvidia.dali", "accelerate", "pyarrow", "onnx"):
+    sys.modules[name] = None
+sys.argv = ["predict", "--run", {str(run)!r}, {str(photo_folder)!r}, "--format", "csv"]
+import runpy
+runpy.run_module("train.predict", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "elsewhere", capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(list(csv.DictReader(io.StringIO(done.stdout)))) == 42
+
+
+@pytest.mark.parametrize("launch", [["-m", "train.predict"], [str(ROOT / "train/predict.py")]])
+def test_it_reads_a_list_and_can_be_launched_both_ways(tmp_path, photo_folder, launch):
+    run = make_run(tmp_path / "run")
+    images = sorted((photo_folder / "both").iterdir())[:2]
+    listed = b"\0".join(os.fsencode(path) for path in images) + b"\0"
+    done = subprocess.run([sys.executable, *launch, "--run", str(run), "-"], input=listed, capture_output=True,
+                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_hostile_names_are_data_in_every_format(tmp_path, capsys, photo_folder):
+    classes = ["<b>\n", 'a"b,c', "\u202etxet"]
+    run = make_run(tmp_path / "run", classes=classes)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in HOSTILE:
+        shutil.copy(photo_folder / "both/00.jpg", folder / name)
+    broken = os.fsencode(folder) + b"/\xff\xfe.jpg"  # no UTF-8
+    shutil.copy(photo_folder / "both/00.jpg", broken)
+    names = {str(folder / name) for name in HOSTILE} | {os.fsdecode(broken)}
+
+    told = rows(capsys, "--run", run, folder)
+    assert {row["file"] for row in told} == names
+    assert {row["label"] for row in told} <= set(classes)
+    out = tmp_path / "out.csv"
+    predict(capsys, "--run", run, folder, "--format", "csv", "--out", out)
+    with out.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert {row["file"] for row in table} == names
+    assert {row["label_3"] for row in table} <= set(classes)
+    lines = predict(capsys, "--run", run, folder).splitlines()
+    assert len(lines) == len(names)
+    assert not any("\u202e" in line or "\x1b" in line for line in lines)
+    assert any("new\\nline.jpg" in line for line in lines)
+    assert any("שלום" in line for line in lines)  # letters stay what they are
+    pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    predict(capsys, "--run", run, folder, "--format", "parquet", "--out", tmp_path / "out.parquet")
+    table = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert {row["file"] for row in table} == {n.encode("utf-8", "backslashreplace").decode() for n in names}
+    assert table[0]["topk"][0]["label"] in classes
+
+
+def test_a_file_that_is_named_like_an_option(tmp_path, capsys, photo_folder, monkeypatch):
+    run = make_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(photo_folder / "both/00.jpg", "--help")
+    (row,) = rows(capsys, "--run", run, "--", "--help")
+    assert row["file"] == "--help"
+    assert printable("a\\nb\n") == "a\\\\nb\\n"
+
+
+def test_bad_images_are_named_and_skipped(tmp_path, capsys, photo_folder):
+    run = make_run(tmp_path / "run")
+    folder = tmp_path / "in"
+    shutil.copytree(photo_folder / "both", folder)
+    (folder / "00.jpg").write_bytes((folder / "00.jpg").read_bytes()[:500])
+    (folder / "03\x1b[2J.jpg").write_bytes(b"")
+    with tarfile.open(folder / "shard.tar", "w") as tar:
+        tar.add(folder / "01.jpg", "x/one.JPG")
+        tar.add(folder / "01.jpg", "x/one.cls")
+    (folder / "broken.tar").write_bytes(b"no tar at all" * 100)
+    main(["--run", str(run), str(folder), "--format", "jsonl", "--batch-size", "3"])
+    said = capsys.readouterr()
+    told = [json.loads(line)["file"] for line in said.out.splitlines()]
+    # In the order of the names, over the gaps.
+    assert [Path(name).name for name in told] == ["01.jpg", "02.jpg", "03.jpg", "04.jpg", "05.jpg", "one.JPG"]
+    assert "skipped" in said.err
+    assert "03\\x1b[2J.jpg: empty file" in said.err
+    assert "broken.tar: not an image" in said.err
+    assert "3 of 9 images could not be read and were skipped" in said.err
+
+    out = tmp_path / "out.csv"
+    message = fails_with(capsys, "--run", run, folder, "--format", "csv", "--out", out, "--strict")
+    assert "00.jpg: damaged or truncated; leave --strict out" in message
+    assert list(tmp_path.glob("*out.csv*")) == []
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/a.jpg").write_bytes(b"text")
+    assert "none of the 1 images could be read" in fails_with(capsys, "--run", run, tmp_path / "bad", "--out", out)
+    assert list(tmp_path.glob("*out.csv*")) == []
+
+
+def test_several_runs_are_averaged_and_must_agree_on_the_classes(tmp_path, capsys, photo_folder):
+    runs = [make_run(tmp_path / f"run{seed}", seed=seed, size=size) for seed, size in ((0, 32), (1, 24))]
+    both = [rows(capsys, "--run", run, photo_folder / "both", "--topk", 9) for run in runs]
+    mean = rows(capsys, "--run", runs[0], "--run", runs[1], photo_folder / "both")
+    for row, *parts in zip(mean, *both, strict=True):
+        scores = [{pair["label"]: pair["score"] for pair in part["topk"]} for part in parts]
+        assert row["topk"][0]["score"] == row["score"]
+        for pair in row["topk"]:
+            assert pair["score"] == pytest.approx(np.mean([of[pair["label"]] for of in scores]))
+    other = make_run(tmp_path / "other", classes=["a", "b", "c"])
+    assert "have other classes" in fails_with(capsys, "--run", runs[0], "--run", other, photo_folder)
+
+
+def test_the_prior_follows_bayes_rule(tmp_path, capsys, photo_folder):
+    run = make_run(tmp_path / "run")  # trained on 24, 12 and 6 images
+
+    def scores(*options) -> dict[str, float]:
+        (row,) = rows(capsys, "--run", run, photo_folder / "both/00.jpg", *options)
+        return {pair["label"]: pair["score"] for pair in row["topk"]}
+
+    plain, prior = scores(), {"flower": 0.7, "temple": 0.3, "both": 0.0}
+    (tmp_path / "prior.json").write_text(json.dumps(prior))
+    trained = dict(zip(CLASSES, (4 / 7, 2 / 7, 1 / 7), strict=True))
+    assert scores("--prior", "train") == pytest.approx(plain)
+    for asked, target in (("uniform", dict.fromkeys(CLASSES, 1 / 3)), (tmp_path / "prior.json", prior)):
+        weighted = {name: plain[name] * target[name] / trained[name] for name in CLASSES}
+        expected = {name: value / sum(weighted.values()) for name, value in weighted.items()}
+        assert scores("--prior", asked) == pytest.approx(expected)
+    # Calibrated for other shares, these are divided out.
+    write_calibration(run, {"last": (Calibration(2.0, 1.5, [0.5, 0.25, 0.25]), {})})
+    logits = {name: np.log(plain[name]) / 2 - 1.5 * np.log(trained[name]) for name in CLASSES}
+    total = sum(np.exp(value) for value in logits.values())
+    assert scores() == pytest.approx({name: np.exp(value) / total for name, value in logits.items()})
+    moved = {name: np.exp(logits[name]) / share for name, share in zip(CLASSES, (0.5, 0.25, 0.25), strict=True)}
+    assert scores("--prior", "uniform") == pytest.approx({n: v / sum(moved.values()) for n, v in moved.items()})
+
+
+def test_what_is_below_the_threshold_has_no_label(tmp_path, capsys, photo_folder):
+    run = make_run(tmp_path / "run")
+    write_calibration(run, {"last": (Calibration(1.0, 0.0, [1 / 3] * 3, reject_below=1.1), {})})
+    (row,) = rows(capsys, "--run", run, photo_folder / "both/00.jpg")
+    assert row["label"] is None
+    assert row["topk"][0]["score"] == row["score"]
+    assert "(rejected)" in predict(capsys, "--run", run, photo_folder / "both/00.jpg")
+
+
+def test_selected_weights_are_the_default_where_val_chose(tmp_path, capsys, photo_folder):
+    run, image = make_run(tmp_path / "run", selected=True), photo_folder / "both/00.jpg"
+    told = {name: rows(capsys, "--run", run, image, *option)[0]["score"] for name, option in
+            {"default": [], "last": ["--weights", "last"], "selected": ["--weights", "selected"]}.items()}  # fmt: skip
+    assert told["default"] == told["selected"] != told["last"]
+    plain = make_run(tmp_path / "plain")
+    assert "has no selected weights" in fails_with(capsys, "--run", plain, image, "--weights", "selected")
+
+
+def test_mistakes_are_told_in_one_line(tmp_path, capsys, photo_folder):
+    run, image = make_run(tmp_path / "run"), photo_folder / "both/00.jpg"
+    (tmp_path / "empty").mkdir()
+    assert "no model is named" in fails_with(capsys, image)
+    assert "holds no trained model" in fails_with(capsys, "--run", tmp_path / "empty", image)
+    assert "holds no images" in fails_with(capsys, "--run", run, tmp_path / "empty")
+    assert "does not exist" in fails_with(capsys, "--run", run, tmp_path / "nowhere.jpg")
+    assert "there are no images" in fails_with(capsys, "--run", run)
+    (tmp_path / "taken").write_text("mine")
+    assert "already exists" in fails_with(capsys, "--run", run, image, "--out", tmp_path / "taken")
+    assert (tmp_path / "taken").read_text() == "mine"
+    assert "the folder" in fails_with(capsys, "--run", run, image, "--out", tmp_path / "no/where")
+    assert "needs a file" in fails_with(capsys, "--run", run, image, "--format", "parquet")
+    for told, message in (
+        ('{"temple": 0.5, "flower": 0.5}', "differ in 1 classes ('both', …)"),
+        ('{"temple": 0.5, "flower": 0.4, "both": 0.2}', "sum to 1"),
+        ('{"temple": "a", "flower": 0.4, "both": 0.2}', "sum to 1"),
+        ("[]", "differ in 3 classes"),
+        ("{", "is not JSON"),
+    ):
+        (tmp_path / "prior.json").write_text(told)
+        assert message in fails_with(capsys, "--run", run, image, "--prior", tmp_path / "prior.json")
+    assert "cannot be read" in fails_with(capsys, "--run", run, image, "--prior", "unifrom")
+    content = json.loads((run / "model.json").read_text())
+    (run / "model.json").write_text(json.dumps(content | {"format": 2}))
+    assert "is of format 2, this version reads 1" in fails_with(capsys, "--run", run, image)
+    (run / "model.json").write_text(json.dumps(content | {"crop_share": None, "eval_augment": "imagenet"}))
+    assert "shows no fixed window" in fails_with(capsys, "--run", run, image)
+
+
+def test_a_listed_file_that_is_missing_is_skipped(tmp_path):
+    assert [item.path for item in find_images([], ["/nowhere/a.jpg"])] == ["/nowhere/a.jpg"]
+    with pytest.raises(UserError, match="there are no images"):
+        find_images([], [])

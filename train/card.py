@@ -1,0 +1,215 @@
+"""Write a model card: what a model was trained on, how, how well it does for head, middle and tail, and its limits.
+
+    python -m train.card --run runs/birds-bbn-1 [--seed-run runs/birds-bbn-2 …] [--out README.md]
+
+Markdown with the metadata that model hubs read from a card's head. Figures come from the run's files and not from any
+image. Their spread: with runs of other seeds the standard deviation over all of them, else the standard error over the
+evaluated images of each class. What only people know (licence, intended use) is left as lines to fill in.
+"""
+
+import html
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from analysis.metrics import percent
+from shards.atomic import write_text
+from shards.cli import Parser
+from shards.errors import UserError, user_errors_exit_2
+from shards.groups import GROUPS, class_groups
+from train.engine import runs
+from train.engine.inference import Model, open_model
+from train.engine.predictions import FILES, read_predictions
+from train.predict import check_new
+
+FIGURES = {"top1": "overall", "balanced_accuracy": "balanced", "many": "many", "medium": "medium", "few": "few"}
+MOST_CLASSES = 200  # named in the card; model.json names all
+
+
+def plain(text: object) -> str:
+    """Return text as Markdown shows it, on one line: no markup, HTML, table cell or direction of its own."""
+    line = "".join(c if c.isprintable() else " " for c in str(text))
+    return "".join(f"&#{ord(c)};" if c in "\\`*_{}[]()#+!|~$" else c for c in html.escape(line, quote=False))
+
+
+def standard_errors(model: Model, name: str) -> dict[str, float | None]:
+    """Return the standard error of each figure, over the evaluated images of each class.
+
+    A class's accuracy p from m images has the variance p(1 − p)/m, with one image right and one wrong added (else a
+    class without mistakes would have none); the mean of k classes has the sum of theirs over k².
+    """
+    labels_N, topk_NK = read_predictions(model.run, model.weights, f"{name}_labels", f"{name}_topk_labels")
+    classes = len(model.description.classes)
+    total_C = np.bincount(labels_N, minlength=classes)
+    right_C = np.bincount(labels_N[labels_N == topk_NK[:, 0]], minlength=classes)
+    share_C = (right_C + 1) / (total_C + 2)
+    variance_C = share_C * (1 - share_C) / np.maximum(total_C, 1)
+    seen_C, groups_C = total_C > 0, class_groups(np.array(model.description.train_counts))
+    found: dict[str, float | None] = {
+        "top1": math.sqrt(float((variance_C * total_C**2).sum())) / max(1, int(total_C.sum()))
+    }
+    chosen = {"balanced_accuracy": seen_C, **{group: seen_C & (groups_C == group) for group in GROUPS}}
+    for figure, chosen_C in chosen.items():
+        count = int(chosen_C.sum())
+        found[figure] = math.sqrt(float(variance_C[chosen_C].sum())) / count if count else None
+    return found
+
+
+def figures_table(models: Sequence[Model]) -> list[str]:
+    """Return the lines of the table of figures, and the sentence that says what their spread is."""
+    first = models[0]
+    figures = [model.description.weights[model.weights]["figures"] for model in models]
+    if len(models) > 1:
+        said = f"± is the standard deviation over {len(models)} runs of other seeds."
+        spread = {
+            key: statistics.stdev([told[key] for told in figures]) if figures[0].get(key) is not None else None
+            for key in FIGURES
+        }
+    elif (first.run / FILES[first.weights]).exists():
+        said = "± is the standard error over the evaluated images; one run says nothing about other seeds."
+        spread = standard_errors(first, first.description.evaluated_on)
+    else:
+        said, spread = "The spread is unknown: this is one run.", dict.fromkeys(FIGURES)
+    cells = []
+    for key in FIGURES:
+        values = [told.get(key) for told in figures]
+        mean = statistics.fmean(values) if None not in values else None
+        cells.append(percent(mean) + (f" ± {100 * error:.1f}" if mean is not None and (error := spread[key]) else ""))
+    groups = ["more than 100", "20 to 100", "fewer than 20"]
+    counts = np.unique_counts(class_groups(np.array(first.description.train_counts)))
+    sizes = dict(zip(counts.values.tolist(), counts.counts.tolist(), strict=True))
+    parts = [f"{name}: {images} training images, {sizes.get(name, 0)} classes"
+             for name, images in zip(GROUPS, groups, strict=True)]  # fmt: skip
+    return [
+        f"| {' | '.join(FIGURES.values())} |",
+        f"|{' ---: |' * len(FIGURES)}",
+        f"| {' | '.join(cells)} |",
+        "",
+        f"Top-1 accuracy in percent on the {plain(first.description.evaluated_on)} split; balanced, many, medium and"
+        f" few are means over classes ({'; '.join(parts)}). {said}",
+    ]
+
+
+def card(models: Sequence[Model]) -> str:
+    """Return the card of the first model; the others are runs of other seeds."""
+    model, told = models[0], models[0].description
+    figures, counts = told.weights[model.weights]["figures"], told.train_counts
+    name, dataset = plain(model.run.resolve().name), plain(told.dataset["name"])
+    metadata: dict[str, Any] = {
+        "license": "other",
+        "library_name": "tailstream",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "long-tailed", "pytorch", model.network.spec["backbone"]],
+        "metrics": ["accuracy"],
+    }
+    results = [{"type": "accuracy", "name": shown, "value": round(100 * figures[key], 2)}
+               for key, shown in FIGURES.items() if figures.get(key) is not None]  # fmt: skip
+    where = {"type": told.dataset["name"], "name": told.dataset["name"], "split": told.evaluated_on}
+    metadata["model-index"] = [
+        {
+            "name": model.run.resolve().name,
+            "results": [{"task": {"type": "image-classification"}, "dataset": where, "metrics": results}],
+        }
+    ]
+    calibration = model.calibration
+    honest = "Probabilities are the network's own; nothing was calibrated."
+    if calibration is not None:
+        honest = f"Probabilities are calibrated on val: temperature {calibration.temperature:.2f}, prior adjustment"
+        honest += f" {calibration.tau:.2f}, made for the class shares of val."
+    error = "" if figures.get("ece") is None else f" Expected calibration error before: {figures['ece']:.3f}."
+    chosen = "the epoch that did best on val" if model.weights == "selected" else "the last epoch"
+    recipe = f"centre square of {100 * (told.crop_share or 1):g} % of the shorter side, {told.interpolation}"
+    named = [f"{plain(one)} ({count:,})" for one, count in zip(told.classes, counts, strict=True)][:MOST_CLASSES]
+    more = "" if len(named) == len(counts) else f", and {len(counts) - len(named):,} more in model.json"
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"Recognises {len(told.classes):,} classes of images, trained with {plain(told.method)} on a long-tailed"
+        f" dataset ({dataset}) by tailstream.",
+        "",
+        "- **Licence:** *fill in: of the weights, and whether that of the training images allows it*",
+        "- **Contact:** *fill in*",
+        "",
+        "## Use",
+        "",
+        f"```bash\npython -m train.predict --run {name} PICTURES…\n```",
+        "",
+        f"The network sees {told.image_size}×{told.image_size} pixels: {recipe}. {honest}{error}",
+        "",
+        "*Fill in: what it is meant for, and what it must not be used for.*",
+        "",
+        "## Training",
+        "",
+        f"- **Data:** {dataset}, {sum(counts):,} images of {len(counts):,} classes, {max(counts):,} to {min(counts):,}"
+        f" a class; fingerprint `{told.dataset['fingerprint'] or 'unknown'}`",
+        f"- **Method:** {plain(told.method)}; network {plain(json.dumps(model.network.spec))}",
+        f"- **Weights:** {chosen}, epoch {told.weights[model.weights]['epoch']}",
+        f"- **Code:** tailstream, commit `{told.commit or 'unknown'}`",
+        *_how(model),
+        "",
+        "## Results",
+        "",
+        *figures_table(models),
+        "",
+        "## Limits",
+        "",
+        "- Every image gets one of the classes below, also one that shows none of them.",
+        "- Classes with few training images are recognised less often, and few images may have measured that.",
+        "- The class shares where it is used may differ from those above: see `--prior` of train.predict.",
+        "- *Fill in: where the images come from, whom or what they leave out, known mistakes.*",
+        "",
+        "## Classes",
+        "",
+        "Training images in parentheses: " + ", ".join(named) + more + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _how(model: Model) -> list[str]:
+    """Return lines about the run, as far as its files are there."""
+    if not (model.run / "summary.json").exists():
+        return []
+    summary = runs.read_summary(model.run)
+    environment = summary["environment"]
+    lines = [f"- **Seed:** {summary['seed']}; **epochs:** {summary['epochs']}; **time:** {summary['seconds']:,.0f} s"]
+    lines.append(f"- **Hardware:** {plain(environment['device'])}, {plain(environment['processor'])}")
+    lines.append(f"- **Command:** `{str(summary['command']).replace('`', ' ')}`")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write a card as the command line says; a user's mistake exits with status 2."""
+    parser = Parser(prog="python -m train.card", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="a run's folder")
+    parser.add_argument(
+        "--seed-run", action="append", metavar="RUN", help="the same with another seed; may be repeated"
+    )
+    parser.add_argument("--out", type=Path | None, metavar="FILE", help="default: README.md in the run")
+    asked = parser.parse_args(argv)
+    with user_errors_exit_2("python -m train.card"):
+        out = asked.out or asked.run / "README.md"
+        check_new(out)
+        models = [open_model(Path(run)) for run in (asked.run, *(asked.seed_run or []))]
+        for model in models[1:]:
+            if (model.description.classes, model.description.method) != (
+                models[0].description.classes,
+                models[0].description.method,
+            ):
+                raise UserError(f"{model.run} has other classes or another method than {models[0].run}; leave it out")
+        write_text(out, card(models))
+        print(f"wrote {out}; fill in the lines in italics")
+
+
+if __name__ == "__main__":
+    main()

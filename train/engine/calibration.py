@@ -1,0 +1,169 @@
+"""Calibration: probabilities that can be believed, and where a prediction had better be left out.
+
+With logits z, a temperature T and an adjustment τ, fitted to val (whose class shares are p_val):
+
+    log p(c|x) = z_c / T − τ · log(n_c / n) + const
+
+T is Guo et al.'s ("On Calibration of Modern Neural Networks", ICML 2017), τ Menon et al.'s ("Long-Tail Learning via
+Logit Adjustment", ICLR 2021). Where the classes have other shares p*, Bayes' rule multiplies by p*_c over those that
+the probabilities were made for: p_val after calibration, else the training images' n_c / n.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize
+from scipy.special import log_softmax
+
+from shards.atomic import write_json
+from shards.errors import UserError
+
+FILE = "calibration.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a network's logits become probabilities.
+
+    Attributes:
+        temperature: T > 0.
+        tau: τ.
+        prior_C: the class shares that the probabilities are made for; sum 1, all > 0.
+        reject_below: predictions of a lower probability are left out; 0: none.
+        reject_below_C: the same per predicted class; None: the same for all.
+    """
+
+    temperature: float
+    tau: float
+    prior_C: list[float]
+    reject_below: float = 0.0
+    reject_below_C: list[float] | None = None
+
+    @classmethod
+    def none(cls, train_counts_C: ArrayLike) -> "Calibration":
+        """Return the calibration that leaves logits as they are: made for the training images' class shares."""
+        return cls(1.0, 0.0, shares(train_counts_C).tolist())
+
+    def offsets(self, train_counts_C: ArrayLike, target_C: ArrayLike | None = None) -> NDArray[np.float64]:
+        """Return what is added to z / T, shape (C,): log-probabilities are its log-softmax.
+
+        Args:
+            train_counts_C: n_j.
+            target_C: the class shares p* where the model is used, each >= 0; None: as calibrated.
+        """
+        offsets_C = -self.tau * np.log(shares(train_counts_C))
+        if target_C is not None:
+            with np.errstate(divide="ignore"):  # a class that does not occur has a probability of 0
+                offsets_C = offsets_C + np.log(np.asarray(target_C, np.float64)) - np.log(self.prior_C)
+        return offsets_C
+
+    def thresholds(self) -> NDArray[np.float64]:
+        """Return the lowest probability at which each class may be predicted, shape (C,)."""
+        return (
+            np.full(len(self.prior_C), self.reject_below)
+            if self.reject_below_C is None
+            else np.array(self.reject_below_C)
+        )
+
+
+def shares(counts_C: ArrayLike) -> NDArray[np.float64]:
+    """Return each class's share of some images; one image more is counted in each where a class has none."""
+    seen_C = np.asarray(counts_C, np.float64)
+    seen_C = seen_C + (seen_C.min() == 0)
+    return np.asarray(seen_C / seen_C.sum())
+
+
+def fit(logits_NC: ArrayLike, labels_N: ArrayLike, train_counts_C: ArrayLike) -> Calibration:
+    """Fit T and τ by the likelihood of held-out labels, which is concave in 1/T and τ: one maximum.
+
+    As Platt ("Probabilistic Outputs for Support Vector Machines", 1999, section 2.2) does, the label's target is
+    (N + 1) / (N + 2) and not 1, the rest being spread over all classes: a small split without mistakes is no proof that
+    there are none.
+
+    Args:
+        logits_NC: finite; N >= 1.
+        labels_N: 0 … C − 1.
+        train_counts_C: n_j.
+    """
+    logits_NC, labels_N = np.asarray(logits_NC, np.float64), np.asarray(labels_N)
+    log_prior_C, rare = np.log(shares(train_counts_C)), 1 / (len(labels_N) + 2)
+    targets_NC = np.full(logits_NC.shape, rare / logits_NC.shape[1])
+    targets_NC[np.arange(len(labels_N)), labels_N] += 1 - rare
+    scale = max(float(np.abs(logits_NC - logits_NC.mean(1, keepdims=True)).mean()), 1e-12)
+    terms_NC2 = np.stack([logits_NC / scale, np.broadcast_to(-log_prior_C, logits_NC.shape)], axis=-1)
+
+    def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        log_p_NC = log_softmax(terms_NC2 @ parameters, axis=1)
+        wrong_NC = np.exp(log_p_NC)
+        wrong_NC -= targets_NC
+        return -float((targets_NC * log_p_NC).sum() / len(labels_N)), np.einsum("nc,nck->k", wrong_NC, terms_NC2) / len(
+            labels_N
+        )
+
+    # Where nothing is recognised the best T is infinite: it has bounds.
+    found = minimize(loss, [scale, 0.0], jac=True, method="L-BFGS-B", bounds=[(0.02 * scale, 50 * scale), (-4, 4)])
+    inverse, tau = found.x
+    prior_C = shares(np.bincount(labels_N, minlength=logits_NC.shape[1]))
+    return Calibration(float(scale / inverse), float(tau), prior_C.tolist())
+
+
+def probabilities(
+    logits_NC: ArrayLike, calibration: Calibration, train_counts_C: ArrayLike, target_C: ArrayLike | None = None
+) -> NDArray[np.float64]:
+    """Return calibrated probabilities, shape (N, C), of logits."""
+    scaled_NC = np.asarray(logits_NC, np.float64) / calibration.temperature
+    return np.asarray(np.exp(log_softmax(scaled_NC + calibration.offsets(train_counts_C, target_C), axis=1)))
+
+
+def reject_threshold(scores_N: NDArray[np.float64], right_N: NDArray[np.bool_], accuracy: float) -> float:
+    """Return the lowest score from which on at least this share of the predictions is right; 1 where there is none.
+
+    Equal scores stand or fall together. No predictions at all need no threshold: 0.
+    """
+    if not len(scores_N):
+        return 0.0
+    order = np.argsort(-scores_N, kind="stable")
+    scores, kept = scores_N[order], np.arange(1, len(order) + 1)
+    enough = np.cumsum(right_N[order]) >= accuracy * kept
+    last_of_equals = np.append(scores[1:] != scores[:-1], True)
+    passed = np.flatnonzero(enough & last_of_equals)
+    if not passed.size:
+        return 1.0
+    return 0.0 if passed[-1] == len(order) - 1 else float(scores[passed[-1]])
+
+
+def write_calibration(run_folder: Path, calibrations: dict[str, tuple[Calibration, dict[str, Any]]]) -> None:
+    """Write calibration.json: per kind of weights a calibration, and what else is to be known about it."""
+    content = {name: asdict(calibration) | about for name, (calibration, about) in calibrations.items()}
+    write_json(run_folder / FILE, {"format": FORMAT, **content})
+
+
+def read_calibration(run_folder: Path, weights: str, num_classes: int) -> Calibration | None:
+    """Return the calibration of a run's weights, "last" or "selected", or None where there is none.
+
+    Raises:
+        UserError: the file is damaged, of a newer format, or of another model.
+    """
+    path = run_folder / FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise UserError(f"{path} is of format {content['format']!r}, this version reads {FORMAT}; calibrate again")
+        if weights not in content:
+            return None
+        found = Calibration(**{field.name: content[weights][field.name] for field in fields(Calibration)})
+        fits = len(found.prior_C) == num_classes and len(found.thresholds()) == num_classes
+        if not fits or not found.temperature > 0 or not all(share > 0 for share in found.prior_C):
+            raise ValueError(f"it does not fit {num_classes} classes")
+    except FileNotFoundError:
+        return None
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); calibrate the run again, or remove the file") from None
+    return found

@@ -1,0 +1,283 @@
+"""A trained model in use: opened from its folder alone, and images from anywhere shown to it as in its evaluation.
+
+  files, folders, tars ─ find_images ─> Item ─(threads: read, decode, crop, resize)─> pictures ─ Model ─> probabilities
+
+An image goes the way that it would go through shards and an evaluation: `shards.encode` (upright, 8-bit, shrunk where
+the dataset was), then PIL's crop and resize of the reference loader. Neither the dataset nor DALI is needed.
+"""
+
+import json
+import os
+import tarfile
+import threading
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.augment import find_recipe
+from shards.encode import EXTENSIONS, BadImageError, decode
+from shards.errors import UserError
+from train.engine import runs
+from train.engine.calibration import Calibration, probabilities, read_calibration
+from train.networks.model_files import FILES, Description, choose_weights, load_model, read_description
+from train.networks.networks import Network
+
+Picture = NDArray[np.uint8]  # (S, S, 3), RGB
+
+
+class View(NamedTuple):
+    """What a model sees of an image: see the same names in `train.networks.model_files.Description`."""
+
+    shorter_side: int | None
+    quality: int
+    grey_bits: int
+    eval_augment: str
+    image_size: int
+
+    def picture(self, data: bytes) -> Picture:
+        """Return what an evaluation shows of an image file, uint8, (S, S, 3).
+
+        Raises:
+            BadImageError: the bytes do not decode to an image.
+        """
+        image = decode(data, self.shorter_side, self.quality, self.grey_bits)
+        sides = np.array([image.height]), np.array([image.width])
+        windows_B4, _ = find_recipe(self.eval_augment).draw(np.random.default_rng(0), *sides, self.image_size)
+        ((top, left, height, width),) = windows_B4.tolist()
+        window = image.crop((left, top, left + width, top + height))
+        return np.array(window.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model, ready for use.
+
+    Attributes:
+        run: its folder.
+        weights: "last" or "selected".
+        network: in evaluation mode.
+        description: what model.json says of it.
+        calibration: of these weights, or None where the run is not calibrated.
+    """
+
+    run: Path
+    weights: str
+    network: Network
+    description: Description
+    calibration: Calibration | None
+
+    @property
+    def view(self) -> View:
+        """What it sees of an image."""
+        told = self.description
+        return View(told.shorter_side, told.quality, told.grey_bits, told.eval_augment, told.image_size)
+
+    @property
+    def calibrated(self) -> Calibration:
+        """The calibration, or the one that changes nothing."""
+        return self.calibration or Calibration.none(self.description.train_counts)
+
+    @torch.inference_mode()
+    def logits(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the network's own logits, shape (B, C)."""
+        device = self.network.classifier.weight.device
+        return self.network.predict(torch.from_numpy(images_BHWC).to(device)).float().cpu().numpy()
+
+    def probabilities(
+        self, images_BHWC: NDArray[np.uint8], prior_C: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """Return probabilities, shape (B, C), calibrated where the run is.
+
+        Args:
+            images_BHWC: as `View.picture` makes them.
+            prior_C: the classes' shares where the model is used; None: as it was trained, or calibrated.
+
+        Raises:
+            UserError: a logit is not finite.
+        """
+        logits_BC = self.logits(images_BHWC)
+        if not np.isfinite(logits_BC).all():
+            raise UserError(f"the logits of {self.run} hold nan or inf: its training has diverged; use another run")
+        return probabilities(logits_BC, self.calibrated, self.description.train_counts, prior_C)
+
+
+def open_model(run: Path, weights: str | None = None) -> Model:
+    """Open a run's model, on a GPU where there is one.
+
+    Args:
+        run: a run's folder; of a run that has a description in its model.json, the model files alone will do.
+        weights: "last", "selected", or None: those that val chose, where it chose an epoch.
+
+    Raises:
+        UserError: no model, a damaged one, one of a newer format, or one that evaluates on random windows.
+    """
+    description = read_description(run) or _describe_older(run)
+    if description.crop_share is None:
+        raise UserError(
+            f"{run} was evaluated with {description.eval_augment!r}, which shows no fixed window; evaluate it with none"
+            " or eval (--input.eval_augment)"
+        )
+    weights = choose_weights(run, weights)
+    network = load_model(run, weights).to("cuda" if torch.cuda.is_available() else "cpu")
+    if len(description.classes) != network.classifier.out_features:
+        raise UserError(
+            f"{run}/model.json names {len(description.classes)} classes, and its network has"
+            f" {network.classifier.out_features}; train the run again"
+        )
+    return Model(run, weights, network, description, read_calibration(run, weights, len(description.classes)))
+
+
+def _describe_older(run: Path) -> Description:
+    """Put together what a run of before model.json described models left in other files."""
+    saved, summary = runs.read_config(run), runs.read_summary(run)
+    try:
+        source = saved if "augment" in saved["input"] else runs.read_config(Path(saved["about"]["from"]))
+        told = json.loads((run / "per_class.json").read_text(encoding="utf-8"))
+        network, recipe = load_model(run), find_recipe(source["input"]["eval_augment"])
+        return Description(
+            classes=[str(name) for name in told["classes"]],
+            train_counts=[int(count) for count in told["train_counts"]],
+            image_size=int(source["input"]["image_size"]),
+            eval_augment=recipe.name,
+            crop_share=recipe.centre_share,
+            mean=network.normalize.mean.flatten().tolist(),
+            std=network.normalize.std.flatten().tolist(),
+            shorter_side=None,  # unknown; images were shrunk to it for speed
+            quality=90,
+            dataset={"name": summary["dataset"], "fingerprint": None},
+            method=summary["title"],
+            commit=summary["environment"].get("commit"),
+            evaluated_on=summary["evaluated_on"],
+            weights={"last": {"file": FILES["last"], "epoch": summary["epochs"], "figures": summary["last"]}},
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{run} does not say what its model sees ({type(error).__name__}: {error}); train the run again"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to look at: a file, or a member of a tar.
+
+    Attributes:
+        name: what it is called in results.
+        path: the file.
+        offset, size: where it lies in the file; None: the whole file.
+    """
+
+    name: str
+    path: str
+    offset: int = 0
+    size: int | None = None
+
+    def read(self) -> bytes:
+        """Return its bytes."""
+        with open(self.path, "rb") as file:
+            if self.size is None:
+                return file.read()
+            data = os.pread(file.fileno(), self.size, self.offset)
+            if len(data) < self.size:
+                raise BadImageError("the tar ends inside it")
+            return data
+
+
+def find_images(paths: Sequence[str], listed: Sequence[str] = ()) -> list[Item]:
+    """Return all images in files, folders and tars, in the order given, folders sorted by name.
+
+    Folders are searched to any depth for files that end like an image or in .tar, without hidden ones; a file that is
+    named is taken whatever its name. Of a tar, the members that end like an image.
+
+    Args:
+        paths: what somebody names; it must be there.
+        listed: what a list names: what is missing is found out when it is read.
+
+    Raises:
+        UserError: a path that does not exist, a folder or tar without images, or nothing at all.
+    """
+    items: list[Item] = []
+    for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f"{path!r} does not exist; give images, folders or .tar shards")
+        found = list(_images_at(path))
+        if not found:
+            raise UserError(f"{path!r} holds no images; give images, folders or .tar shards")
+        items += found
+    for path in listed:
+        items += _images_at(path)
+    if not items:
+        raise UserError("there are no images to look at; give images, folders, .tar shards, or - and a list of them")
+    return items
+
+
+def _images_at(path: str) -> Iterator[Item]:
+    if os.path.isdir(path):
+        for parent, folders, files in os.walk(path, followlinks=True):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS | {".tar"}:
+                    yield from _images_at(os.path.join(parent, name))
+    elif path.lower().endswith(".tar"):
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    if member.isreg() and PurePosixPath(member.name).suffix.lower() in EXTENSIONS:
+                        yield Item(f"{path}/{member.name}", path, member.offset_data, member.size)
+        except (OSError, tarfile.TarError):
+            yield Item(path, path)  # which is no image, and is reported as one
+    else:
+        yield Item(path, path)
+
+
+def show_images(
+    items: Sequence[Item], views: Sequence[View], threads: int, ahead: int
+) -> Iterator[tuple[Item, list[Picture] | str]]:
+    """Read and decode images in threads, so many ahead of what is asked for.
+
+    Args:
+        items: what to look at.
+        views: V different ways to look at it.
+        threads: how many.
+        ahead: images that may lie here ready.
+
+    Returns:
+        Each item in its order, with V pictures, or with the reason why it has none.
+    """
+    stopped = threading.Event()
+
+    def look(item: Item) -> list[Picture] | str:
+        if stopped.is_set():
+            return "stopped"
+        try:
+            data = item.read()
+            return [view.picture(data) for view in views]
+        except BadImageError as error:
+            return str(error)
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+            return getattr(error, "strerror", None) or str(error)
+
+    waiting: deque[tuple[Item, Future[Any]]] = deque()
+    # Filters of warnings belong to the whole process, so they are set here and not in the threads.
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(partial(look, item))))
+                if len(waiting) > ahead:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        finally:
+            stopped.set()
