@@ -8,6 +8,9 @@
 
 Measured: digits, 60 epochs, six first weights: 94.2 overall, 86.5 ± 6.1 on few-shot classes; half a minute each on one
 core of an AMD EPYC. CIFAR-10-LT as JPEG, 20 epochs, three seeds: 49.0 ± 3.6, GraLoss 60.9 ± 1.8; a quarter of an hour.
+Digits, 30 epochs, one seed: CE 89.1 overall and 74.3 on few-shot classes, CE-DRS 89.8 and 77.6, hard-aware 89.8 and
+77.7, CB-focal 91.1 and 83.2, CE-DRW 92.0 and 82.7, RW 94.5 and 91.6, LDAM-DRW 94.7 and 88.3, manifold mixup with two
+samplers 95.1 and 90.5; seeds differ by several points.
 Published, ResNet-32, 200 epochs: CIFAR-10-LT 70.4, CIFAR-100-LT 38.3 (imbalance factor 100); LDAM-DRW 77.0 and 42.0.
 
     images, labels ── stream(q) ──> mix ──> network ──> l(z, y) ──> Σ w·l / Σ w

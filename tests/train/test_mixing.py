@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_networks import images
+from test_ranks import on_ranks, rows
 from torch.nn import functional as F
 
 from pipeline.batch import Batch
@@ -204,3 +205,17 @@ def test_accumulated_parts_of_a_weighted_step_are_the_step(workplace):
         losses[parts] = json.loads((workplace / f"runs/{parts}/metrics.jsonl").read_text())["loss"]
     # Parts differ by their batch statistics alone.
     assert losses["4"] == pytest.approx(losses["1"], rel=0.02)
+
+
+def _train(rank: int, argv: list[str]) -> None:
+    run(ERM, argv)
+
+
+def test_two_processes_have_the_weighted_mean_and_the_depths_of_one(workplace):
+    settings = [*SHORT, "--optim.epochs", "1", "--optim.lr", "0.0001", "--loop.sync_batch_norm", "true"]
+    settings += ["--method.weights", "inverse", "--method.mix", "manifold(partner_q=-1, per_image=True)"]
+    for ranks in (1, 2):
+        assert on_ranks(workplace, _train, [*settings, "--run", f"runs/{ranks}"], ranks=ranks) == [0] * ranks
+    one, two = (rows(workplace / f"runs/{ranks}")[0]["loss"] for ranks in (1, 2))
+    # The mean of the ranks' own weighted means would be elsewhere.
+    assert two == pytest.approx(one, rel=1e-4)

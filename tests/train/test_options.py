@@ -51,10 +51,14 @@ def test_parts_of_a_batch_are_its_images_in_order():
     assert split_batch(batch, 1) == [batch]
 
 
-def test_a_step_in_parts_is_the_step_but_for_batch_norm(workplace, monkeypatch):
+@pytest.mark.parametrize(
+    "settings",
+    [[], ["--method.weights", "inverse", "--method.mix", "remix"], ["--method.mix", "manifold", "--method.q", "0"]],
+)
+def test_a_step_in_parts_is_the_step_but_for_batch_norm(workplace, monkeypatch, settings):
     build = build_network
-    monkeypatch.setattr("train.erm.build_network", lambda *a: freeze_statistics(build(*a)))
-    small = ["--optim.lr", "1e-3"]
+    monkeypatch.setattr("train.erm.build_network", lambda *a, **head: freeze_statistics(build(*a, **head)))
+    small = ["--optim.lr", "1e-3", *settings]
     whole, parts = loss_of(workplace, *small), loss_of(workplace, *small, "--optim.accumulate", "4")
     assert parts == pytest.approx(whole, rel=1e-4)
     ours, theirs = (load_file(workplace / f"runs/{name}/model.safetensors") for name in ("1", "2"))

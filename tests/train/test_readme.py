@@ -1,0 +1,46 @@
+"""What the README shows of a method and an objective of one's own is code that runs."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from test_networks import images
+
+from pipeline.batch import Batch
+from train.engine.method import Progress
+from train.engine.objectives import make_objective
+
+README = Path(__file__).parents[2] / "README.md"
+IMPORTS = """
+from dataclasses import dataclass
+from torch.nn import functional as F
+from pipeline.plan import Stream
+from train.engine.launch import run
+from train.engine.method import Method, StepResult
+from train.engine.objectives import CrossEntropy
+from train.networks.networks import build_network
+"""
+
+
+def block(name: str) -> str:
+    """Return the README's Python block that begins with this file's name."""
+    (found,) = re.findall(rf"```python\n(# {name}.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return IMPORTS + found
+
+
+def test_the_objective(tmp_path, monkeypatch):
+    (tmp_path / "my_losses.py").write_text(block("my_losses.py"), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    objective = make_objective("my_losses.Poly(epsilon=2)", np.array([3, 1]))
+    z, labels = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
+    p = torch.tensor([torch.e / (torch.e + 1), 0.5])
+    torch.testing.assert_close(objective.losses(z, labels, Progress(1, 1, 0, 0)), -p.log() + 2 * (1 - p))
+
+
+def test_the_method(make_method):
+    names: dict = {"__name__": "my_method"}
+    exec(compile(block("my_method.py"), "my_method.py", "exec"), names)
+    method = make_method(names["Mine"], np.array([3, 1]), share=0.0)
+    batch = {name: Batch(images(2), torch.tensor([0, 1]), np.arange(2)) for name in ("head", "tail")}
+    assert method.step(batch, Progress(1, 1, 0, 0)).loss.isfinite()
