@@ -5,8 +5,8 @@
     images, uint8, (B, H, W, 3), RGB ─ centre square ─ resize to S×S ─ normalise ─ network ─ calibration ─ softmax
 
 `--input any` (the default) takes batches of any height and width; `--input network` those of the network's own S×S. The
-resize inside is the evaluation's (PIL's triangle filter, a rounding after each of its two passes) as two matrix
-products, so that every runtime computes the same; at most some pixels differ by one grey level. What the file does not
+resize inside is the evaluation's (PIL's triangle filter with its integer weights and a rounding after each of its two
+passes) as two matrix products, so that every runtime computes the same pixels as PIL. What the file does not
 do is what happens before: turning by EXIF, and shrinking to --shorter-side where the dataset was built so. It carries
 the class names and the model's description in its metadata, with the calibration's thresholds. Calibration is inside:
 logits, too, are those whose softmax is the calibrated probabilities.
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import PIL
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -37,6 +38,8 @@ from train.engine.inference import Model, open_model
 from train.predict import check_new
 
 OPSET = 18
+# Bits of PIL's resize; see `_as_stored`.
+PRECISION, IS_SIMD = 22, ".post" in PIL.__version__
 # What must not be exceeded between the file and the network on the same images, in probability.
 MOST_DIFFERENCE = 1e-3
 
@@ -91,8 +94,20 @@ def _weights(images_BHWC: Tensor, size: int, share: float) -> tuple[Tensor, Tens
         distances_SN = (within_N + 0.5 - centres_S[:, None]).abs() / scale.clamp(min=1)
         inside_N = (within_N >= 0) & (within_N < side)
         weights_SN = (1 - distances_SN).clamp(min=0) * inside_N
-        found.append(weights_SN / weights_SN.sum(1, keepdim=True))
+        found.append(_as_stored(weights_SN / weights_SN.sum(1, keepdim=True)))
     return found[0], found[1]
+
+
+def _as_stored(weights_SN: Tensor) -> Tensor:
+    """Round a resize's weights to the integers, over a power of two, that PIL has.
+
+    Pillow's power is 2^22; pillow-simd's the largest up to it at which the largest weight is below 2^15. Left out, this
+    would move one pixel in a hundred by a grey level.
+    """
+    one = torch.tensor(2.0**PRECISION)
+    if IS_SIMD:
+        one = torch.minimum(one, 2.0 ** torch.floor(torch.log2((2.0**15 - 0.5) / weights_SN.max())))
+    return (weights_SN * one + 0.5).floor() / one
 
 
 def _grey_levels(values: Tensor) -> Tensor:

@@ -47,8 +47,7 @@ def test_the_resize_inside_is_pils(height, width, share):
     window = Image.fromarray(noise_HWC).crop((left, top, left + side, top + side))
     expected = np.asarray(window.resize((32, 32), Image.Resampling.BILINEAR), np.float32)
     shown = centre_resize(torch.from_numpy(noise_HWC)[None], 32, share)[0].numpy()
-    assert np.abs(shown - expected).max() <= 1  # pillow-simd's weights have 16 bits
-    assert np.abs(shown - expected).mean() < 0.05
+    np.testing.assert_array_equal(shown, expected)
 
 
 @pytest.mark.parametrize(("form", "kind"), [("onnx", "bilateral"), ("pt2", "plain")])
@@ -72,7 +71,7 @@ def test_a_file_says_what_predict_says_of_odd_images_of_any_size(tmp_path, capsy
         picture_HWC = np.array(decode(path.read_bytes()))
         scores_C = dict(zip(CLASSES, call(picture_HWC[None])[0].tolist(), strict=True))
         assert max(scores_C, key=scores_C.get) == row.topk[0][0]
-        assert scores_C == pytest.approx(dict(row.topk), abs=1e-3)
+        assert scores_C == pytest.approx(dict(row.topk), abs=1e-4)
     assert call(np.zeros((3, 40, 50, 3), np.uint8)).shape == (3, 3)
 
 
