@@ -106,7 +106,7 @@ class ClassGaussians:
         return self.features_ND.split(self.counts_C.tolist())
 
     @cached_property
-    def noise_scales_C(self) -> Tensor:  # noqa: D102
+    def noise_scales_C(self) -> Tensor:  # noqa: D102, N802
         scales_C = (self.counts_C - 1).clamp(min=1).to(torch.float32).rsqrt()
         for c in self.factors:
             scales_C[c] = 1

@@ -106,27 +106,30 @@ def generate_parts(
     chunk: int = 65536,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Generate as `generate_chunks` does, from the same parents, but for any number of β at once.
 
-    The sample at β is inverse_tukey((1−β)·own + β·borrowed): one noise serves every β, which are compared by pairs.
+    The sample at β is inverse_tukey(own + β·lent): one noise serves every β, which are compared by pairs.
 
     Args: as those of `generate_chunks`.
 
     Yields:
-        own_MD and borrowed_MD, float32, in Tukey space, both with γ's noise; borrows_M, bool: the rows for which β is
-        not 0 whatever is asked; and labels_M, int64. A chunk holds half as many rows, because it holds two parts.
+        own_MD and lent_MD (what is borrowed less the own part; 0 in rows that borrow nothing), float32, in Tukey space,
+        γ's noise in the first; and labels_M, int64. A chunk has half as many rows, for two parts; the next one takes
+        the same memory.
     """
     rows = max(1, chunk // 2)
     _check_memory(2 * min(rows, int(targets_C.sum())), gaussians.features_ND)
+    memory = None
     for parents_M, noise in _parents(gaussians, targets_C, generator, rows, rank, world_size):
-        parts_PD = _sample(gaussians, support, parents_M, None, noise)
-        own_MD, borrowed_MD = parts_PD.chunk(2)
-        added_MD = _add_noise(own_MD, gamma, noise)
-        if added_MD is not None:
-            borrowed_MD += added_MD
-        yield own_MD, borrowed_MD, support.weights_NK[parents_M].any(1), gaussians.labels_N[parents_M]
-        del parts_PD, own_MD, borrowed_MD, added_MD
+        if memory is None:  # the first chunk is the largest
+            memory = gaussians.features_ND.new_empty(2 * len(parents_M), gaussians.features_ND.shape[1])
+        parts_PD = _sample(gaussians, support, parents_M, None, noise, memory[: 2 * len(parents_M)])
+        own_MD, lent_MD = parts_PD.chunk(2)
+        lent_MD -= own_MD
+        lent_MD *= support.weights_NK[parents_M].any(1)[:, None]
+        _add_noise(own_MD, gamma, noise)
+        yield own_MD, lent_MD, gaussians.labels_N[parents_M]
 
 
 def _parents(
@@ -141,13 +144,10 @@ def _parents(
         yield parents_M, noise
 
 
-def _add_noise(samples_MD: Tensor, gamma: float, generator: torch.Generator) -> Tensor | None:
-    """Add √γ·ε in place, and return it; None where γ is 0."""
-    if not gamma:
-        return None
-    noise_MD = _noise(len(samples_MD), samples_MD.shape[1], generator).mul_(gamma**0.5)
-    samples_MD += noise_MD
-    return noise_MD
+def _add_noise(samples_MD: Tensor, gamma: float, generator: torch.Generator) -> None:
+    """Add √γ·ε in place."""
+    if gamma:
+        samples_MD += _noise(len(samples_MD), samples_MD.shape[1], generator).mul_(gamma**0.5)
 
 
 def _check_memory(rows: int, features_ND: Tensor) -> None:
@@ -190,8 +190,9 @@ def _sample(
     parents_M: Tensor,
     beta_C: Tensor | None,
     generator: torch.Generator,
+    memory: Tensor | None = None,
 ) -> Tensor:
-    """Draw one sample per parent in Tukey space, without γ, shape (M, D); without β its two parts, shape (2·M, D).
+    """Draw one sample per parent in Tukey space, without γ, shape (M, D); without β two parts, into `memory` (2·M, D).
 
     A sample is (1−β)·own + β·borrowed, so that the parts, the own ones before the borrowed ones, serve any β.
     """
@@ -205,10 +206,12 @@ def _sample(
         own_M1 = 1 - borrowed_M1
 
     # The parent itself; head classes are sampled around their mean.
-    samples_MD = gaussians.features_ND[parents_M]
-    samples_MD *= torch.where(head_M1, 0, own_M1)
-    if beta_C is None:
-        samples_MD = torch.cat([samples_MD, torch.zeros_like(samples_MD)])
+    if memory is None:
+        memory = gaussians.features_ND.new_empty(number, gaussians.features_ND.shape[1])
+    samples_MD = memory
+    torch.index_select(gaussians.features_ND, 0, parents_M, out=samples_MD[:number])
+    samples_MD[:number] *= torch.where(head_M1, 0, own_M1)
+    samples_MD[number:] = 0
 
     # Then noise and mean of its own class (J=0) and of its support.
     classes_MJ = torch.cat([labels_M[:, None], support.classes_NK[parents_M]], dim=1)
