@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,20 +15,24 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from analysis.runs import read_run
 from shards.build import build
 from shards.errors import UserError
 from shards.index import open_dataset
-from train import afg
-from train.afg import BETA_MOST, BETA_START, Settings, choose_beta, run, train_afg
+from train import afg, decouple
+from train.afg import BETA_MOST, BETA_START, Settings, choose_beta, run, train_adaptive
 from train.engine.config import PRESETS
 from train.engine.launch import run as run_stage_one
 from train.engine.predictions import read_predictions
 from train.erm import ERM
-from train.features.candidates import Judge
-from train.features.classifiers import ClassifierOptim
+from train.features import stage_two
+from train.features.candidates import Families, Judge
+from train.features.classifiers import ClassifierOptim, ReferenceOptim, measure
 from train.features.files import write_features
 from train.features.gaussians import find_support, fit, head_classes
 from train.features.mixing import Mixture
+from train.features.passes import Passes, Source
+from train.features.training import Recipe
 from train.networks.model_files import load_model
 
 ROOT = Path(__file__).parents[2]
@@ -74,8 +79,8 @@ def test_stage_two_needs_no_arguments_and_leaves_a_whole_folder(here):
     assert summary["beta"]["tried"][f"{summary['beta']['used']:g}"] == best
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
-    assert rows[0]["distillation"] == pytest.approx(2**0.25 - 1)
-    assert rows[-1]["distillation"] == 1
+    assert rows[-1]["distillation"] == pytest.approx(summary["setting"]["distill"])
+    assert {row["lr"] <= summary["setting"]["lr"] for row in rows} == {True}
     assert rows[-1]["eval"]["split"] == "val"
 
 
@@ -84,20 +89,36 @@ def test_the_baselines_are_in_the_summary_and_on_the_screen(here, capsys):
     summary = json.loads((here / "runs/afg/summary.json").read_text())
     told, rows = summary["baselines"], {row["name"]: row for row in summary["baselines"]["rows"]}
     assert told["selected_on"] == "val"
-    trained = ["no generation", "own Gaussian", "oversampling", "cRT", "LWS"]
-    assert list(rows) == ["stage one", *trained, "tau-normalized", "logit adjustment"]
+    closed, trained = (
+        ["logit adjustment", "tau-normalized"],
+        ["LWS", "cRT", "no generation", "oversampling", "own Gaussian"],
+    )
+    assert list(rows) == ["stage one", *closed, *trained]
     for row in rows.values():
         assert row.keys() == {"name", "setting", *summary["last"]}
     first = json.loads((here / "runs/ce/summary.json").read_text())
     assert rows["stage one"]["top1"] == pytest.approx(first["last"]["top1"], abs=0.005)  # half precision
-    assert rows["own Gaussian"]["setting"] == {"beta": 0.0}
+    assert rows["own Gaussian"]["setting"]["beta"] == 0
+    selected, rivals = summary["selected"], summary["selection"]["rows"]
+    assert [row["name"] for row in rivals] == [*rows, "AFG"]
+    # The simplest within an error of the best.
+    within = [row["name"] for row in rivals if row["behind_best"] <= row["standard_error"] + 1e-12]
+    assert (selected["name"], summary["selected_on"]) == (within[0], "val")
+    if selected["name"] in rows:
+        assert {key: selected[key] for key in rows[selected["name"]]} == rows[selected["name"]]
+    weights = load_file(here / "runs/afg" / selected["file"])
+    assert weights.keys() == load_file(here / "runs/afg/model.safetensors").keys()
+    weights = json.loads((here / "runs/afg/model.json").read_text())["weights"]
+    assert weights["selected"]["file"] == "model-selected.safetensors"
+    assert weights["selected"]["figures"]["name"] == summary["selected"]["name"]
+    assert not (here / "runs/afg/candidates").exists()
     printed = capsys.readouterr().out
     assert all(f"\n{name} " in printed for name in (*list(rows)[1:], "AFG"))
 
 
 def test_several_views_of_an_image_make_no_class_larger(here, monkeypatch):
     heads = []
-    monkeypatch.setattr(afg, "find_support", lambda *a: heads.append(a[2].tolist()) or find_support(*a))
+    monkeypatch.setattr(stage_two, "find_support", lambda *a: heads.append(a[2].tolist()) or find_support(*a))
     for views in ("0", "3"):
         run(["--optim.epochs", "1", "--method.beta", "0", "--method.baselines", "false", "--input.views", views])
     assert heads[0] == heads[1] == (open_dataset("data/digits").train_counts > 100).tolist()
@@ -116,10 +137,12 @@ def test_baselines_can_be_left_out(here, capsys):
         ({"beta": "adaptive"}, "AFG, adaptive β"),
         ({"beta": 0.6}, "AFG, β=0.6"),
         ({"distill": 0.0, "head_above": 900}, "AFG, no distillation, head above 900"),
+        ({"teacher": "stage-one"}, "AFG, teacher stage one"),
     ],
 )
 def test_tables_tell_runs_of_other_settings_apart(settings, expected):
     assert afg.title(afg.Settings(**settings)) == expected
+    assert afg.title(afg.Settings(), on_held_out=False) == "AFG, β=0.6"
 
 
 def test_adaptive_beta_runs_beside_its_control(here, capsys):
@@ -129,8 +152,9 @@ def test_adaptive_beta_runs_beside_its_control(here, capsys):
     summary = json.loads((here / "runs/afg/summary.json").read_text())
     assert summary["beta"]["used"] == rows[-1]["beta"]
     assert summary["beta"]["selected_on"] == "val"
+    below = summary["beta"]["note"]
     printed = capsys.readouterr().out
-    assert printed.index("β=0 ") < printed.index("β=adaptive ")
+    assert below is None or below in printed
 
 
 @pytest.mark.parametrize("name", ["made.safetensors", "made.npy"])
@@ -208,8 +232,108 @@ def test_a_run_without_a_val_split_says_which_beta_it_takes(here, photo_folder, 
     run(["--optim.epochs", "2", "--run", "runs/afg"])  # the newest finished run
     summary = json.loads((here / "runs/afg/summary.json").read_text())
     assert summary["from"] == "pictures"
-    assert summary["beta"] == {"used": 0.6, "tried": {}, "selected_on": None}
-    assert "no val split to select β on" in capsys.readouterr().out
+    assert summary["beta"] == {"used": 0.6, "tried": {}, "selected_on": None, "note": None}
+    assert (summary["selected"], summary["selected_on"], summary["selection"]) == (None, None, None)
+    assert summary["title"] == "CE + AFG, β=0.6"
+    assert not (here / "runs/afg/model-selected.safetensors").exists()
+    assert "there is no val split, and a choice needs 10: nothing is selected" in capsys.readouterr().out
+    rows = {row["name"]: row["setting"] for row in summary["baselines"]["rows"]}
+    assert rows["logit adjustment"] == {"tau": 1.0}
+    assert rows["cRT"] == {"lr": 0.2}
+
+
+@pytest.mark.parametrize("per_class", [1, 2])
+def test_a_val_split_of_few_images_selects_nothing(here, capsys, monkeypatch, per_class):
+    taken = stage_two.feature_bank
+
+    def few(*arguments):
+        features, labels = taken(*arguments)
+        if arguments[3] != "val":
+            return features, labels
+        kept = torch.cat([(labels == c).nonzero()[:per_class, 0] for c in range(10)])
+        return features[kept], labels[kept]
+
+    monkeypatch.setattr(stage_two, "feature_bank", few)
+    run(["--optim.epochs", "1", "--run", "runs/afg"])
+    assert (
+        f"val has {per_class}.0 images a class, and a choice needs 10: nothing is selected" in capsys.readouterr().out
+    )
+    summary = json.loads((here / "runs/afg/summary.json").read_text())
+    assert (summary["selected"], summary["beta"]["used"], summary["held_out_images_per_class"]) == (
+        None,
+        0.6,
+        per_class,
+    )
+
+
+def test_a_class_of_one_image_is_trained_and_evaluated(here, capsys, monkeypatch):
+    taken = stage_two.feature_bank
+
+    def one(*arguments):
+        features, labels = taken(*arguments)
+        if arguments[3] != "train":
+            return features, labels
+        kept = torch.cat([(labels != 9).nonzero()[:, 0], (labels == 9).nonzero()[:1, 0]])
+        return features[kept], labels[kept]
+
+    monkeypatch.setattr(stage_two, "feature_bank", one)
+    run(["--optim.epochs", "1", "--run", "runs/afg"])
+    summary = json.loads((here / "runs/afg/summary.json").read_text())
+    assert summary["last"]["few"] is not None
+    assert all(row["balanced_accuracy"] is not None for row in summary["baselines"]["rows"])
+
+
+def test_the_papers_variant_is_there_for_every_dataset(here, capsys):
+    run(["--optim.epochs", "1", "--run", "runs/afg", "--variant", "paper", "--method.baselines", "false"])
+    summary = json.loads((here / "runs/afg/summary.json").read_text())
+    assert summary["title"] == "CE + AFG, β=0.6, teacher stage one"
+    assert summary["setting"] == {"beta": 0.6, "lr": 0.1, "distill": 1.0, "teacher_tau": 0.0}
+    message = fails_with(capsys, "--variant", "papr")
+    assert "--variant papr" in message
+    assert "for every dataset there is: paper" in message
+
+
+def test_a_stopped_stage_two_keeps_what_is_finished_and_resumes(here, capsys, monkeypatch):
+    """SIGTERM in the last pass: status 75, no summary; resumed, the finished passes are found and the figures equal."""
+    run([*SHORT, "--run", "runs/whole"])
+    real, passed = Passes._train, []
+
+    def stopping(self, source, recipes):
+        passed.append(source.sampling)
+        if source.sampling == "each-once":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, source, recipes)
+
+    monkeypatch.setattr(Passes, "_train", stopping)
+    with pytest.raises(SystemExit) as stopped:
+        run([*SHORT, "--run", "runs/cut"])
+    assert stopped.value.code == 75
+    assert "stopped by SIGTERM" in (said := capsys.readouterr().out)
+    assert "--run runs/cut --resume" in said
+    assert not (here / "runs/cut/summary.json").exists()
+    monkeypatch.setattr(Passes, "_train", real)
+    again = []
+    monkeypatch.setattr(
+        Passes, "_train", lambda self, source, recipes: again.append(source.sampling) or real(self, source, recipes)
+    )
+    run(["--resume"])  # the newest unfinished one, with the settings that it began with
+    assert set(again) == {"each-once"}
+    cut, whole = (json.loads((here / f"runs/{name}/summary.json").read_text()) for name in ("cut", "whole"))
+    for key in ("last", "selected", "baselines", "beta"):
+        assert cut[key] == whole[key]
+    run(["--resume", "--run", "runs/cut"])
+    assert "runs/cut is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("classifier", ["crt", "lws", "tau", "ncm", "mislas", "adjusted", "oversampling", "plain"])
+def test_each_classifier_can_be_a_run_of_its_own(here, classifier):
+    decouple.run(["--classifier", classifier, "--run", "runs/one", "--optim.epochs", "2"])
+    summary = json.loads((here / "runs/one/summary.json").read_text())
+    assert (summary["method"], summary["stage"], summary["from"]) == ("decouple", 2, "ce")
+    assert summary["title"] == f"CE + {decouple.TITLES[classifier][0]}"
+    assert summary["setting_selected_on"] == "val"
+    assert read_run(here / "runs/one").epochs is not None
+    assert load_model("runs/one").classifier.out_features == 10
 
 
 def test_mistakes_are_told_in_one_line(here, capsys, photos):
@@ -249,85 +373,89 @@ def judge_of(mixture: Mixture) -> Judge:
     return Judge(bank, bank, mixture.gaussians.counts_C.numpy())
 
 
-@pytest.mark.parametrize("kind", ["scaled", "lws", "linear"])
-def test_training_learns_and_lws_moves_the_scales_alone(kind):
-    mixture, linear = make_mixture()
-    before = linear.weight.detach().clone()
-    settings, optim = Settings(classifier=kind), ClassifierOptim(epochs=20, batch_size=64, lr=0.5)
-    trained = train_afg(linear, mixture, judge_of(mixture), settings, optim, 0.4, seed=0)
-    assert torch.equal(linear.weight, before)  # stage one's stays the teacher
-    assert trained.rows[-1]["loss"] < trained.rows[0]["loss"] + 0.5
-    assert {row["beta"] for row in trained.rows} == {0.4}
-    ratio = trained.linear.weight / before
-    alike = torch.allclose(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-4)
-    assert alike == (kind == "lws")
-    again = train_afg(linear, mixture, judge_of(mixture), settings, optim, 0.4, seed=0)
-    assert torch.equal(trained.linear.weight, again.linear.weight)
+def families_of(mixture: Mixture, linear: nn.Linear, judge: Judge | None = None, **optim) -> Families:
+    optim = ClassifierOptim(**{"epochs": 6, "batch_size": 64, **optim})
+    passes = Passes(linear, mixture, 0)
+    return Families(linear, mixture, judge or judge_of(mixture), passes, optim, ReferenceOptim(), rates=[1.0])
 
 
-def test_distillation_pulls_head_classes_towards_stage_one():
+def test_distillation_pulls_head_classes_towards_the_teacher():
     mixture, linear = make_mixture()
-    optim = ClassifierOptim(epochs=20, batch_size=64, lr=0.5)
     head = mixture.features_ND[mixture.labels_N == 0].float()
     teacher = linear(head).log_softmax(1)
 
     def divergence(distill: float) -> float:
-        trained = train_afg(linear, mixture, judge_of(mixture), Settings(distill=distill), optim, 0.4, seed=0)
-        return nn.functional.kl_div(
-            trained.linear(head).log_softmax(1), teacher, reduction="batchmean", log_target=True
-        ).item()
+        settings = Settings(distill=distill, beta=0.4, baselines=False, teacher="stage-one")
+        best = choose_beta(families_of(mixture, linear, epochs=20, lr=0.5), settings).best
+        kl = nn.functional.kl_div(best.linear(head).log_softmax(1), teacher, reduction="batchmean", log_target=True)
+        return kl.item()
 
     assert divergence(20.0) < divergence(1.0) < divergence(0.0)
 
 
-def test_adaptive_beta_follows_the_control_within_its_bounds():
+def test_adaptive_beta_follows_the_control_within_its_bounds(monkeypatch):
     """β rises where the held-out split recognises a class better than the control, and falls where it is worse."""
     mixture, linear = make_mixture((200, 30, 5, 3))
-    judge, optim = judge_of(mixture), ClassifierOptim(epochs=12, batch_size=64, lr=0.01)
-    control = train_afg(linear, mixture, judge, Settings(), optim, 0.0, seed=0, record=True)
-    assert len(control.recalls_EC) == 12
-    assert control.beta_C.tolist() == [0] * 4
-    worse = [torch.tensor([0.0, -1.0, 2.0, 0.0]).double() for _ in range(12)]
-    adaptive = train_afg(linear, mixture, judge, Settings(), optim, 0.6, 0, replace(control, recalls_EC=worse))
-    assert adaptive.beta_C[0] == 0  # head
-    assert adaptive.beta_C[1].item() == pytest.approx(0.9)  # always better: 0.6 + 12·0.05, bounded
-    assert adaptive.beta_C[2].item() == pytest.approx(0, abs=1e-6)  # always worse: 0.6 − 12·0.05
-    betas = [row["beta"] for row in adaptive.rows]
-    assert betas[0] == pytest.approx(0.6)
-    assert len(set(betas)) > 1
+    families = families_of(mixture, linear)
+    told = []
+
+    def watched(stack_linear, bank):
+        total, loss = measure(stack_linear, bank)
+        told.append(total)
+        if len(told) <= 24:  # 12 epochs of the control and of the adaptive one, by turns
+            control = len(told) % 2
+            total.correct_C[:] = [5, 1, 2, 3] if control else [5, 2, 1, 3]
+        return total, loss
+
+    monkeypatch.setattr(afg, "measure", watched)
+    recipe = Recipe("scaled", 12, 0.01, beta=0.0)
+    found = train_adaptive(families.passes, Source("generated", 64), recipe, families.judge)
+    beta_C = found.trained.beta_C
+    assert beta_C[0] == 0  # head
+    assert beta_C[1].item() == pytest.approx(0.9)  # always better: 0.6 + 12·0.05, bounded
+    assert beta_C[2].item() == pytest.approx(0, abs=1e-6)  # always worse: 0.6 − 12·0.05
+    assert beta_C[3].item() == pytest.approx(0.6)
+    assert found.trained.rows[0]["beta"] == pytest.approx(0.6)
+
+
+def test_adaptive_beta_below_its_control_says_so(monkeypatch):
+    mixture, linear = make_mixture()
+    families = families_of(mixture, linear)
+    real = train_adaptive
+    monkeypatch.setattr(afg, "train_adaptive", lambda *a: replace(real(*a), score=(-1.0, 0.0)))
+    choice = choose_beta(families, Settings(beta="adaptive"))
+    assert "adaptive β ends below its control: -100.0 % balanced accuracy on val" in choice.note
+    monkeypatch.setattr(afg, "train_adaptive", lambda *a: replace(real(*a), score=(2.0, 0.0)))
+    assert choose_beta(families, Settings(beta="adaptive")).note is None
 
 
 @pytest.mark.parametrize(
     ("beta", "watched", "betas", "on_held_out"),
     [
-        ("select", True, [0.2, 0.4, 0.0], True),  # 0 only for comparison
-        ("adaptive", True, [0.0, 0.6], True),
-        (0.3, True, [0.3, 0.0], False),
+        ("select", True, [0.2, 0.2, 0.4, 0.0], True),  # with and without a teacher; 0 only for comparison
+        ("adaptive", True, [0.0, 0.0], True),
+        (0.3, True, [0.3, 0.3, 0.0], False),
         ("select", False, [0.6, 0.0], False),
         ("adaptive", False, [0.6, 0.0], False),
     ],
 )
-def test_which_betas_are_trained(beta, watched, betas, on_held_out):
+def test_which_betas_are_trained(beta, watched, betas, on_held_out, monkeypatch):
     mixture, linear = make_mixture()
     judge = judge_of(mixture) if watched else replace(judge_of(mixture), watched=None)
-    asked, said = [], []
-
-    def train(**options):
-        asked.append(options["beta"])
-        return train_afg(linear, mixture, judge, settings, ClassifierOptim(epochs=1, batch_size=64), seed=0, **options)
-
+    families, asked = families_of(mixture, linear, judge, epochs=1), []
+    real = Passes.train
+    monkeypatch.setattr(
+        Passes,
+        "train",
+        lambda self, source, recipes: asked.extend(r.beta for r in recipes) or real(self, source, recipes),
+    )
     settings = Settings(beta=beta, beta_grid=[0.2, 0.4])
-    choice = choose_beta(train, settings, judge, said.append)
+    choice = choose_beta(families, settings)
     assert asked == betas
     assert choice.on_held_out == on_held_out
-    assert choice.own is not None
-    assert choice.own.rows[-1]["beta"] == 0
-    assert len(said) == len(asked) + (not watched)
-    if not watched:
-        doing = {"select": "select", "adaptive": "adapt"}[beta]
-        assert said[0].startswith(f"there is no val split to {doing} β on: taking the paper's 0.6")
+    assert choice.own.setting["beta"] == 0
     asked.clear()
-    choose_beta(train, replace(settings, baselines=False), judge, said.append)
+    choose_beta(families, replace(settings, baselines=False))
     assert asked == (betas if beta == "adaptive" and watched else betas[:-1])
 
 

@@ -1,25 +1,28 @@
 """Classifiers, the epochs that they are trained on, and the baselines that are chosen among them."""
 
-import itertools
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from shards.errors import UserError
-from train.features.candidates import TAUS, Candidate, Judge, baselines, table
+from train.features.candidates import RATES, TAUS, Candidate, Families, Judge, table
 from train.features.classifiers import (
     ClassifierOptim,
-    Distillation,
-    ScaledLinear,
+    ReferenceOptim,
     logit_adjusted,
     measure,
+    nearest_means,
     tau_normalized,
-    train_classifier,
 )
 from train.features.gaussians import find_support, fit, head_classes
 from train.features.mixing import Mixture, mixed_epoch, real_epoch
+from train.features.passes import Passes, Source
+from train.features.selection import select
+from train.features.training import Recipe, Stack, train_together
 
 
 def make_mixture(counts=(200, 30, 5), **options) -> Mixture:
@@ -35,6 +38,13 @@ def seeded(seed: int = 1) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def mixed(mixture, beta, batch_size, generator):
+    """A mixed epoch at one β as plain batches."""
+    for views, labels in mixed_epoch(mixture, [beta], batch_size, generator):
+        (features,) = views
+        yield features, labels
+
+
 def joined(batches) -> tuple[torch.Tensor, torch.Tensor]:
     features, labels = zip(*batches, strict=True)
     return torch.cat(features), torch.cat(labels)
@@ -43,7 +53,7 @@ def joined(batches) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("chunk", [1, 50, 65536])
 def test_an_epoch_holds_every_real_feature_once_and_balances_the_classes(chunk):
     mixture = make_mixture((40, 9, 2), chunk=chunk)
-    batches = list(mixed_epoch(mixture, 0.4, 16, seeded()))
+    batches = list(mixed(mixture, 0.4, 16, seeded()))
     features, labels = joined(batches)
     assert torch.bincount(labels).tolist() == [40, 40, 40]
     real = {tuple(row) for row in mixture.features_ND.tolist()}
@@ -70,13 +80,13 @@ def test_generated_features_live_for_a_chunk_only(monkeypatch):
             del features
 
     monkeypatch.setattr(Mixture, "generated", watched)
-    for _ in mixed_epoch(mixture, 0.4, 32, seeded()):
+    for _ in mixed(mixture, 0.4, 32, seeded()):
         assert sum(chunk() is not None for chunk in alive) <= 2
     assert len(alive) == 6
 
 
 def test_ranks_share_an_epoch_in_equal_steps():
-    whole = [list(mixed_epoch(make_mixture(chunk=64, rank=r, world_size=3), 0.4, 16, seeded())) for r in range(3)]
+    whole = [list(mixed(make_mixture(chunk=64, rank=r, world_size=3), 0.4, 16, seeded())) for r in range(3)]
     sizes = [[len(labels) for _, labels in batches] for batches in whole]
     assert sizes[0] == sizes[1] == sizes[2]
     rows = torch.cat([joined(batches)[0] for batches in whole])
@@ -91,58 +101,197 @@ def test_oversampling_repeats_each_feature_in_turn():
     assert sorted(times.tolist()) == [4] * 5 + [5] * 4
 
 
-def test_real_epochs_without_and_with_balance():
+def test_a_plain_epoch_holds_every_feature_once():
     mixture = make_mixture((400, 40, 4))
     _, labels = joined(real_epoch(mixture, "each-once", 16, seeded()))
     assert torch.bincount(labels).tolist() == [400, 40, 4]
-    _, labels = joined(real_epoch(mixture, "class-balanced", 16, seeded()))
-    counts = torch.bincount(labels).double()
-    assert len(labels) == 444
-    assert ((counts - 148).abs() <= 4 * (444 * 2 / 9) ** 0.5).all()
 
 
-@pytest.mark.parametrize("kind", ["scaled", "lws"])
-def test_folding_keeps_the_logits(kind):
-    linear = nn.Linear(6, 4)
-    scaled = ScaledLinear(linear, kind, unit=7.0)
-    features = torch.randn(5, 6)
-    torch.testing.assert_close(scaled(features), linear(features))
-    nn.init.normal_(scaled.scales_C)
-    torch.testing.assert_close(scaled.folded()(features), scaled(features))
+def test_several_betas_share_what_is_drawn():
+    mixture = make_mixture((40, 9, 2), chunk=30)
+    seen = [([view.clone() for view in views], labels) for views, labels in
+            mixed_epoch(mixture, [0.0, 0.4, torch.tensor([0.0, 0.4, 0.4])], 16, seeded())]  # fmt: skip
+    assert torch.bincount(torch.cat([labels for _, labels in seen])).tolist() == [40, 40, 40]
+    none, some, per_class = (torch.cat([views[i] for views, _ in seen]) for i in range(3))
+    torch.testing.assert_close(some, per_class)
+    alike = (none == some).all(1)
+    assert 51 <= alike.sum() < len(alike)  # the real ones, and nothing of the small classes
 
 
-def test_a_fresh_classifier_knows_nothing_of_stage_one_and_has_no_scales():
+def slow(first: nn.Linear, recipe: Recipe, batches, teacher=None, head=None) -> nn.Module:
+    """What a Stack does, by autograd and torch's SGD, one classifier at a time, features divided by the unit."""
     torch.manual_seed(0)
-    linear = nn.Linear(6, 4)
-    fresh = ScaledLinear(linear, "linear", unit=7.0)
-    assert not torch.equal(fresh.linear.weight, linear.weight * 7)
-    assert [name for name, p in fresh.named_parameters() if p.requires_grad] == ["linear.weight", "linear.bias"]
+    linear = copy.deepcopy(first)
+    if recipe.kind == "linear":
+        linear = nn.Linear(first.in_features, first.out_features)
+    else:
+        linear.weight.data *= recipe.unit
+    scales = nn.Parameter(torch.ones(linear.out_features))
+    learnt = {"linear": [*linear.parameters()], "lws": [scales], "scaled": [*linear.parameters(), scales]}[recipe.kind]
+    optimizer = torch.optim.SGD(learnt, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+    for epoch in range(1, recipe.epochs + 1):
+        optimizer.param_groups[0]["lr"] = recipe.rate(epoch)
+        alpha = recipe.distill * (recipe.distill_base ** (epoch / recipe.epochs) - 1)
+        for features, labels in batches():
+            logits = scales * linear(features / recipe.unit)
+            loss = F.cross_entropy(logits, labels)
+            if teacher is not None:
+                inside = head[labels]
+                kl = F.kl_div(
+                    logits[inside].log_softmax(1), teacher(features[inside]).log_softmax(1),
+                    reduction="sum", log_target=True,
+                )  # fmt: skip
+                loss = loss + alpha * kl / len(labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return lambda features: scales * linear(features / recipe.unit)
 
 
-def test_distillation_rises_to_s():
-    distillation = Distillation(lambda features: features, torch.tensor([True]), 0.5, 2.0)
-    weights = [distillation.weight(epoch, 40) for epoch in range(1, 41)]
-    assert weights[0] == pytest.approx(0.5 * (2 ** (1 / 40) - 1))
-    assert weights[-1] == pytest.approx(0.5)
-    assert all(a < b for a, b in itertools.pairwise(weights))
-    assert distillation.weight(1, 1) == 0.5
+CRT = Recipe("linear", 6, 0.2, weight_decay=5e-4, early_cosine=True)
+LWS = Recipe("lws", 3, 0.2, weight_decay=5e-4, early_cosine=True)
 
 
-def test_distillation_by_hand():
-    """KL(teacher ‖ student) of the one head sample, over both samples, at temperature 1."""
-    distillation = Distillation(lambda features: features, torch.tensor([True, False]), 1.0, 2.0)
-    teacher, student = torch.tensor([[0.0, 1.0], [5.0, 0.0]]), torch.tensor([[0.5, 0.0], [0.0, 9.0]])
-    p, q = teacher[0].softmax(0), student[0].softmax(0)
-    expected = (p * (p / q).log()).sum() / 2
-    torch.testing.assert_close(distillation.loss(teacher, student, torch.tensor([0, 1])), expected)
+@pytest.mark.parametrize(
+    "recipe",
+    [CRT, LWS, Recipe("scaled", 5, 0.3, unit=2.5), Recipe("scaled", 5, 0.3, unit=2.5, distill=1.0, teacher_tau=0.7)],
+)
+def test_a_stack_equals_autograd_one_by_one(recipe):
+    """cRT and LWS by the reference's definition on the same features and rates, and AFG's own: logits to 1e-5."""
+    mixture = make_mixture((60, 20, 5))
+    torch.manual_seed(3)
+    first = nn.Linear(8, 3)
+    counts, head = mixture.gaussians.counts_C, mixture.support.head_C
+
+    def batches():
+        return real_epoch(mixture, "oversampled", 32, generator)
+
+    def views():
+        return (([features], labels) for features, labels in batches())
+
+    # Beside others, one of which trains longer: a neighbour has no effect.
+    others = [replace(recipe, lr=recipe.lr * 3, epochs=recipe.epochs + 2), replace(recipe, kind="scaled")]
+    stack = Stack(first, [others[0], recipe, others[1]], counts, head, seed=0)
+    generator = seeded()
+    ((_, found, _),) = train_together([stack], views, 6, "")
+    generator = seeded()
+    with torch.enable_grad():
+        teacher = logit_adjusted(first, counts, recipe.teacher_tau) if recipe.distill else None
+        expected = slow(first, recipe, batches, teacher, head)
+    features = mixture.features_ND.float()
+    torch.testing.assert_close(found.linear(features), expected(features), rtol=1e-5, atol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_is_told():
+def test_the_references_last_epoch_has_rate_zero():
+    assert CRT.rate(6) == pytest.approx(0, abs=1e-12)
+    assert CRT.rate(3) == pytest.approx(0.1)
+    ours = replace(CRT, early_cosine=False)
+    assert ours.rate(1) == pytest.approx(0.2)
+    assert ours.rate(6) > 0
+
+
+def test_label_aware_smoothing_by_hand():
+    """MiSLAS's loss: (1 − ε_y)·CE + ε_y·the mean over all classes, the target included."""
+    first, labels, features = nn.Linear(4, 3), torch.tensor([0, 2, 1]), torch.rand(3, 4)
+    counts = torch.tensor([100, 60, 10])
+    recipe = Recipe("scaled", 1, 0.1, momentum=0.0, weight_decay=0.0, smoothing=(0.3, 0.1))
+    stack = Stack(first, [recipe], counts, counts > 100, seed=0)
+    ((found,),) = train_together([stack], lambda: iter([([features], labels)]), 1, "")
+    epsilon = 0.1 + 0.2 * ((counts - 10) / 90 * torch.pi / 2).sin()
+    weight, bias = (part.detach().clone().requires_grad_() for part in (first.weight, first.bias))
+    logs = F.linear(features, weight, bias).log_softmax(1)
+    loss = -((1 - epsilon[labels]) * logs[range(3), labels] + epsilon[labels] * logs.mean(1)).mean()
+    loss.backward()
+    assert found.rows[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    scale = found.linear.bias / (bias - 0.1 * bias.grad)
+    torch.testing.assert_close(found.linear.weight, (weight - 0.1 * weight.grad) * scale[:, None], rtol=1e-4, atol=1e-6)
+
+
+def test_a_diverged_classifier_is_left_out_and_leaves_its_neighbours_alone():
+    mixture = make_mixture((60, 20, 5))
+    families = families_of(mixture, rates=[1.0, 1e30])
+    found = families.search(Source("oversampled", 16), {"a": [replace(CRT, lr=0.1)]})["a"]
+    assert all(torch.isfinite(one.linear.weight).all() for one in found)
+    with pytest.raises(UserError, match=r"a: the loss is not finite at any rate from 1e\+30 to 1e\+30; lower"):
+        families_of(mixture, rates=[1.0]).search(Source("oversampled", 16), {"a": [replace(CRT, lr=1e30)]})
     bad = torch.full((4, 3), float("inf")), torch.zeros(4).long()
-    with pytest.raises(UserError, match=r"the loss is nan in epoch 1 \(optim\.lr=0\.1\); lower optim\.lr"):
-        train_classifier(ScaledLinear(nn.Linear(3, 2)), lambda: iter([bad]), ClassifierOptim())
     with pytest.raises(UserError, match="on features, the model's logits hold nan or inf"):
         measure(nn.Linear(3, 2), bad)
+
+
+def families_of(mixture: Mixture, judge: Judge | None = None, **options) -> Families:
+    torch.manual_seed(0)
+    linear = nn.Linear(8, len(mixture.targets_C))
+    optim = ClassifierOptim(epochs=4, batch_size=32)
+    passes = Passes(linear, mixture, 0, folder=options.pop("folder", None))
+    return Families(
+        linear, mixture, judge or judge_of(mixture), passes, optim, ReferenceOptim(batch_size=32), **options
+    )
+
+
+def test_a_grid_whose_end_wins_is_extended():
+    families = families_of(make_mixture((60, 20, 5)))
+    for first in (1e-2, 50.0):
+        found = families.search(Source("oversampled", 32), {"cRT": [replace(CRT, lr=first, epochs=3)]})["cRT"]
+        rates = sorted(one.setting["lr"] for one in found)
+        best = families.judge.best(found).setting["lr"]
+        assert len(rates) > len(RATES)
+        assert rates[0] < best < rates[-1]
+
+
+def test_finished_passes_are_not_trained_again(tmp_path, monkeypatch):
+    mixture = make_mixture((60, 20, 5))
+    train = [Source("oversampled", 32), [CRT, LWS]]
+    once = families_of(mixture, folder=tmp_path).passes.train(*train)
+    monkeypatch.setattr("train.features.passes.train_together", lambda *a, **o: pytest.fail("trained again"))
+    again = families_of(mixture, folder=tmp_path).passes.train(*train)
+    for one, other in zip(once, again, strict=True):
+        assert torch.equal(one.linear.weight, other.linear.weight)
+        assert one.rows == other.rows
+    with pytest.raises(pytest.fail.Exception):
+        families_of(mixture, folder=tmp_path).passes.train(train[0], [CRT, replace(LWS, lr=0.3)])
+
+
+def test_memory_bounds_what_trains_together(monkeypatch):
+    mixture = make_mixture((60, 20, 5))
+    together = families_of(mixture).passes.train(Source("oversampled", 32), [CRT, replace(CRT, lr=0.5)])
+    monkeypatch.setattr("train.features.passes.PASS_VALUES", 1)
+    apart = families_of(mixture).passes.train(Source("oversampled", 32), [CRT, replace(CRT, lr=0.5)])
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one.linear.weight, other.linear.weight)
+
+
+def test_nearest_means_by_hand():
+    features = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 8.0]])
+    near, far = torch.tensor([[0.5, 3.0]]), torch.tensor([[1.0, 2.0]])
+    by_distance = nearest_means(features, torch.tensor([0, 0, 1]), 2, cosine=False)
+    by_angle = nearest_means(features, torch.tensor([0, 0, 1]), 2, cosine=True)
+    assert [by_distance(x).argmax().item() for x in (near, far)] == [0, 0]
+    assert [by_angle(x).argmax().item() for x in (near, far)] == [1, 1]
+
+
+def test_the_simplest_within_an_error_of_the_best_is_selected():
+    def constant(c: int) -> nn.Linear:
+        linear = nn.Linear(2, 2)
+        linear.weight.data, linear.bias.data = torch.zeros(2, 2), torch.eye(2)[c]
+        return linear
+
+    perfect = nn.Linear(2, 2)
+    perfect.weight.data, perfect.bias.data = torch.eye(2), torch.zeros(2)
+    features = torch.eye(2).repeat(50, 1)
+    labels = torch.tensor([0, 1]).repeat(50)
+    found = select([constant(0), perfect, perfect], (features, labels))
+    assert (found.index, found.best) == (1, 1)  # the simpler of two that tie
+    assert found.behind == pytest.approx([0.5, 0, 0])
+    # One image in a hundred is within the error: the standard error of the paired difference is about as large.
+    labels[1] = 0
+    almost = copy.deepcopy(perfect)
+    found = select([constant(1), almost, perfect], (features, labels))
+    assert found.index == 1
+    again = select([constant(1), almost, perfect], (features, labels))
+    assert again.errors == found.errors
+    few = select([almost, constant(0)], (features[:2], torch.tensor([0, 0])))
+    assert few.errors[0] > 0.2  # two images say little
 
 
 def test_closed_form_baselines_by_hand():
@@ -170,30 +319,32 @@ def test_the_held_out_split_alone_chooses():
     test = (torch.eye(2), torch.tensor([1, 0]))  # the other way round
     judge = Judge(watched, test, torch.tensor([3, 1]).numpy())
     candidates = [Candidate({"a": 1.0}, wrong), Candidate({"a": 2.0}, right)]
-    assert judge.best(iter(candidates)).setting == {"a": 2.0}
+    assert not judge.chooses  # two images
+    many = replace(judge, watched=(watched[0].repeat(10, 1), watched[1].repeat(10)))
+    scored = [many.scored(one) for one in candidates]
+    assert many.best(scored).setting == {"a": 2.0}
     assert judge.report(right)["top1"] == 0
-    assert replace(judge, watched=None).best(iter(candidates)).setting == {"a": 1.0}
+    assert judge.best(scored).setting == {"a": 1.0}  # the first
     surer = nn.Linear(2, 2)
     surer.weight.data, surer.bias.data = 5 * torch.eye(2), torch.zeros(2)
-    assert judge.best(iter([*candidates, Candidate({"a": 3.0}, surer)])).setting == {"a": 3.0}  # ties: the loss
+    assert many.best([*scored, many.scored(Candidate({"a": 3.0}, surer))]).setting == {"a": 3.0}  # ties: the loss
 
 
 def test_every_baseline_is_there_and_learns_what_it_may():
     mixture = make_mixture((60, 20, 5))
-    torch.manual_seed(0)
-    linear = nn.Linear(8, 3)
-    given = (linear, mixture, judge_of(mixture), ClassifierOptim(epochs=10, batch_size=32, lr=0.5), "scaled", 2.0, 0)
-    found = dict(baselines(*given, torch.clone))
-    assert list(found) == [
-        "stage one", "no generation", "oversampling", "cRT", "LWS", "tau-normalized", "logit adjustment",
-    ]  # fmt: skip
+    families = families_of(mixture)
+    judge, linear = families.judge, families.stage_one
+    found = {
+        name: judge.best(families.closed(name)) for name in ("stage one", "tau-normalized", "logit adjustment", "NCM")
+    }
+    names = ("LWS", "cRT", "no generation", "oversampling", "MiSLAS")
+    found |= {name: judge.best(tried) for name, tried in families.on_real_features(*names).items()}
     assert found["stage one"].linear is linear
-    assert found["cRT"].setting["lr"] in (0.125, 0.5, 2.0)
     assert found["logit adjustment"].setting["tau"] in TAUS
+    assert found["MiSLAS"].setting.keys() == {"lr", "smoothing_head", "smoothing_tail"}
     ratio = found["LWS"].linear.weight / linear.weight
     torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))
-    scores = {name: judge_of(mixture).score(candidate.linear)[0] for name, candidate in found.items()}
-    assert scores["cRT"] > scores["stage one"]
+    assert found["cRT"].score[0] > found["stage one"].score[0]
 
 
 def test_the_table_shows_names_settings_and_percent():

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from shards.errors import UserError
 from train.features import generation
-from train.features.gaussians import ClassGaussians, find_support, fit, head_classes
-from train.features.generation import combine, generate, generate_chunks, noise_length
+from train.features.gaussians import ClassGaussians, find_support, fit, head_classes, inverse_tukey
+from train.features.generation import combine, generate, generate_chunks, generate_parts, noise_length
 
 SIZES = [(dim, count) for dim in (64, 512) for count in (1, 2, dim - 1, dim + 1, 10 * dim)]
 
@@ -39,22 +39,33 @@ def test_the_implied_covariance_is_the_classes(dim, count):
     gaussians = fit(*skewed([count], dim), num_classes=1)
     length = noise_length(gaussians, 0)
     assert length == min(count, dim)
-    ones, zeros = torch.ones(length), torch.zeros(length)
-    factor = combine(gaussians, 0, torch.eye(length), ones, zeros, zeros, zeros.long()).double()
+    ones, zeros = torch.ones(length, 1), torch.zeros(length, 1)
+    factor = combine(gaussians, 0, torch.eye(length), ones * gaussians.noise_scales_C[0], zeros).double()
     expected_DD = covariance(of_class(gaussians, 0))
     assert (factor.T @ factor - expected_DD).norm() <= 1e-5 * expected_DD.norm()
 
 
 @pytest.mark.parametrize(("dim", "count"), SIZES)
-def test_mean_and_parent_are_exact_without_noise(dim, count):
+def test_means_are_exact_without_noise(dim, count):
     gaussians = fit(*skewed([count], dim), num_classes=1)
     noise = torch.zeros(2, noise_length(gaussians, 0))
-    place = torch.tensor([0, count - 1])
-    mean, parent = torch.tensor([1.0, 0.25]), torch.tensor([0.0, 0.75])
-    found = combine(gaussians, 0, noise, torch.ones(2), mean, parent, place).double()
-    features = of_class(gaussians, 0).double()
-    expected = torch.stack([features.mean(0), 0.25 * features.mean(0) + 0.75 * features[-1]])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    mean = torch.tensor([[1.0], [0.25]])
+    found = combine(gaussians, 0, noise, torch.ones(2, 1), mean / count).double()
+    torch.testing.assert_close(found, mean.double() * of_class(gaussians, 0).double().mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("counts", [[12, 9, 5, 1], [40, 30, 12, 9]])
+@pytest.mark.parametrize("beta", [0.2, 0.4, 0.9])
+def test_samples_are_the_parts_put_together_at_a_beta(counts, beta):
+    """One noise for every β: with the same generator the sample at β is own + β·lent."""
+    gaussians = fit(*skewed(counts, 10), num_classes=4)  # classes with and without a factor
+    support = find_support(gaussians, 2, head_classes(gaussians.counts_C, counts[0] - 1))
+    targets, seeded = torch.tensor([6, 20, 30, 30]), lambda: torch.Generator().manual_seed(5)
+    ((own, lent, labels),) = generate_parts(gaussians, support, targets, seeded(), gamma=0.1)
+    assert torch.equal(lent.any(1), labels > 0)  # the largest is head
+    ((samples, same_labels),) = generate_chunks(gaussians, support, targets, beta, seeded(), gamma=0.1)
+    assert torch.equal(labels, same_labels)
+    torch.testing.assert_close(inverse_tukey(own + beta * lent), samples)
 
 
 @pytest.mark.parametrize(("dim", "count"), SIZES)

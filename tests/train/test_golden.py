@@ -66,7 +66,8 @@ def golden_losses(dataset: Path, folder: Path) -> dict[str, list[float]]:
     run(SDN, [*small, f"{folder}/sdn", "--method.hard_from", "0.5"])
     # The features of a network that has hardly moved are the same everywhere; those of the runs above are not.
     run(ERM, [*common, f"{folder}/still", *SHORT, "--optim.epochs", "1", "--optim.lr", "1e-6"])
-    afg.run([*common, f"{folder}/afg", "--from", f"{folder}/still", "--method.beta", "0.4", "--optim.epochs", "2"])
+    kept = ["--method.beta", "0.4", "--method.rates", "[1.0]", "--method.teacher", "stage-one", "--optim.epochs", "2"]
+    afg.run([*common, f"{folder}/afg", "--from", f"{folder}/still", *kept])
     return {
         name: [json.loads(row)["loss"] for row in (folder / name / "metrics.jsonl").read_text().splitlines()]
         for name in TOLERANCE

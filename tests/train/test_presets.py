@@ -17,7 +17,7 @@ from train.engine.loop import lr_factor
 from train.engine.method import Progress
 from train.engine.objectives import make_objective
 from train.erm import ERM
-from train.features.stage_two import stage_parser
+from train.features.commands import stage_parser
 from train.sdn import SDN
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))

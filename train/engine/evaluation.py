@@ -203,7 +203,8 @@ def write_results(run_folder: Path, summary: dict[str, Any], final: Tally, datas
     runs.unlock()
     print(f"{summary['title']}, last epoch, on {summary['evaluated_on']}: {accuracy_line(summary['last'])}")
     if summary["selected"]:
-        told = f"{summary['title']}, epoch {summary['selected']['epoch']}, which {summary['selected_on']} chose"
+        chosen = summary["selected"].get("name") or f"{summary['title']}, epoch {summary['selected']['epoch']}"
+        told = f"{chosen}, which {summary['selected_on']} chose"
         print(f"{told}, on {summary['evaluated_on']}: {accuracy_line(summary['selected'])}")
     print(f"wrote {run_folder}/summary.json; for a page with figures: python -m analysis report {run_folder}")
 

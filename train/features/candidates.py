@@ -1,49 +1,63 @@
-"""What AFG is held against: other classifiers on the same features, each with its setting chosen on the held-out split.
+"""Second stages side by side: classifiers on the same features, each with its settings chosen on the held-out split.
 
     stage one           its own classifier
-    no generation       AFG's classifier on the real features alone
-    own Gaussian        AFG with β = 0: nothing is borrowed
-    oversampling        AFG's classifier on real features, every class n_max times
-    cRT                 a fresh classifier, classes equally likely, 10 epochs  (Kang et al., ICLR 2020, section 4.1)
-    LWS                 learnable weight scaling, likewise, 5 epochs           (section 4.2)
-    tau-normalized      rows of W divided by their norm's power τ, no bias     (section 4.2)
     logit adjustment    τ·log prior taken off stage one's logits               (Menon et al., ICLR 2021)
+    tau-normalized      rows of W divided by their norm's power τ, no bias     (Kang et al., ICLR 2020, section 4.2)
+    NCM                 the nearest class mean, by angle or by distance        (section 4.2)
+    LWS                 learnable weight scaling on balanced draws, 5 epochs   (section 4.2)
+    cRT                 a fresh classifier, likewise, 10 epochs                (section 4.1)
+    no generation       AFG's classifier on the real features alone
+    oversampling        AFG's classifier on real features, every class n_max times
+    own Gaussian        AFG with β = 0: nothing is borrowed
 
-Nothing is distilled in those that are trained, except in own Gaussian, which differs from AFG in β alone.
+from simple to complex. train/afg.py shows all but NCM beside itself; train/decouple.py makes one of them a run.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from analysis.metrics import percent, summarize
+from shards.errors import UserError
 from train.features.classifiers import (
     ClassifierOptim,
-    Kind,
-    ScaledLinear,
+    ReferenceOptim,
     logit_adjusted,
     measure,
+    nearest_means,
     tau_normalized,
-    train_classifier,
 )
-from train.features.mixing import Mixture, Sampling, real_epoch
+from train.features.mixing import Mixture, Sampling
+from train.features.passes import Passes, Source
+from train.features.training import Kind, Recipe, Trained
 
 Bank = tuple[Tensor, Tensor]
-# Factors of optim.lr, and τ: what the held-out split chooses from. The first is taken where there is none.
+# Factors of a learning rate, and τ: what the held-out split chooses from. The first is taken where nothing chooses.
 RATES = (1.0, 0.25, 4.0)
 TAUS = (1.0, *(t / 10 for t in range(21) if t != 10))
+# A grid of rates whose end wins is extended by RATE_STEP, up to this factor of the first rate either way.
+RATE_STEP, RATE_BOUND = 4.0, 4.0**6
+# Images a class that the held-out split needs on average; with fewer, a choice among classifiers is mostly noise.
+IMAGES_TO_CHOOSE = 10
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A classifier at one value of its setting."""
+    """A classifier at one value of its settings.
 
-    setting: dict[str, float]
+    Attributes:
+        setting: what distinguishes it from others of its family.
+        linear: the classifier.
+        trained: how it was trained, if it was.
+        score: from `Judge.score`.
+    """
+
+    setting: dict[str, Any]
     linear: nn.Linear
+    trained: Trained | None = None
+    score: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,16 @@ class Judge:
     test: Bank
     train_counts_C: Any
 
+    @property
+    def images_per_class(self) -> float:
+        """Held-out images per class, on average."""
+        return 0.0 if self.watched is None else len(self.watched[1]) / len(self.train_counts_C)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the held-out split is large enough to choose anything on."""
+        return self.images_per_class >= IMAGES_TO_CHOOSE
+
     def score(self, linear: nn.Linear) -> tuple[float, float]:
         """Return balanced accuracy and minus the loss: small held-out splits tie often, then the loss decides."""
         if self.watched is None:
@@ -67,58 +91,153 @@ class Judge:
         total, loss = measure(linear, self.watched)
         return summarize(total, self.train_counts_C)["balanced_accuracy"] or 0.0, -loss
 
-    def best(self, candidates: Iterator[Candidate]) -> Candidate:
-        """Return the candidate of the highest score; the first without a held-out split."""
-        if self.watched is None:
-            return next(candidates)
-        return max(candidates, key=lambda candidate: self.score(candidate.linear))
+    def scored(self, candidate: Candidate) -> Candidate:
+        """Return the candidate with its score."""
+        return replace(candidate, score=self.score(candidate.linear))
+
+    def best(self, candidates: Sequence[Candidate]) -> Candidate:
+        """Return the candidate of the highest score; the first where nothing can be chosen."""
+        return max(candidates, key=lambda one: one.score) if self.chooses else candidates[0]
 
     def report(self, linear: nn.Linear) -> dict[str, float | None]:
         """Return the figures on the test split."""
         return summarize(measure(linear, self.test)[0], self.train_counts_C)
 
 
-def baselines(
-    stage_one: nn.Linear,
-    mixture: Mixture,
-    judge: Judge,
-    optim: ClassifierOptim,
-    kind: Kind,
-    unit: float,
-    seed: int,
-    average: Callable[[Tensor], Tensor],
-) -> Iterator[tuple[str, Candidate]]:
-    """Yield each baseline but own Gaussian, by name, at the setting that the held-out split chose.
+@dataclass
+class Families:
+    """Everything that makes candidates: stage one, the features, and who judges.
 
-    Args:
+    Attributes:
         stage_one: its classifier.
-        mixture: the real features, in stage one's space.
+        mixture: the features, in stage one's space.
         judge: chooses.
-        optim: AFG's; its rate is the middle of what is tried.
+        passes: trains.
+        optim: of no generation, oversampling and AFG.
+        reference: of cRT, LWS and MiSLAS.
         kind: AFG's classifier.
-        unit: AFG's unit of length.
-        seed: of everything random.
-        average: see `train_classifier`.
+        rates: factors of each rate that are tried; where there is one, it is kept.
     """
-    share = max(1, optim.batch_size // mixture.world_size)
 
-    def trained(kind: Kind, sampling: Sampling, epochs: int) -> Iterator[Candidate]:
-        for rate in RATES:
-            tried = replace(optim, lr=optim.lr * rate, epochs=epochs)
-            torch.manual_seed(seed)  # of a fresh classifier
-            classifier = ScaledLinear(stage_one, kind, unit)
-            generator = torch.Generator().manual_seed(seed)
-            batches = partial(real_epoch, mixture, sampling, share, generator)
-            yield Candidate({"lr": tried.lr}, train_classifier(classifier, batches, tried, average=average)[0])
+    stage_one: nn.Linear
+    mixture: Mixture
+    judge: Judge
+    passes: Passes
+    optim: ClassifierOptim
+    reference: ReferenceOptim
+    kind: Kind = "scaled"
+    rates: Sequence[float] = RATES
+    unit: float = field(init=False)
 
-    counts_C = mixture.gaussians.counts_C
-    yield "stage one", Candidate({}, stage_one)
-    yield "no generation", judge.best(trained(kind, "each-once", optim.epochs))
-    yield "oversampling", judge.best(trained(kind, "oversampled", optim.epochs))
-    yield "cRT", judge.best(trained("linear", "class-balanced", 10))
-    yield "LWS", judge.best(trained("lws", "class-balanced", 5))
-    yield "tau-normalized", judge.best(Candidate({"tau": t}, tau_normalized(stage_one, t)) for t in TAUS)
-    yield "logit adjustment", judge.best(Candidate({"tau": t}, logit_adjusted(stage_one, counts_C, t)) for t in TAUS)
+    def __post_init__(self) -> None:
+        self.unit = self.mixture.unit
+
+    def closed(self, name: str) -> list[Candidate]:
+        """Return the candidates of a family that needs no training."""
+        first, counts_C = self.stage_one, self.mixture.gaussians.counts_C
+        if name == "stage one":
+            made = [Candidate({}, first)]
+        elif name == "logit adjustment":
+            made = [Candidate({"tau": t}, logit_adjusted(first, counts_C, t)) for t in TAUS]
+        elif name == "tau-normalized":
+            made = [Candidate({"tau": t}, tau_normalized(first, t)) for t in TAUS]
+        else:
+            assert name == "NCM", name
+            bank = (self.mixture.features_ND, self.mixture.labels_N, len(counts_C))
+            made = [Candidate({"by": by}, nearest_means(*bank, by == "angle")) for by in ("angle", "distance")]
+        return [self.judge.scored(one) for one in made]
+
+    def recipes(self, name: str) -> tuple[Source, list[Recipe]]:
+        """Return what a trained family on real features sees, and its recipes at the first rate."""
+        o, r = self.optim, self.reference
+        if name in ("cRT", "LWS", "MiSLAS"):
+            kind: Kind = {"cRT": "linear", "LWS": "lws", "MiSLAS": "scaled"}[name]  # type: ignore[assignment]
+            epochs = r.lws_epochs if name == "LWS" else r.crt_epochs
+            plain = Recipe(kind, epochs, r.lr, r.momentum, r.weight_decay, early_cosine=True)
+            if name == "MiSLAS":
+                # ε of the largest and the smallest class, and the rate of W beside that of the scales.
+                plain = replace(plain, early_cosine=False, weight_rate=0.1)
+                return Source("oversampled", r.batch_size), [
+                    replace(plain, smoothing=ends) for ends in ((0.3, 0.0), (0.1, 0.0), (0.4, 0.1))
+                ]
+            return Source("oversampled", r.batch_size), [plain]
+        sampling: Sampling = "each-once" if name == "no generation" else "oversampled"
+        recipe = Recipe(self.kind, o.epochs, o.lr, o.momentum, o.weight_decay, self.unit)
+        return Source(sampling, o.batch_size), [recipe]
+
+    def on_real_features(self, *names: str) -> dict[str, list[Candidate]]:
+        """Train families on real features, those that see the same ones together; see `search`."""
+        found: dict[str, list[Candidate]] = {}
+        by_source: dict[Source, dict[str, list[Recipe]]] = {}
+        for name in names:
+            source, recipes = self.recipes(name)
+            by_source.setdefault(source, {})[name] = recipes
+        for source, families in by_source.items():
+            found |= self.search(source, families)
+        return {name: found[name] for name in names}
+
+    def search(self, source: Source, families: Mapping[str, Sequence[Recipe]]) -> dict[str, list[Candidate]]:
+        """Train every recipe at every rate, and at further ones while the largest or the smallest rate wins.
+
+        Args:
+            source: the features.
+            families: by name, recipes at the first rate. Where nothing can be chosen, the first is trained alone.
+
+        Returns:
+            By name, the candidates; those whose loss was not finite are left out.
+
+        Raises:
+            UserError: no rate of a family gives a finite loss.
+        """
+        rates = self.rates if self.judge.chooses else self.rates[:1]
+        wanted = {
+            name: [
+                replace(one, lr=one.lr * rate) for rate in rates for one in recipes[: None if self.judge.chooses else 1]
+            ]
+            for name, recipes in families.items()
+        }
+        found: dict[str, list[Candidate]] = {name: [] for name in families}
+        tried: dict[str, list[float]] = {name: [] for name in families}
+        while any(wanted.values()):
+            flat = [(name, recipe) for name, recipes in wanted.items() for recipe in recipes]
+            trained = self.passes.train(source, [recipe for _, recipe in flat])
+            for (name, recipe), one in zip(flat, trained, strict=True):
+                tried[name].append(recipe.lr)
+                if one.linear is not None:
+                    found[name].append(self.judge.scored(Candidate(setting_of(recipe), one.linear, one)))
+            wanted = {name: [] for name in families}
+            for name, recipes in families.items():
+                if not found[name]:
+                    raise UserError(
+                        f"{name}: the loss is not finite at any rate from {min(tried[name]):g} to"
+                        f" {max(tried[name]):g}; lower the learning rate"
+                    )
+                if len(rates) > 1:
+                    further = _further(self.judge.best(found[name]), tried[name], recipes[0].lr)
+                    wanted[name] = [further] if further else []
+        return found
+
+
+def _further(best: Candidate, tried: Sequence[float], first: float) -> Recipe | None:
+    """Return the best recipe at the next rate, where its rate is the end of what was tried."""
+    assert best.trained is not None
+    recipe = best.trained.recipe
+    for end, step in ((max(tried), RATE_STEP), (min(tried), 1 / RATE_STEP)):
+        rate = recipe.lr * step
+        if recipe.lr == end and 1 / RATE_BOUND <= rate / first <= RATE_BOUND:
+            return replace(recipe, lr=rate)
+    return None
+
+
+def setting_of(recipe: Recipe) -> dict[str, Any]:
+    """Return what was or could be chosen in a recipe."""
+    setting: dict[str, Any] = {} if recipe.beta is None else {"beta": recipe.beta}
+    setting["lr"] = recipe.lr
+    if recipe.beta is not None:
+        setting |= {"distill": recipe.distill} | ({"teacher_tau": recipe.teacher_tau} if recipe.distill else {})
+    if any(recipe.smoothing):
+        setting |= {"smoothing_head": recipe.smoothing[0], "smoothing_tail": recipe.smoothing[1]}
+    return setting
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -126,7 +245,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     columns = ("top1", "balanced_accuracy", "many", "medium", "few")
     cells = [["classifier", "chosen", "overall", "balanced", *columns[2:]]]
     for row in rows:
-        chosen = ", ".join(f"{name} {value:g}" for name, value in row["setting"].items())
+        chosen = ", ".join(
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in row["setting"].items()
+        )
         cells.append([row["name"], chosen, *(percent(row[column]) for column in columns)])
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = []

@@ -1,18 +1,7 @@
-"""Linear classifiers on features: those that are trained, and those that stage one's weights give at once.
-
-    scaled    s ⊙ (W·f + b), scales and weights learnt, from stage one's W and b
-    lws       the same with W and b frozen: learnable weight scaling (Kang et al., ICLR 2020, section 4.2)
-    linear    a fresh W·f + b
-
-All end as a plain `nn.Linear`.
-"""
+"""Linear classifiers on features: how they are trained, those that need no training, and how they are measured."""
 
 import copy
-import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -21,10 +10,7 @@ from torch.nn import functional as F
 
 from analysis.metrics import Tally, tally
 from shards.errors import UserError
-from train.engine.objectives import gradual_weight
-from train.features.mixing import Batches
 
-Kind = Literal["scaled", "lws", "linear"]
 # Features that are evaluated at once: a bound on memory.
 FEATURES_PER_BLOCK = 16384
 
@@ -48,116 +34,25 @@ class ClassifierOptim:
     weight_decay: NonNegativeFloat = 5e-4
 
 
-class ScaledLinear(nn.Module):
-    """A linear classifier whose every logit has a scale: s ⊙ (W·f + b), s from 1.
-
-    It sees features in the given unit of length and W by its inverse: the same logits, and a learning rate that suits
-    any network.
-    """
-
-    def __init__(self, linear: nn.Linear, kind: Kind = "scaled", unit: float = 1.0) -> None:
-        super().__init__()
-        self.unit = unit
-        self.linear = copy.deepcopy(linear).requires_grad_(kind != "lws")
-        if kind == "linear":
-            self.linear.reset_parameters()
-        else:
-            self.linear.weight.data *= unit
-        scales_C = torch.ones(linear.out_features, device=linear.weight.device)
-        self.scales_C = nn.Parameter(scales_C, requires_grad=kind != "linear")
-
-    def forward(self, features_BD: Tensor) -> Tensor:
-        """Return logits (B, C)."""
-        return self.scales_C * self.linear(features_BD / self.unit)
-
-    def folded(self) -> nn.Linear:
-        """Return the plain linear layer that gives the same logits."""
-        plain = copy.deepcopy(self.linear).requires_grad_(True)
-        plain.weight.data *= self.scales_C.detach()[:, None] / self.unit
-        plain.bias.data *= self.scales_C.detach()
-        return plain
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """Head classes are held to a teacher: α(t)·KL(teacher ‖ student), at temperature 1 (GLAG Eq. 11).
+@dataclass
+class ReferenceOptim:
+    """cRT and LWS as their reference trains them (Kang et al., ICLR 2020): a cosine whose last epoch has rate 0.
 
     Attributes:
-        teacher: features (B, D) -> logits (B, C): stage one's classifier.
-        head_C: bool, the classes whose samples are distilled.
-        scale, base: s and c of α(t).
+        crt_epochs: epochs of cRT; each holds n_max draws of every class.
+        lws_epochs: epochs of LWS.
+        batch_size: features per step, over all processes.
+        lr: the learning rate, on features as they are; the held-out split may choose another.
+        momentum: of SGD.
+        weight_decay: L2.
     """
 
-    teacher: Callable[[Tensor], Tensor]
-    head_C: Tensor
-    scale: float
-    base: float
-
-    def weight(self, epoch: int, epochs: int) -> float:
-        """Return α(t), which "shares the same form as Eq. 3" (GLAG, section 4.2)."""
-        return gradual_weight(epoch, epochs, self.scale, self.base)
-
-    def loss(self, features_BD: Tensor, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-        """Return the divergence summed over samples of head classes and divided by all B, a scalar."""
-        head_B = self.head_C[labels_B]
-        with torch.no_grad():
-            teacher_HC = self.teacher(features_BD[head_B]).log_softmax(1)
-        student_HC = logits_BC[head_B].log_softmax(1)
-        return F.kl_div(student_HC, teacher_HC, reduction="sum", log_target=True) / len(labels_B)
-
-
-def train_classifier(
-    classifier: ScaledLinear,
-    batches: Callable[[], Batches],
-    optim: ClassifierOptim,
-    distillation: Distillation | None = None,
-    after_epoch: Callable[[nn.Linear], None] = lambda linear: None,
-    average: Callable[[Tensor], Tensor] = lambda gradient: gradient,
-) -> tuple[nn.Linear, list[dict[str, Any]]]:
-    """Train a classifier by cross-entropy.
-
-    Args:
-        classifier: what is trained, in place.
-        batches: gives an epoch of (features_BD, labels_B) at each call.
-        optim: the optimiser's settings.
-        distillation: None: none.
-        after_epoch: called with the folded classifier.
-        average: gives the mean of a gradient over all ranks.
-
-    Returns:
-        The folded linear layer, and a row of numbers per epoch.
-
-    Raises:
-        UserError: the loss is not finite.
-    """
-    learnable = [p for p in classifier.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(learnable, optim.lr, optim.momentum, weight_decay=optim.weight_decay)
-    rows, step = [], 0
-    for epoch in range(1, optim.epochs + 1):
-        lr = optim.lr * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / optim.epochs))
-        optimizer.param_groups[0]["lr"] = lr
-        alpha = distillation.weight(epoch, optim.epochs) if distillation else 0.0
-        started, loss_sum, seen = time.perf_counter(), torch.zeros((), device=classifier.scales_C.device), 0
-        for features_BD, labels_B in batches():
-            logits_BC = classifier(features_BD)
-            loss = F.cross_entropy(logits_BC, labels_B)
-            if distillation and alpha > 0:
-                loss = loss + alpha * distillation.loss(features_BD, logits_BC, labels_B)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            for parameter in learnable:
-                if parameter.grad is not None:
-                    parameter.grad = average(parameter.grad)
-            optimizer.step()
-            loss_sum += loss.detach() * len(labels_B)
-            seen, step = seen + len(labels_B), step + 1
-        row = {"epoch": epoch, "step": step, "loss": loss_sum.item() / max(1, seen), "lr": lr, "distillation": alpha}
-        row["images_per_second"] = seen / (time.perf_counter() - started)
-        if not math.isfinite(row["loss"]):
-            raise UserError(f"the loss is {row['loss']} in epoch {epoch} (optim.lr={lr:g}); lower optim.lr")
-        rows.append(row)
-        after_epoch(classifier.folded())
-    return classifier.folded(), rows
+    crt_epochs: PositiveInt = 10
+    lws_epochs: PositiveInt = 5
+    batch_size: PositiveInt = 512
+    lr: PositiveFloat = 0.2
+    momentum: ClosedUnitInterval = 0.9
+    weight_decay: NonNegativeFloat = 5e-4
 
 
 @torch.no_grad()
@@ -174,6 +69,29 @@ def logit_adjusted(linear: nn.Linear, counts_C: Tensor, tau: float) -> nn.Linear
     """Return a classifier whose logits are less by τ·log P(c) (Menon et al., ICLR 2021, post-hoc logit adjustment)."""
     plain = copy.deepcopy(linear)
     plain.bias.sub_(tau * (counts_C / counts_C.sum()).log().to(plain.bias))
+    return plain
+
+
+@torch.no_grad()
+def nearest_means(features_ND: Tensor, labels_N: Tensor, num_classes: int, cosine: bool) -> nn.Linear:
+    """Return a classifier whose top class is the one of the nearest mean (NCM; Kang et al., ICLR 2020, section 4.2).
+
+    Args:
+        features_ND: training features, of any floating dtype.
+        labels_N: their classes; every class occurs.
+        num_classes: C.
+        cosine: by the angle between feature and mean; else by Euclidean distance, as μ·f − ‖μ‖²/2. A feature's own
+            length changes no order, so that both are linear.
+    """
+    plain = nn.Linear(features_ND.shape[1], num_classes).to(features_ND.device)
+    sums_CD = torch.zeros_like(plain.weight)
+    for features_BD, labels_B in zip(
+        features_ND.split(FEATURES_PER_BLOCK), labels_N.split(FEATURES_PER_BLOCK), strict=True
+    ):
+        sums_CD.index_add_(0, labels_B, features_BD.float())
+    means_CD = sums_CD / torch.bincount(labels_N, minlength=num_classes)[:, None]
+    plain.weight.copy_(F.normalize(means_CD) if cosine else means_CD)
+    plain.bias.copy_(torch.zeros_like(plain.bias) if cosine else -means_CD.square().sum(1) / 2)
     return plain
 
 

@@ -90,6 +90,7 @@ class ClassGaussians:
         lam: Tukey's λ.
         factors: by class, for those with more than D samples: R of shape (D, D), float32, with RᵀR = Σ_c.
         by_class: X_c of every class, views of shape (n_c, D).
+        noise_scales_C: float32, what centred noise is multiplied by: 1/√(n_c − 1), or 1 where there is a factor.
     """
 
     features_ND: Tensor
@@ -103,6 +104,13 @@ class ClassGaussians:
     @cached_property
     def by_class(self) -> tuple[Tensor, ...]:  # noqa: D102
         return self.features_ND.split(self.counts_C.tolist())
+
+    @cached_property
+    def noise_scales_C(self) -> Tensor:  # noqa: D102, N802
+        scales_C = (self.counts_C - 1).clamp(min=1).to(torch.float32).rsqrt()
+        for c in self.factors:
+            scales_C[c] = 1
+        return scales_C
 
 
 def fit(features_ND: Tensor, labels_N: Tensor, num_classes: int, lam: float = 0.5) -> ClassGaussians:

@@ -85,21 +85,69 @@ def generate_chunks(
     _check_memory(min(chunk, int(targets_C.sum())), gaussians.features_ND)
 
     def chunks() -> Iterator[tuple[Tensor, Tensor]]:
-        parents_T = _shuffled(take_turns(gaussians, targets_C, generator), generator)
-        share = len(parents_T) // world_size
-        seeds = torch.randint(2**62, (world_size,), generator=generator, device=generator.device)
-        noise = torch.Generator(parents_T.device).manual_seed(int(seeds[rank]))
-        for parents_M in parents_T[rank::world_size][:share].split(chunk) if share else ():
+        for parents_M, noise in _parents(gaussians, targets_C, generator, chunk, rank, world_size):
             samples_MD = _sample(gaussians, support, parents_M, beta_C, noise)
-            if gamma:
-                samples_MD += gamma**0.5 * _noise(len(samples_MD), samples_MD.shape[1], noise)
+            _add_noise(samples_MD, gamma, noise)
             inverse_tukey_(samples_MD, gaussians.lam)
-            labels_M = gaussians.labels_N[parents_M]
-            yield samples_MD, labels_M
+            yield samples_MD, gaussians.labels_N[parents_M]
             del samples_MD  # before the next one is made
 
     # Not a generator function itself: mistakes are told here, not at the first chunk.
     return chunks()
+
+
+def generate_parts(
+    gaussians: ClassGaussians,
+    support: Support,
+    targets_C: Tensor,
+    generator: torch.Generator,
+    *,
+    gamma: float = 0.0,
+    chunk: int = 65536,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Generate as `generate_chunks` does, from the same parents, but for any number of β at once.
+
+    The sample at β is inverse_tukey(own + β·lent): one noise serves every β, which are compared by pairs.
+
+    Args: as those of `generate_chunks`.
+
+    Yields:
+        own_MD and lent_MD (what is borrowed less the own part; 0 in rows that borrow nothing), float32, in Tukey space,
+        γ's noise in the first; and labels_M, int64. A chunk has half as many rows, for two parts; the next one takes
+        the same memory.
+    """
+    rows = max(1, chunk // 2)
+    _check_memory(2 * min(rows, int(targets_C.sum())), gaussians.features_ND)
+    memory = None
+    for parents_M, noise in _parents(gaussians, targets_C, generator, rows, rank, world_size):
+        if memory is None:  # the first chunk is the largest
+            memory = gaussians.features_ND.new_empty(2 * len(parents_M), gaussians.features_ND.shape[1])
+        parts_PD = _sample(gaussians, support, parents_M, None, noise, memory[: 2 * len(parents_M)])
+        own_MD, lent_MD = parts_PD.chunk(2)
+        lent_MD -= own_MD
+        lent_MD *= support.weights_NK[parents_M].any(1)[:, None]
+        _add_noise(own_MD, gamma, noise)
+        yield own_MD, lent_MD, gaussians.labels_N[parents_M]
+
+
+def _parents(
+    gaussians: ClassGaussians, targets_C: Tensor, generator: torch.Generator, chunk: int, rank: int, world_size: int
+) -> Iterator[tuple[Tensor, torch.Generator]]:
+    """Yield each chunk's parents, and the generator of this rank's noise."""
+    parents_T = _shuffled(take_turns(gaussians, targets_C, generator), generator)
+    share = len(parents_T) // world_size
+    seeds = torch.randint(2**62, (world_size,), generator=generator, device=generator.device)
+    noise = torch.Generator(parents_T.device).manual_seed(int(seeds[rank]))
+    for parents_M in parents_T[rank::world_size][:share].split(chunk) if share else ():
+        yield parents_M, noise
+
+
+def _add_noise(samples_MD: Tensor, gamma: float, generator: torch.Generator) -> None:
+    """Add √γ·ε in place."""
+    if gamma:
+        samples_MD += _noise(len(samples_MD), samples_MD.shape[1], generator).mul_(gamma**0.5)
 
 
 def _check_memory(rows: int, features_ND: Tensor) -> None:
@@ -137,38 +185,56 @@ def _shuffled(rows_T: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _sample(
-    gaussians: ClassGaussians, support: Support, parents_M: Tensor, beta_C: Tensor, generator: torch.Generator
+    gaussians: ClassGaussians,
+    support: Support,
+    parents_M: Tensor,
+    beta_C: Tensor | None,
+    generator: torch.Generator,
+    memory: Tensor | None = None,
 ) -> Tensor:
-    """Draw one sample per parent in Tukey space, without γ, shape (M, D)."""
-    labels_M = gaussians.labels_N[parents_M]
-    weights_MK = support.weights_NK[parents_M]
-    beta_M1 = torch.where(weights_MK.any(1), beta_C[labels_M], 0)[:, None]
+    """Draw one sample per parent in Tukey space, without γ, shape (M, D); without β two parts, into `memory` (2·M, D).
+
+    A sample is (1−β)·own + β·borrowed, so that the parts, the own ones before the borrowed ones, serve any β.
+    """
+    labels_M, weights_MK = gaussians.labels_N[parents_M], support.weights_NK[parents_M]
     head_M1 = support.head_C[labels_M, None]
+    number = len(parents_M)
+    if beta_C is None:
+        own_M1, borrowed_M1 = torch.ones_like(weights_MK[:, :1]), torch.ones_like(weights_MK[:, :1])
+    else:
+        borrowed_M1 = torch.where(weights_MK.any(1), beta_C[labels_M], 0)[:, None]
+        own_M1 = 1 - borrowed_M1
 
-    # What each sample takes from its own class (J=0) and from its support: noise, mean and the parent itself.
+    # The parent itself; head classes are sampled around their mean.
+    if memory is None:
+        memory = gaussians.features_ND.new_empty(number, gaussians.features_ND.shape[1])
+    samples_MD = memory
+    torch.index_select(gaussians.features_ND, 0, parents_M, out=samples_MD[:number])
+    samples_MD[:number] *= torch.where(head_M1, 0, own_M1)
+    samples_MD[number:] = 0
+
+    # Then noise and mean of its own class (J=0) and of its support.
     classes_MJ = torch.cat([labels_M[:, None], support.classes_NK[parents_M]], dim=1)
-    spread_MJ = torch.cat([1 - beta_M1, beta_M1 * weights_MK.sqrt()], dim=1)
-    mean_MJ = torch.cat([head_M1.float(), beta_M1 * weights_MK], dim=1)
-    parent_M1 = torch.where(head_M1, 0, 1 - beta_M1)
-    parent_MJ = torch.cat([parent_M1, torch.zeros_like(weights_MK)], dim=1)
-    places_MJ = torch.zeros_like(classes_MJ)
-    places_MJ[:, 0] = parents_M - gaussians.starts_C[labels_M]
-
+    spread_MJ = torch.cat([own_M1, borrowed_M1 * weights_MK.sqrt()], dim=1)
+    mean_MJ = torch.cat([head_M1.float(), borrowed_M1 * weights_MK], dim=1)
     rows_P, columns_P = (spread_MJ > 0).nonzero(as_tuple=True)
     classes_P, order_P = torch.sort(classes_MJ[rows_P, columns_P], stable=True)
     rows_P, columns_P = rows_P[order_P], columns_P[order_P]
+    # Divided here and not per class: with thousands of classes such small steps take as long as the products.
+    counts_P = gaussians.counts_C[classes_P]
+    spread_P = spread_MJ[rows_P, columns_P] * gaussians.noise_scales_C[classes_P]
+    mean_P = mean_MJ[rows_P, columns_P] / counts_P
+    if beta_C is None:
+        rows_P = rows_P + number * (columns_P > 0)
     present, lengths = torch.unique_consecutive(classes_P, return_counts=True)
-    taken = [rows_P, *(part_MJ[rows_P, columns_P] for part_MJ in (spread_MJ, mean_MJ, parent_MJ, places_MJ))]
-    by_class = zip(present.tolist(), *(part_P.split(lengths.tolist()) for part_P in taken), strict=True)
-
-    samples_MD = torch.zeros(len(parents_M), gaussians.features_ND.shape[1], device=parents_M.device)
-    for c, *parts in by_class:
+    parts = [part_P.split(lengths.tolist()) for part_P in (rows_P, spread_P[:, None], mean_P[:, None])]
+    for c, *of_class in zip(present.tolist(), *parts, strict=True):
         length = noise_length(gaussians, c)
         block = max(1, BLOCK_VALUES // max(length, samples_MD.shape[1]))
-        for rows_B, *of_block in zip(*(part.split(block) for part in parts), strict=True):
+        for rows_B, spread_B1, mean_B1 in zip(*(part.split(block) for part in of_class), strict=True):
             noise_Bn = _noise(len(rows_B), length, generator)
             # A row occurs once per class, so that this addition has one order on every device.
-            samples_MD.index_add_(0, rows_B, combine(gaussians, c, noise_Bn, *of_block))
+            samples_MD.index_add_(0, rows_B, combine(gaussians, c, noise_Bn, spread_B1, mean_B1))
     return samples_MD
 
 
@@ -178,38 +244,22 @@ def noise_length(gaussians: ClassGaussians, c: int) -> int:
     return dimensions if c in gaussians.factors else count
 
 
-def combine(
-    gaussians: ClassGaussians,
-    c: int,
-    noise_Bn: Tensor,
-    spread_B: Tensor,
-    mean_B: Tensor,
-    parent_B: Tensor,
-    places_B: Tensor,
-) -> Tensor:
-    """Return spread·L_cᵀε + mean·μ_c + parent·x̂ for each row, shape (B, D), where L_c L_cᵀ = Σ_c (GLAG Eq. 6).
+def combine(gaussians: ClassGaussians, c: int, noise_Bn: Tensor, spread_B1: Tensor, mean_B1: Tensor) -> Tensor:
+    """Return spread·L_cᵀε + mean·μ_c for each row, shape (B, D), where L_c L_cᵀ = Σ_c (GLAG Eq. 6).
 
     Args:
         gaussians: from `fit`.
         c: a class. One with a single sample has no covariance: its noise has no effect.
         noise_Bn: ε, white noise of `noise_length(gaussians, c)`, float32; it is overwritten.
-        spread_B: factors of the noise, float32.
-        mean_B: factors of the class's mean, float32.
-        parent_B: factors of a feature of the class, float32.
-        places_B: which feature of the class that is, int64 in [0, n_c).
+        spread_B1: factors of the noise times `gaussians.noise_scales_C[c]`, float32.
+        mean_B1: factors of the class's mean, divided by n_c, float32.
     """
-    features_nD = gaussians.by_class[c]
-    count = len(features_nD)
+    noise_Bn *= spread_B1
     if c in gaussians.factors:
-        offsets_BD = mean_B[:, None] * gaussians.means_CD[c]
-        if parent_B.any():
-            offsets_BD += parent_B[:, None] * features_nD[places_B]
-        return offsets_BD.addmm_(noise_Bn * spread_B[:, None], gaussians.factors[c])
-    noise_Bn -= noise_Bn.mean(1, keepdim=True)
-    noise_Bn *= (spread_B / max(1, count - 1) ** 0.5)[:, None]
-    noise_Bn += (mean_B / count)[:, None]
-    noise_Bn.scatter_add_(1, places_B[:, None], parent_B[:, None])
-    return noise_Bn @ features_nD
+        offsets_BD = (mean_B1 * len(gaussians.by_class[c])) * gaussians.means_CD[c]
+        return offsets_BD.addmm_(noise_Bn, gaussians.factors[c])
+    noise_Bn += mean_B1 - noise_Bn.mean(1, keepdim=True)
+    return noise_Bn @ gaussians.by_class[c]
 
 
 def _noise(rows: int, columns: int, generator: torch.Generator) -> Tensor:

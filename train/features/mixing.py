@@ -1,17 +1,17 @@
 """Epochs of features for a classifier: real ones and generated ones mixed, or real ones alone, balanced or not."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from train.features.gaussians import ClassGaussians, Support
-from train.features.generation import generate_chunks, take_turns
+from train.features.gaussians import ClassGaussians, Support, inverse_tukey_
+from train.features.generation import generate_chunks, generate_parts, take_turns
 
 Batches = Iterator[tuple[Tensor, Tensor]]
-Sampling = Literal["each-once", "oversampled", "class-balanced"]
+Sampling = Literal["each-once", "oversampled"]
 
 
 @dataclass(frozen=True)
@@ -60,33 +60,84 @@ class Mixture:
             world_size=self.world_size,
         )
 
+    def parts(self, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
+        """Return the same for any number of β; see `generate_parts`."""
+        return generate_parts(
+            self.gaussians,
+            self.support,
+            self.targets_C,
+            generator,
+            gamma=self.gamma,
+            chunk=self.chunk,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
 
-def mixed_epoch(mixture: Mixture, beta: float | Tensor, batch_size: int, generator: torch.Generator) -> Batches:
+    @property
+    def unit(self) -> float:
+        """The root mean square length of the real features: what a rate is measured by."""
+        rows = torch.arange(len(self.labels_N), device=self.labels_N.device)
+        squares = sum(self.real(rows_B)[0].square().sum().item() for rows_B in rows.split(16384))
+        return max(1e-6, float(squares / len(rows)) ** 0.5)
+
+
+def mixed_epoch(
+    mixture: Mixture, betas: Sequence[float | Tensor], batch_size: int, generator: torch.Generator
+) -> Iterator[tuple[Iterator[Tensor], Tensor]]:
     """Yield one epoch's batches: every real feature once, and new generated ones, shuffled together.
 
     Generated features live for one chunk: each chunk meets an equal part of the real ones, and both are dealt out
-    into batches of at most `batch_size` and nearly equal sizes.
+    into batches of at most `batch_size` and nearly equal sizes. Several β share all that is drawn.
 
     Args:
         mixture: the real features and the generator.
-        beta: β, see `generate_chunks`.
+        betas: each β a number, or one per class (C,).
         batch_size: features per batch on this rank.
         generator: in the same state on every rank; afterwards again.
 
     Yields:
-        features_BD, float32, and labels_B, int64.
+        An iterator over the batch's features_BD, float32, at each β: the memory is used again for the next one. And
+        labels_B, int64.
     """
-    generated = mixture.generated(beta, generator)
+    share, several = int(mixture.targets_C.sum()) // mixture.world_size, len(betas) > 1
+    made: Iterator[tuple[Tensor, ...]] = mixture.parts(generator) if several else mixture.generated(betas[0], generator)
     mine_N = mixture.share(torch.randperm(len(mixture.labels_N), generator=generator))
-    chunks = max(1, -(-(int(mixture.targets_C.sum()) // mixture.world_size) // mixture.chunk))
-    nothing = (mixture.gaussians.features_ND[:0], mixture.labels_N[:0])
-    for mine_R in mine_N.tensor_split(chunks):
-        features_MD, labels_M = next(generated, nothing)
+    nothing = (mixture.labels_N[:0],)
+    rows = max(1, mixture.chunk // 2) if several else mixture.chunk
+    for mine_R in mine_N.tensor_split(max(1, -(-share // rows))):
+        *parts, labels_M = next(made, nothing)
+        done = 0
         for rows_B in _batches(len(labels_M) + len(mine_R), batch_size, generator, mine_R.device):
-            new_B, old_B = rows_B[rows_B < len(labels_M)], rows_B[rows_B >= len(labels_M)] - len(labels_M)
+            old_B = rows_B[rows_B >= len(labels_M)] - len(labels_M)
+            # Generated rows come shuffled: the next so many are as good as any, and need not be gathered.
+            next_rows = slice(done, done := done + len(rows_B) - len(old_B))
             real_BD, real_labels_B = mixture.real(mine_R[old_B])
-            yield torch.cat([features_MD[new_B], real_BD]), torch.cat([labels_M[new_B], real_labels_B])
-        del features_MD  # before the next chunk is made
+            labels_B = labels_M[next_rows]
+            yield (
+                _views(mixture, betas, [part[next_rows] for part in parts], labels_B, real_BD),
+                torch.cat([labels_B, real_labels_B]),
+            )
+        del parts  # before the next chunk is made
+
+
+def _views(
+    mixture: Mixture, betas: Sequence[float | Tensor], parts: list[Tensor], labels_B: Tensor, real_BD: Tensor
+) -> Iterator[Tensor]:
+    """Yield generated and then real features, at each β."""
+    batch_BD = real_BD.new_empty(len(labels_B) + len(real_BD), real_BD.shape[1])
+    new_BD = batch_BD[: len(labels_B)]
+    batch_BD[len(labels_B) :] = real_BD
+    for beta in betas:
+        if len(parts) == 2:
+            own_BD, lent_BD = parts
+            if isinstance(beta, Tensor):
+                torch.addcmul(own_BD, lent_BD, beta[labels_B, None], out=new_BD)
+            else:
+                torch.add(own_BD, lent_BD, alpha=beta, out=new_BD)
+            inverse_tukey_(new_BD, mixture.gaussians.lam)
+        elif parts:
+            new_BD.copy_(parts[0])
+        yield batch_BD
 
 
 def real_epoch(mixture: Mixture, sampling: Sampling, batch_size: int, generator: torch.Generator) -> Batches:
@@ -94,8 +145,8 @@ def real_epoch(mixture: Mixture, sampling: Sampling, batch_size: int, generator:
 
     Args:
         mixture: the real features; nothing is generated.
-        sampling: "each-once"; "oversampled", every class n_max times, its features in turn; or "class-balanced", as
-            many as there are, drawn from the classes with equal probability (Kang et al., ICLR 2020, Eq. 1 with q=0).
+        sampling: "each-once"; or "oversampled", every class n_max times, its features in turn, which is what the
+            class-aware sampler of Kang et al. (ICLR 2020) draws in an epoch.
         batch_size: features per batch on this rank.
         generator: in the same state on every rank; afterwards again.
 
@@ -106,13 +157,8 @@ def real_epoch(mixture: Mixture, sampling: Sampling, batch_size: int, generator:
     number = len(mixture.labels_N)
     if sampling == "each-once":
         rows_T = torch.arange(number)
-    elif sampling == "oversampled":
-        rows_T = take_turns(gaussians, gaussians.counts_C.max().expand_as(gaussians.counts_C), generator).cpu()
     else:
-        counts_C, starts_C = gaussians.counts_C.cpu(), gaussians.starts_C.cpu()
-        classes_T = torch.randint(len(counts_C), (number,), generator=generator)
-        within_T = torch.rand(number, generator=generator, dtype=torch.float64) * counts_C[classes_T]
-        rows_T = starts_C[classes_T] + within_T.long()
+        rows_T = take_turns(gaussians, gaussians.counts_C.max().expand_as(gaussians.counts_C), generator).cpu()
     mine_T = mixture.share(rows_T[torch.randperm(len(rows_T), generator=generator)])
     for rows_B in _batches(len(mine_T), batch_size, generator, mine_T.device):
         yield mixture.real(mine_T[rows_B])

@@ -5,6 +5,8 @@ finished run of stage one ─ open_stage ─> Stage: frozen network, features of
                                         close_stage ─> run folder: model, rows, summary
 """
 
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,53 +17,26 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
-from jsonargparse import ArgumentParser
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from analysis.metrics import summarize
-from pipeline.loader import LoaderKind
-from shards.errors import UserError
+from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset
 from train.engine import runs
-from train.engine.config import Input, find_dataset, make_parser, parse, peek, plain_sections, preset
+from train.engine.config import Input, find_dataset, parse, peek, plain_sections
 from train.engine.evaluation import collect_faults, describe, device_name, test_split, write_results
+from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.launch import make_accelerator
 from train.engine.predictions import Collector, write_predictions
+from train.features import passes
+from train.features.bank import FOLDER as BANK
 from train.features.bank import bank_ids, feature_bank
-from train.features.candidates import Judge
-from train.features.classifiers import FEATURES_PER_BLOCK, ClassifierOptim, measure
-from train.networks.model_files import choose_weights, load_model, save_model
-
-
-@dataclass
-class Extraction:
-    """How features are taken; size and recipe of the images are stage one's.
-
-    Attributes:
-        batch_size: images at a time.
-        loader: dali, torch, or auto.
-        threads: decoding threads.
-        views: how often each training image is taken with stage one's training recipe; 0: once, as in evaluation.
-    """
-
-    views: NonNegativeInt = 0
-    batch_size: PositiveInt = 256
-    loader: LoaderKind = "auto"
-    threads: PositiveInt = 2
-
-
-@dataclass
-class Loop:
-    """How the run goes about it.
-
-    Attributes:
-        seed: of everything random.
-        precision: of the feature extraction: no (float32), bf16, fp16, or auto (what accelerate was told).
-    """
-
-    seed: NonNegativeInt = 0
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+from train.features.candidates import IMAGES_TO_CHOOSE, RATES, Candidate, Families, Judge
+from train.features.classifiers import FEATURES_PER_BLOCK, measure
+from train.features.commands import Program, Stops, defaults
+from train.features.gaussians import find_support, fit, head_classes
+from train.features.mixing import Mixture
+from train.networks.model_files import SELECTED_FILE, choose_weights, load_model, save_model, save_selected_model
 
 
 @dataclass(frozen=True)
@@ -78,7 +53,7 @@ class Stage:
         accelerator: gives device, precision and ranks.
         features_ND, labels_N: the training images' features, float16, sorted by class, and their classes.
         judge: the held-out and the test features.
-        watched: the name of the split that may choose, or None.
+        watched: the name of the split that chooses; None where there is none, or one too small.
         tested: the name of the split that is reported.
         started: when it began, by time.perf_counter.
         weights: which of the stage-one run's weights the network has: "last" or "selected".
@@ -109,50 +84,63 @@ class Stage:
         return mean
 
 
-def stage_parser(name: str, description: str, settings: type) -> ArgumentParser:
-    """Make the parser of a second stage; `settings` is its own section, `method`."""
-    parser = make_parser(
-        f"train/{name}.py", description, input=Extraction, method=settings, optim=ClassifierOptim, loop=Loop
-    )
-    parser.add_argument("--variant", type=str | None, help="of the dataset's preset, such as glag")
-    parser.add_argument("--from", type=str | None, help="the stage-one run (default: the newest finished one)")
-    parser.add_argument(
-        "--weights",
-        type=Literal["last", "selected"] | None,
-        help="of that run (default: those of the epoch that val chose, where it chose one)",
-    )
-    return parser
+def run_stage(program: Program, train: Callable[[Stage], None], argv: list[str] | None) -> None:
+    """Run a second stage from its command line; exits with 2 for a user's mistake, with 75 after a signal."""
+    begun: list[Path] = []
+    with user_errors_exit_2(f"train/{program.name}.py"):
+        try:
+            with Stops():
+                stage = open_stage(program, argv, begun)
+                if stage is not None:
+                    train(stage)
+        except Interrupted as interrupted:
+            again = f"resume with: python train/{program.name}.py --run {begun[0]} --resume" if begun else "start again"
+            print(
+                f"stopped by {interrupted.signal}; features and classifiers that were finished are kept; {again}",
+                flush=True,
+            )
+            sys.exit(EXIT_STATUS)
 
 
-def open_stage(
-    name: str,
-    title: str,
-    parser: ArgumentParser,
-    argv: list[str] | None,
-    check: Callable[[Any], None] = lambda config: None,
-) -> Stage:
+def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | None = None) -> Stage | None:
     """Read the command line, open the run that is named or the newest one, and take or find its features.
 
     Args:
-        name: the launchable file's name.
-        title: what the first line calls the stage.
-        parser: from `stage_parser`.
+        program: the launchable file.
         argv: the command line.
-        check: raises UserError for settings that cannot be used together, before anything is made.
+        begun: takes the run's folder as soon as there is one.
+
+    Returns:
+        The stage; None where the run to resume is finished.
 
     Raises:
         UserError: no finished run, a dataset of other classes, or what the loader raises.
     """
+    name, parser = program.name, program.parser
     asked = peek(parser, argv)
+    resumed = None
+    if asked.resume:
+        resumed = Path(asked.run) if asked.run else runs.newest_run({2}, method=name, finished=False)
+    about: dict[str, Any] = {}
+    saved_settings: dict[str, Any] = {}
+    if resumed is not None and (resumed / "config.yaml").exists():
+        saved_settings = runs.read_config(resumed)
+        about = saved_settings.pop("about", {})
+        if about.get("method") != name:
+            raise UserError(f"{resumed} is a run of {about.get('method')}, not of {name}; name another")
+        if (resumed / "summary.json").exists():
+            print(f"{resumed} is finished")
+            return None
     wanted = find_dataset(asked.data).name if asked.data else None
-    source = Path(asked["from"]) if asked["from"] else runs.newest_run({1}, dataset=wanted)
+    place = asked["from"] or about.get("from")
+    source = Path(place) if place else runs.newest_run({1}, dataset=wanted)
     saved = runs.read_config(source)
     if not (source / "summary.json").exists():
         raise UserError(f"{source} is not finished; resume it: train/{saved['about']['method']}.py --resume")
     dataset = find_dataset(asked.data or saved["about"]["data"])
-    settings = parse(parser, argv, preset(dataset, name, variant=asked.variant))
+    settings = parse(parser, argv, saved_settings or defaults(program, dataset, asked.variant))
     config = parser.instantiate(settings)
-    check(config)
+    program.check(config)
 
     accelerator = make_accelerator(config.loop.precision)
     set_seed(config.loop.seed)
@@ -165,16 +153,21 @@ def open_stage(
         )
     folder: list[Path | None] = [None]
     if accelerator.is_main_process:
-        folder = [runs.use_run(Path(asked.run), False) if asked.run else runs.new_run(f"{dataset.name}-{name}")]
+        named = resumed or (Path(asked.run) if asked.run else None)
+        folder = [runs.use_run(named, bool(resumed)) if named else runs.new_run(f"{dataset.name}-{name}")]
     (run_folder,) = broadcast_object_list(folder)
     assert run_folder is not None
+    if begun is not None:
+        begun.append(run_folder)
     if accelerator.is_main_process:
         about = {"method": name, "dataset": dataset.name, "data": dataset.place, "from": str(source)}
         about["weights"] = weights
         runs.write_config(run_folder, {"about": about, **plain_sections(parser, settings)})
+        (run_folder / "metrics.jsonl").unlink(missing_ok=True)  # written once, at the end
+    doing = "resuming" if resumed else "->"
     accelerator.print(
-        f"{title} on the {weights} weights of {source} ({dataset.name}, {len(dataset.classes):,} classes) ->"
-        f" {run_folder}"
+        f"{program.title} on the {weights} weights of {source} ({dataset.name}, {len(dataset.classes):,} classes)"
+        f" {doing} {run_folder}"
     )
 
     started = time.perf_counter()
@@ -191,6 +184,12 @@ def open_stage(
 
     features_ND, labels_N = bank("train")
     judge = Judge(bank(watched) if watched else None, bank(test.name), dataset.train_counts)
+    if not judge.chooses:
+        held = f"val has {judge.images_per_class:.1f} images a class" if watched else "there is no val split"
+        accelerator.print(
+            f"{held}, and a choice needs {IMAGES_TO_CHOOSE}: nothing is selected, every setting is the first of its"
+            " grid; build the dataset with a larger --val-fraction to have settings chosen"
+        )
     return Stage(
         name,
         config,
@@ -202,7 +201,7 @@ def open_stage(
         features_ND,
         labels_N,
         judge,
-        watched,
+        watched if judge.chooses else None,
         test.name,
         started,
         weights,
@@ -210,17 +209,71 @@ def open_stage(
     )
 
 
-def close_stage(stage: Stage, title: str, linear: nn.Linear, rows: list[dict[str, Any]], **more: Any) -> None:
+def make_families(
+    stage: Stage,
+    *,
+    lam: float = 0.5,
+    k: int = 2,
+    gamma: float = 0.0,
+    chunk: int = 65536,
+    head_above: int = 100,
+    kind: Literal["scaled", "lws", "linear"] = "scaled",
+    rates: list[float] | None = None,
+) -> Families:
+    """Fit the Gaussians, and return all that makes candidates; arguments as AFG's settings of the same names."""
+    accelerator, seed = stage.accelerator, stage.config.loop.seed
+    gaussians = fit(stage.features_ND, stage.labels_N, num_classes=len(stage.dataset.classes), lam=lam)
+    # By images: several views of one make no class larger.
+    images_C = torch.from_numpy(stage.dataset.train_counts).to(stage.labels_N.device)
+    mixture = Mixture(
+        stage.features_ND,
+        stage.labels_N,
+        gaussians,
+        find_support(gaussians, k, head_classes(images_C, head_above)),
+        gaussians.counts_C.max() - gaussians.counts_C,
+        gamma=gamma,
+        chunk=chunk,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    salt = [lam, k, gamma, chunk, head_above, (stage.source / BANK / "train" / "bank.json").read_text()]
+    trainer = passes.Passes(
+        stage.network.classifier,
+        mixture,
+        seed,
+        stage.average,
+        accelerator.print,
+        not (accelerator.is_main_process and sys.stderr.isatty()),
+        stage.run_folder,
+        accelerator.is_main_process,
+        salt,
+    )
+    optim, reference = stage.config.optim, stage.config.reference
+    return Families(stage.network.classifier, mixture, stage.judge, trainer, optim, reference, kind, rates or RATES)
+
+
+def close_stage(
+    stage: Stage,
+    title: str,
+    last: Candidate,
+    selected: dict[str, Any] | None = None,
+    winner: nn.Linear | None = None,
+    **more: Any,
+) -> None:
     """Evaluate the classifier on the test split and leave a finished run folder.
 
     Args:
         stage: from `open_stage`.
         title: what tables call the stage; stage one's title comes before it.
-        linear: the trained classifier, in the place of stage one's.
-        rows: a row of numbers per epoch.
+        last: the stage's own classifier, which takes the place of stage one's.
+        selected: what is said of the selected one, whose figures and file are added.
+        winner: the selected classifier.
         more: further keys of summary.json.
     """
-    final, _ = measure(linear, stage.judge.test)
+    rows = last.trained.rows if last.trained else []
+    final, _ = measure(last.linear, stage.judge.test)
+    if selected is not None and winner is not None:
+        selected |= {"file": SELECTED_FILE, **stage.judge.report(winner)}
     seconds = time.perf_counter() - stage.started
     summary = {
         "method": stage.name,
@@ -230,10 +283,11 @@ def close_stage(stage: Stage, title: str, linear: nn.Linear, rows: list[dict[str
         "from_weights": stage.weights,
         "dataset": stage.dataset.name,
         "seed": stage.config.loop.seed,
-        "epochs": stage.config.optim.epochs,
+        "epochs": len(rows),
         "last": summarize(final, stage.dataset.train_counts),
-        "selected": None,
-        "selected_on": None,
+        "selected": selected,
+        "selected_on": stage.watched if selected else None,
+        "held_out_images_per_class": stage.judge.images_per_class,
         "evaluated_on": stage.tested,
         **more,
         "images_per_second": sum(row["images_per_second"] for row in rows) / len(rows) if rows else None,
@@ -243,14 +297,21 @@ def close_stage(stage: Stage, title: str, linear: nn.Linear, rows: list[dict[str
         "command": runs.command(),
     }
     if stage.accelerator.is_main_process:
-        stage.network.classifier = linear
+        stage.network.classifier = last.linear
         save_model(stage.network, stage.run_folder)
-        epochs = {"last": stage.config.optim.epochs}
+        epochs = {"last": len(rows)}
+        if winner is not None:
+            stage.network.classifier = winner
+            save_selected_model(stage.network, stage.run_folder)
+            stage.network.classifier = last.linear
+            epochs["selected"] = len(rows)
         describe(stage.run_folder, stage.network, stage.dataset, stage.input, summary, epochs)
-        keep_predictions(stage, linear)
+        keep_predictions(stage, last.linear)
+        (stage.run_folder / "metrics.jsonl").touch()
         for row in rows:
             runs.append_row(stage.run_folder, {**row, "seconds": seconds})
         write_results(stage.run_folder, summary, final, stage.dataset)
+        shutil.rmtree(stage.run_folder / passes.FOLDER, ignore_errors=True)
 
 
 @torch.no_grad()

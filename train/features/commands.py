@@ -1,0 +1,108 @@
+"""The command line of second stages: common settings, presets and variants, and signals that end them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from pipeline.loader import LoaderKind
+from shards.errors import UserError
+from shards.index import Dataset
+from train.engine.config import make_parser, preset
+from train.engine.interrupts import Interrupted, Interrupts
+from train.features.classifiers import ClassifierOptim, ReferenceOptim
+
+
+@dataclass
+class Extraction:
+    """How features are taken; size and recipe of the images are stage one's.
+
+    Attributes:
+        batch_size: images at a time.
+        loader: dali, torch, or auto.
+        threads: decoding threads.
+        views: how often each training image is taken with stage one's training recipe; 0: once, as in evaluation.
+    """
+
+    views: NonNegativeInt = 0
+    batch_size: PositiveInt = 256
+    loader: LoaderKind = "auto"
+    threads: PositiveInt = 2
+
+
+@dataclass
+class Loop:
+    """How the run goes about it.
+
+    Attributes:
+        seed: of everything random.
+        precision: of the feature extraction: no (float32), bf16, fp16, or auto (what accelerate was told).
+    """
+
+    seed: NonNegativeInt = 0
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+
+
+def stage_parser(name: str, description: str, settings: type) -> ArgumentParser:
+    """Make the parser of a second stage; `settings` is its own section, `method`."""
+    parser = make_parser(
+        f"train/{name}.py",
+        description,
+        input=Extraction,
+        method=settings,
+        optim=ClassifierOptim,
+        reference=ReferenceOptim,
+        loop=Loop,
+    )
+    parser.add_argument("--from", type=str | None, help="the stage-one run (default: the newest finished one)")
+    parser.add_argument(
+        "--weights",
+        type=Literal["last", "selected"] | None,
+        help="of that run (default: those of the epoch that val chose, where it chose one)",
+    )
+    parser.add_argument("--resume", action="store_true", help="resume --run, or the newest unfinished run")
+    parser.add_argument("--variant", type=str | None, help="of the settings, such as paper")
+    return parser
+
+
+class Stops(Interrupts):
+    """Raises Interrupted where the program is: files appear whole or not at all, so that nothing has to be finished."""
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        super()._receive(number, frame)
+        raise Interrupted(number)
+
+
+@dataclass
+class Program:
+    """A launchable second stage.
+
+    Attributes:
+        name: the launchable file's name.
+        title: what the first line calls the stage.
+        parser: from `stage_parser`.
+        check: raises UserError for settings that cannot be used together, before anything is made.
+        variants: settings by the name of a variant, for every dataset: {variant: {section: {key: value}}}.
+    """
+
+    name: str
+    title: str
+    parser: ArgumentParser
+    check: Callable[[Any], None] = lambda config: None
+    variants: Mapping[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+
+
+def defaults(program: Program, dataset: Dataset, variant: str | None) -> dict[str, Any]:
+    """Return the dataset's preset for second stages, with a variant of the program's own over it, or of the preset."""
+    own = program.variants.get(variant or "")
+    try:
+        merged = preset(dataset, "second_stage", program.name, variant=None if own else variant)
+    except UserError as error:
+        known = ", ".join(program.variants)
+        raise UserError(f"{error}; for every dataset there is: {known}" if variant and known else str(error)) from None
+    for section, values in (own or {}).items():
+        merged[section] = merged.get(section, {}) | values
+    return merged

@@ -1,0 +1,296 @@
+"""Training linear classifiers that see the same features together, in one pass over them.
+
+    features of a step ──┬── view 0 (real features, or β = 0) ──> Stack: K classifiers side by side
+    (one noise for all)  ├── view 1 (β = 0.2) ─────────────────> Stack
+                         └── …                                   one product forward, one backward per stack
+
+A comparison of such classifiers is paired: they differ in their recipes, and in nothing that is drawn. And it is
+cheaper: features are generated once, and a product over K classifiers takes less than K products.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from train.engine.objectives import gradual_weight
+from train.features.classifiers import logit_adjusted
+
+Kind = Literal["scaled", "lws", "linear"]
+# Of an epoch's batches: the features of every view, one after the other, perhaps in the same memory; and the labels.
+Views = Iterator[tuple[Iterable[Tensor], Tensor]]
+# Numbers that the stacks of one pass may hold: weights, momentum and gradients of its classifiers. A bound on memory.
+PASS_VALUES = 2**27
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one linear classifier is trained: SGD on cross-entropy, with a cosine.
+
+    Attributes:
+        kind: scaled, s ⊙ (W·f + b), scales and weights learnt, from stage one's; lws, the same with W and b frozen
+            (learnable weight scaling, Kang et al., ICLR 2020, section 4.2); linear, a fresh W·f + b.
+        epochs, lr, momentum, weight_decay: of SGD.
+        unit: the length of features that the rate is meant for: W is learnt as if features were divided by it.
+        early_cosine: whether the cosine is stepped before the epoch, as the reference of Kang et al. does: the last
+            epoch's rate is 0. Else the first epoch has the whole rate, and 0 comes after the last.
+        beta: the view: β of generated features; None where there is only one view.
+        distill, distill_base: s and c of α(t) = s·(c^(t/T) − 1), the weight of distillation (GLAG Eq. 11).
+        teacher_tau: the teacher is stage one less τ·log prior.
+        smoothing: label-aware smoothing (MiSLAS, Zhong et al., CVPR 2021, Eq. 3): ε of the largest and the smallest
+            class; between them it follows a quarter of a sine.
+        weight_rate: the rate of W and b as a share of that of the scales.
+    """
+
+    kind: Kind
+    epochs: int
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    unit: float = 1.0
+    early_cosine: bool = False
+    beta: float | None = None
+    distill: float = 0.0
+    distill_base: float = 2.0
+    teacher_tau: float = 0.0
+    smoothing: tuple[float, float] = (0.0, 0.0)
+    weight_rate: float = 1.0
+
+    def rate(self, epoch: int) -> float:
+        """Return the learning rate of an epoch from 1."""
+        done = epoch if self.early_cosine else epoch - 1
+        return self.lr * 0.5 * (1 + math.cos(math.pi * done / self.epochs))
+
+
+@dataclass
+class Trained:
+    """A trained classifier.
+
+    Attributes:
+        recipe: how.
+        linear: the plain layer that gives the same logits; None where the loss became infinite or nan.
+        rows: a row of numbers per epoch.
+        beta_C: β at the end where it is adaptive.
+    """
+
+    recipe: Recipe
+    linear: nn.Linear | None
+    rows: list[dict[str, Any]]
+    beta_C: Tensor | None = None
+
+
+class Stack:
+    """Classifiers side by side on one view of the features, their logits (B, K, C) from one product.
+
+    Gradients are written out: they are few, and autograd would keep every step's tensors for each classifier.
+    """
+
+    def __init__(
+        self, stage_one: nn.Linear, recipes: Sequence[Recipe], counts_C: Tensor, head_C: Tensor, seed: int
+    ) -> None:
+        """Start all classifiers.
+
+        Args:
+            stage_one: where scaled and lws start, and the teacher.
+            recipes: at least one; all of one momentum.
+            counts_C: training images per class, for priors.
+            head_C: bool, the classes whose samples are distilled.
+            seed: of fresh classifiers.
+        """
+        assert len({recipe.momentum for recipe in recipes}) == 1, recipes
+        # Those that train longest come first, so that those still in training are a prefix.
+        self.order = sorted(range(len(recipes)), key=lambda k: -recipes[k].epochs)
+        self.recipes = [recipes[k] for k in self.order]
+        self._stage_one, self._head_C = stage_one, head_C
+        device = stage_one.weight.device
+        weights, biases = zip(*(_start(stage_one, recipe, seed) for recipe in self.recipes), strict=True)
+        self.weights_KCD, self.biases_KC = torch.stack(weights), torch.stack(biases)
+        self.scales_KC = torch.ones_like(self.biases_KC)
+        self._moved = [torch.zeros_like(part) for part in (self.weights_KCD, self.biases_KC, self.scales_KC)]
+
+        def column(values: Iterable[float]) -> Tensor:
+            return torch.tensor(list(values), device=device)[:, None]
+
+        learns = [recipe.kind != "lws" for recipe in self.recipes]
+        # ∂/∂W of what sees features in units, carried over to W on plain features: the unit counts twice.
+        self._gains_K1 = column(on / recipe.unit**2 for on, recipe in zip(learns, self.recipes, strict=True))
+        self._decays_K1 = column(recipe.weight_decay for recipe in self.recipes)
+        self._learns_K1 = column(
+            on * recipe.weight_rate for on, recipe in zip(map(float, learns), self.recipes, strict=True)
+        )
+        self._scaled_K1 = column(float(recipe.kind != "linear") for recipe in self.recipes)
+        self._teachers = {
+            tau: logit_adjusted(stage_one, counts_C, tau)
+            for tau in {recipe.teacher_tau for recipe in self.recipes if recipe.distill > 0}
+        }
+        self._smoothing_KC = torch.stack([_smoothing(recipe.smoothing, counts_C) for recipe in self.recipes]).to(device)
+        self._smooths = bool(self._smoothing_KC.any())
+        self._rows: list[list[dict[str, Any]]] = [[] for _ in self.recipes]
+        self._step = 0
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Set rates and the weight of distillation."""
+        self._epoch = epoch
+        self._active = sum(recipe.epochs >= epoch for recipe in self.recipes)
+        active = self.recipes[: self._active]
+        device = self.scales_KC.device
+        self._rates = [recipe.rate(epoch) for recipe in active]
+        self._rates_K1 = torch.tensor(self._rates, device=device)[:, None]
+        self._alphas = [
+            gradual_weight(epoch, r.epochs, r.distill, r.distill_base) if r.distill > 0 else 0.0 for r in active
+        ]
+        self._loss_K, self._seen = torch.zeros(self._active, device=device), 0
+        self._started = time.perf_counter()
+
+    @torch.no_grad()
+    def step(self, features_BD: Tensor, labels_B: Tensor, average: Callable[[Tensor], Tensor]) -> None:
+        """Take one step of SGD with every classifier that is still in training."""
+        k, (batch, classes) = self._active, (len(labels_B), self.scales_KC.shape[1])
+        if not k:
+            return
+        weights_PD, scales_KC = self.weights_KCD[:k].flatten(0, 1), self.scales_KC[:k]
+        raw_BKC = torch.addmm(self.biases_KC[:k].flatten(), features_BD, weights_PD.T).view(batch, k, classes)
+        logs_BKC = (raw_BKC * scales_KC).log_softmax(2)
+        labels_BK1 = labels_B[:, None, None].expand(batch, k, 1)
+        true_BK1 = logs_BKC.gather(2, labels_BK1)
+        if self._smooths:
+            epsilon_BK = self._smoothing_KC[:k].T[labels_B]
+            loss_BK = -(1 - epsilon_BK) * true_BK1[..., 0] - epsilon_BK * logs_BKC.mean(2)
+        else:
+            loss_BK = -true_BK1[..., 0]
+        self._loss_K += loss_BK.sum(0)
+        # From here on the gradient by the logits: what is predicted less what is true, and α times the same of the
+        # teacher on head classes.
+        distils = any(self._alphas)
+        errors_BKC = self._distilled(features_BD, logs_BKC, labels_B) if distils else logs_BKC.exp_()
+        if self._smooths:
+            errors_BKC.scatter_add_(2, labels_BK1, (epsilon_BK - 1)[..., None])
+            errors_BKC -= epsilon_BK[..., None] / classes
+        else:
+            errors_BKC.scatter_add_(2, labels_BK1, torch.full_like(true_BK1, -1.0))
+        errors_BKC /= batch
+        moved_KCD, moved_KC, moved_scales_KC = (part[:k] for part in self._moved)
+        momentum = self.recipes[0].momentum
+        moved_scales_KC.mul_(momentum).add_((errors_BKC * raw_BKC).sum(0))
+        errors_BKC *= scales_KC
+        moved_KC.mul_(momentum).add_(errors_BKC.sum(0))
+        if self._gains_K1[:k].any():
+            errors_BKC *= self._gains_K1[:k]
+            moved_PD = moved_KCD.view(weights_PD.shape)
+            torch.addmm(moved_PD, errors_BKC.view(batch, -1).T, features_BD, beta=momentum, out=moved_PD)
+            # Before the step the momentum is alike on every rank, so that its mean holds the mean of the gradients.
+            moved_PD.copy_(average(moved_PD))
+            for i, (recipe, rate) in enumerate(zip(self.recipes[:k], self._rates, strict=True)):
+                if recipe.kind != "lws":  # one classifier at a time: it stays in the cache
+                    moved_KCD[i].add_(self.weights_KCD[i], alpha=recipe.weight_decay)
+                    self.weights_KCD[i].add_(moved_KCD[i], alpha=-rate * recipe.weight_rate)
+        for moved, values_KC, factor_K1 in (
+            (moved_KC, self.biases_KC[:k], self._learns_K1[:k]),
+            (moved_scales_KC, scales_KC, self._scaled_K1[:k]),
+        ):
+            moved.copy_(average(moved))
+            moved += self._decays_K1[:k] * values_KC
+            values_KC -= self._rates_K1 * factor_K1 * moved
+        self._seen, self._step = self._seen + batch, self._step + 1
+
+    def _distilled(self, features_BD: Tensor, logs_BKC: Tensor, labels_B: Tensor) -> Tensor:
+        """Return the softmax, plus α·(softmax − teacher) in rows of head classes; add α·KL(teacher ‖ now) to the loss.
+
+        The divergence is summed over samples of head classes and divided by all B, at temperature 1 (GLAG Eq. 11).
+        """
+        head_H = self._head_C[labels_B].nonzero().flatten()
+        features_HD, logs_HKC = features_BD[head_H], logs_BKC[head_H]
+        teachers = {tau: teacher(features_HD).log_softmax(1) for tau, teacher in self._teachers.items()}
+        errors_BKC = logs_BKC.exp_()
+        for k, alpha in enumerate(self._alphas):
+            if alpha > 0:
+                teacher_HC, student_HC = teachers[self.recipes[k].teacher_tau], logs_HKC[:, k]
+                likely_HC = teacher_HC.exp()
+                self._loss_K[k] += alpha * (likely_HC * (teacher_HC - student_HC)).sum()
+                errors_BKC[head_H, k] += alpha * (student_HC.exp() - likely_HC)
+        return errors_BKC
+
+    def end_epoch(self) -> None:
+        """Keep a row of numbers per classifier."""
+        seconds = max(1e-9, time.perf_counter() - self._started)
+        for k, loss in enumerate(self._loss_K.tolist()):
+            row = {"epoch": self._epoch, "step": self._step, "loss": loss / max(1, self._seen), "lr": self._rates[k]}
+            row |= {"distillation": self._alphas[k], "images_per_second": self._seen / seconds}
+            if self.recipes[k].beta is not None:
+                row["beta"] = self.recipes[k].beta
+            self._rows[k].append(row)
+
+    def linear(self, k: int) -> nn.Linear:
+        """Return the plain layer that gives the k-th classifier's logits, in the stack's order."""
+        classes, dim = self.weights_KCD.shape[1:]
+        plain = nn.utils.skip_init(nn.Linear, dim, classes, device=self.scales_KC.device)
+        plain.weight.data = self.weights_KCD[k] * self.scales_KC[k, :, None]
+        plain.bias.data = self.biases_KC[k] * self.scales_KC[k]
+        return plain
+
+    def trained(self) -> list[Trained]:
+        """Return the classifiers in the order of the recipes that were given."""
+        found: list[Trained | None] = [None] * len(self.recipes)
+        for k, place in enumerate(self.order):
+            whole = all(math.isfinite(row["loss"]) for row in self._rows[k])
+            found[place] = Trained(self.recipes[k], self.linear(k) if whole else None, self._rows[k])
+        return [one for one in found if one is not None]
+
+
+def _start(stage_one: nn.Linear, recipe: Recipe, seed: int) -> tuple[Tensor, Tensor]:
+    if recipe.kind != "linear":
+        return stage_one.weight.detach().float(), stage_one.bias.detach().float()
+    torch.manual_seed(seed)
+    fresh = nn.Linear(stage_one.in_features, stage_one.out_features).to(stage_one.weight.device)
+    return fresh.weight.detach() / recipe.unit, fresh.bias.detach()
+
+
+def _smoothing(smoothing: tuple[float, float], counts_C: Tensor) -> Tensor:
+    """Return ε per class: the concave form of MiSLAS's Eq. 3."""
+    largest, smallest = smoothing
+    least, most = counts_C.min(), counts_C.max()
+    place_C = (counts_C - least) / (most - least).clamp(min=1)
+    return smallest + (largest - smallest) * (place_C * math.pi / 2).sin()
+
+
+def train_together(
+    stacks: Sequence[Stack],
+    batches: Callable[[], Views],
+    steps: int,
+    title: str,
+    average: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+    after_epoch: Callable[[int], None] = lambda epoch: None,
+    silent: bool = True,
+) -> list[list[Trained]]:
+    """Train all classifiers of all stacks in one pass.
+
+    Args:
+        stacks: one per view.
+        batches: gives an epoch's batches at each call.
+        steps: batches of an epoch, for the progress bar.
+        title: of the bar.
+        average: gives the mean of a tensor over all ranks.
+        after_epoch: called with the number of the epoch, from 1.
+        silent: no bar.
+
+    Returns:
+        Per stack, its classifiers.
+    """
+    epochs = max(recipe.epochs for stack in stacks for recipe in stack.recipes)
+    with tqdm(total=epochs * steps, desc=title, unit="step", leave=False, disable=silent or None) as bar:
+        for epoch in range(1, epochs + 1):
+            for stack in stacks:
+                stack.begin_epoch(epoch)
+            for views, labels_B in batches():
+                for stack, features_BD in zip(stacks, views, strict=True):
+                    stack.step(features_BD, labels_B, average)
+                bar.update()
+            for stack in stacks:
+                stack.end_epoch()
+            after_epoch(epoch)
+    return [stack.trained() for stack in stacks]
