@@ -73,7 +73,7 @@ def test_stage_two_needs_no_arguments_and_leaves_a_whole_folder(here):
     assert summary["beta"]["tried"][f"{summary['beta']['used']:g}"] == best
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
-    assert rows[0]["distillation"] == 0
+    assert rows[0]["distillation"] == pytest.approx(2 ** (1 / 4) - 1)  # of T/T_max, as GraLoss
     assert rows[-1]["distillation"] == 1
     assert rows[-1]["eval"]["split"] == "val"
 
