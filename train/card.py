@@ -122,7 +122,9 @@ def card(models: Sequence[Model]) -> str:
     if calibration is not None:
         honest = f"Probabilities are calibrated on val: temperature {calibration.temperature:.2f}, prior adjustment"
         honest += f" {calibration.tau:.2f}, made for the class shares of val."
-    error = "" if figures.get("ece") is None else f" Expected calibration error before: {figures['ece']:.3f}."
+    error = (
+        "" if figures.get("ece") is None else f" Expected calibration error of the network's own: {figures['ece']:.3f}."
+    )
     chosen = "the epoch that did best on val" if model.weights == "selected" else "the last epoch"
     recipe = f"centre square of {100 * (told.crop_share or 1):g} % of the shorter side, {told.interpolation}"
     named = [f"{plain(one)} ({count:,})" for one, count in zip(told.classes, counts, strict=True)][:MOST_CLASSES]
