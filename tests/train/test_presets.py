@@ -15,7 +15,7 @@ from train.bbn import BBN
 from train.engine.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
 from train.engine.loop import lr_factor
 from train.erm import ERM
-from train.features.stage_two import stage_parser
+from train.features.commands import stage_parser
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
