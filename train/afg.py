@@ -16,7 +16,7 @@ Beside it, on the same features, it trains and prints what is simpler (train/fea
 split has images enough, rates, teacher and β are chosen on it, and the simplest classifier that is not measurably worse
 than the best one is kept as the selected model. `--variant paper` has the paper's teacher and β.
 
-Measured over three seeds of CE on CIFAR-10-LT, Fashion-MNIST-LT and digits: analysis/results/second_stage.md.
+Figures of its earlier form, which distilled from stage one as it is: analysis/results/glag.md.
 """
 
 from dataclasses import dataclass, field, replace

@@ -230,7 +230,10 @@ def families_of(mixture: Mixture, judge: Judge | None = None, **options) -> Fami
 
 
 def test_a_grid_whose_end_wins_is_extended():
-    families = families_of(make_mixture((60, 20, 5)))
+    mixture = make_mixture((60, 20, 5))
+    labels = torch.where(torch.arange(85) % 4 == 0, (mixture.labels_N + 1) % 3, mixture.labels_N)  # being sure costs
+    judge = replace(judge_of(mixture), watched=(mixture.features_ND, labels))
+    families = families_of(mixture, judge)
     for first in (1e-2, 50.0):
         found = families.search(Source("oversampled", 32), {"cRT": [replace(CRT, lr=first, epochs=3)]})["cRT"]
         rates = sorted(one.setting["lr"] for one in found)
