@@ -55,7 +55,7 @@ class ExportedModel(nn.Module):
     def __init__(self, model: Model, any_size: bool, probabilities: bool) -> None:
         super().__init__()
         self.network = model.network.cpu()
-        self._size, self._share = model.view.image_size, model.view.crop_share
+        self._size, self._recipe = model.view.image_size, model.view.eval_augment
         self._any_size, self._probabilities = any_size, probabilities
         self._inverse_temperature = 1 / model.calibrated.temperature
         offsets_C = model.calibrated.offsets(model.description.train_counts)
@@ -64,38 +64,51 @@ class ExportedModel(nn.Module):
     def forward(self, images_BHWC: Tensor) -> Tensor:
         """See the class."""
         if self._any_size:
-            images_BHWC = centre_resize(images_BHWC, self._size, self._share)
+            images_BHWC = centre_resize(images_BHWC, self._size, self._recipe)
         logits_BC = self.network.predict(images_BHWC) * self._inverse_temperature + self.offsets_C
         return logits_BC.softmax(1) if self._probabilities else logits_BC
 
 
-def centre_resize(images_BHWC: Tensor, size: int, share: float) -> Tensor:
-    """Show the centre square of images as an evaluation does: uint8 (B, H, W, 3) to float32 (B, size, size, 3).
+def centre_resize(images_BHWC: Tensor, size: int, recipe: str) -> Tensor:
+    """Show the centre of images as an evaluation does: uint8 (B, H, W, 3) to float32 (B, size, size, 3).
 
     PIL's resize of a window is, in each direction, a sum of pixels with weights max(0, 1 − |distance| / scale) that
     sum to 1, rounded to grey levels: here a matrix with a row for each pixel of the result, 0 outside the window.
     """
-    weights_SH, weights_SW = _weights(images_BHWC, size, share)
+    weights_SH, weights_SW = _weights(images_BHWC, size, recipe)
     rows_BHSC = _grey_levels(torch.einsum("bhwc,sw->bhsc", images_BHWC.float(), weights_SW))
     return _grey_levels(torch.einsum("bhtc,sh->bstc", rows_BHSC, weights_SH))
 
 
-def _weights(images_BHWC: Tensor, size: int, share: float) -> tuple[Tensor, Tensor]:
+def _weights(images_BHWC: Tensor, size: int, recipe: str) -> tuple[Tensor, Tensor]:
     # Sizes as tensors and not as numbers: they stay open in the exported graph.
     _, height, width, _ = images_BHWC.shape
     pixels_H, pixels_W = (torch.arange(length, dtype=torch.float32) for length in (height, width))
     lengths = [pixels.amax(0) + 1 for pixels in (pixels_H, pixels_W)]
-    side = (torch.minimum(*lengths) * share).round().clamp(min=1)
-    scale = side / size
-    centres_S = (torch.arange(size, dtype=torch.float32) + 0.5) * scale
     found = []
     for pixels_N, length in zip((pixels_H, pixels_W), lengths, strict=True):
-        within_N = pixels_N - ((length - side) / 2).floor()
+        start, side = _window(length, torch.minimum(*lengths), recipe)
+        scale = side / size
+        centres_S = (torch.arange(size, dtype=torch.float32) + 0.5) * scale
+        within_N = pixels_N - start
         distances_SN = (within_N + 0.5 - centres_S[:, None]).abs() / scale.clamp(min=1)
         inside_N = (within_N >= 0) & (within_N < side)
         weights_SN = (1 - distances_SN).clamp(min=0) * inside_N
         found.append(_as_stored(weights_SN / weights_SN.sum(1, keepdim=True)))
     return found[0], found[1]
+
+
+def _window(length: Tensor, shortest: Tensor, recipe: str) -> tuple[Tensor, Tensor]:
+    """Return where the window of a recipe of `pipeline.augment` begins in one direction, and its length, in pixels."""
+    if recipe == "none":
+        return ((length - shortest) / 2).floor(), shortest
+    assert recipe == "eval", recipe
+    # As `pipeline.augment` has it: torchvision's Resize(256) and CenterCrop(224) in the stored image's pixels.
+    length, shortest = length.double(), shortest.double()
+    resized = (256 * length / shortest).floor()
+    first = ((resized - 224) / 2).round()
+    start, end = (first * length / resized).round(), ((first + 224) * length / resized).round()
+    return start.float(), (end - start).clamp(min=1).float()
 
 
 def _as_stored(weights_SN: Tensor) -> Tensor:

@@ -187,8 +187,8 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
     if not judge.chooses:
         held = f"val has {judge.images_per_class:.1f} images a class" if watched else "there is no val split"
         accelerator.print(
-            f"{held}, and a choice needs {IMAGES_TO_CHOOSE}: nothing is selected, every setting is the first of its"
-            " grid; build the dataset with a larger --val-fraction to have settings chosen"
+            f"{held}, and a choice needs {IMAGES_TO_CHOOSE}: nothing is selected: β is the paper's, and every"
+            " other setting the first of its grid; build the dataset with a larger --val-fraction to have them chosen"
         )
     return Stage(
         name,
