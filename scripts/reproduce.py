@@ -11,7 +11,6 @@ the curve of every run.
 """
 
 import argparse
-import json
 import math
 import os
 import shlex
@@ -35,6 +34,7 @@ from bench.common import header, write_results
 from shards.errors import UserError, user_errors_exit_2
 from shards.groups import imbalance_factor
 from shards.index import Dataset, open_dataset
+from train.networks.model_files import load_model
 from train.networks.networks import build_network
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,11 +223,10 @@ def best_epoch(run: Run) -> dict[str, Any] | None:
 
 def shape_of(run: Run) -> dict[str, Any]:
     """Return how large a run's network is: parameters, and multiply-adds times two of one image."""
-    spec = json.loads((run.path / "model.json").read_text(encoding="utf-8"))
     size = yaml.safe_load(run.config)["input"].get("image_size")
-    if size is None or spec.get("kind") not in ("plain", "bilateral"):
+    if size is None:  # a second stage
         return {}
-    network = build_network(spec["kind"], spec["backbone"], spec["num_classes"]).eval()
+    network = load_model(run.path)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.predict(torch.zeros(1, size, size, 3, dtype=torch.uint8))
     return {"parameters": sum(p.numel() for p in network.parameters()), "flops": counter.get_total_flops()}

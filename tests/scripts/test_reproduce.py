@@ -11,6 +11,7 @@ import yaml
 
 import reproduce
 from shards.errors import UserError
+from shards.groups import imbalance_factor
 
 ROOT = Path(__file__).parents[2]
 TABLES = yaml.safe_load((ROOT / "scripts/papers.yaml").read_text(encoding="utf-8"))["tables"]
@@ -28,12 +29,13 @@ def test_every_line_names_a_launchable_file_and_has_a_figure_for_each_column(nam
 
 
 def test_the_column_follows_from_the_data(digits, monkeypatch):
-    columns = ["cifar10-100", "cifar10-22", "inat2018"]
+    wanted = f"cifar10-{imbalance_factor(digits.train_counts):.0f}"
+    columns = ["cifar10-100", wanted, "inat2018"]
     assert reproduce.column_of(digits, columns) is None
     monkeypatch.setitem(digits.manifest, "preset", "inat2018")
     assert reproduce.column_of(digits, columns) == "inat2018"
-    monkeypatch.setitem(digits.manifest, "preset", "cifar10")  # 131 to 6 images
-    assert reproduce.column_of(digits, columns) == "cifar10-22"
+    monkeypatch.setitem(digits.manifest, "preset", "cifar10")
+    assert reproduce.column_of(digits, columns) == wanted
 
 
 def test_rows_bring_what_they_start_from():
