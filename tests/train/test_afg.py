@@ -81,7 +81,6 @@ def test_stage_two_needs_no_arguments_and_leaves_a_whole_folder(here):
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["distillation"] == pytest.approx(summary["setting"]["distill"])
     assert {row["lr"] <= summary["setting"]["lr"] for row in rows} == {True}
-    assert rows[-1]["eval"]["split"] == "val"
 
 
 def test_the_baselines_are_in_the_summary_and_on_the_screen(here, capsys):

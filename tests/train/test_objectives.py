@@ -122,7 +122,7 @@ def test_wrong_objectives_are_named(workplace, capsys, objective, message):
 
 
 def test_an_objective_from_elsewhere(tmp_path, monkeypatch):
-    (tmp_path / "my_losses.py").write_text(
+    (tmp_path / "their_losses.py").write_text(
         "from dataclasses import dataclass\n"
         "from train.engine.objectives import CrossEntropy\n"
         "class Doubled(CrossEntropy):\n"
@@ -134,7 +134,7 @@ def test_an_objective_from_elsewhere(tmp_path, monkeypatch):
         "        return self.settings.factor * super().losses(logits_BC, labels_B, progress)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    objective = make_objective("my_losses.Doubled(factor=3)", COUNTS)
+    objective = make_objective("their_losses.Doubled(factor=3)", COUNTS)
     z, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
     expected = 3 * F.cross_entropy(z, labels, reduction="none")
     torch.testing.assert_close(objective.losses(z, labels, Progress(1, 1, 0, 0)), expected)

@@ -109,7 +109,7 @@ def test_two_processes_are_one(workplace):
             assert ours["eval"][figure] == pytest.approx(theirs["eval"][figure], abs=0.05)
     per_class = [json.loads((workplace / f"runs/{name}/per_class.json").read_text()) for name in ("one", "two")]
     assert per_class[0]["total"] == per_class[1]["total"]
-    assert len((workplace / "rank-0.log").read_text().splitlines()) == 6
+    assert len((workplace / "rank-0.log").read_text().splitlines()) == 7
     assert (workplace / "rank-1.log").read_text() == ""
 
 

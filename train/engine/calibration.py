@@ -21,8 +21,8 @@ from scipy.special import log_softmax
 
 from shards.atomic import write_json
 from shards.errors import UserError
+from train.engine.runs import CALIBRATION as FILE
 
-FILE = "calibration.json"
 FORMAT = 1
 
 

@@ -18,7 +18,6 @@ from shards.atomic import write_json
 from shards.errors import UserError
 from shards.index import MANIFEST, Dataset, Split
 from train.engine import runs
-from train.engine.calibration import FILE as CALIBRATION
 from train.engine.checkpoints import Counters, read_selected
 from train.engine.config import Config, Input
 from train.engine.method import Method, unwrapped
@@ -105,7 +104,7 @@ def finish(
     final = measure("last")
     last, selected = summarize(final, dataset.train_counts), None
     if accelerator.is_main_process:
-        (run_folder / CALIBRATION).unlink(missing_ok=True)  # of weights that are replaced now
+        (run_folder / runs.CALIBRATION).unlink(missing_ok=True)  # of weights that are replaced now
         save_model(network, run_folder)
     epochs = {"last": config.optim.epochs}
     chosen = read_selected(run_folder) if config.loop.select else None

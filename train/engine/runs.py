@@ -31,6 +31,7 @@ from shards.atomic import write_text
 from shards.errors import UserError
 
 RUNS = Path("runs")
+CALIBRATION = "calibration.json"  # of its probabilities; it fits no other weights
 LOCK = ".lock"
 
 _held: dict[Path, TextIO] = {}
