@@ -143,7 +143,7 @@ class Interval:
 
     @property
     def is_clear(self) -> bool:
-        """Whether a difference is told from none: 0 lies outside."""
+        """Whether it is a clear difference: 0 lies outside."""
         return not self.low <= 0 <= self.high
 
 

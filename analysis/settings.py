@@ -1,4 +1,4 @@
-"""Which settings make an experiment, and how the titles of several experiments are told apart.
+"""Which settings make an experiment, and how titles distinguish several experiments.
 
 Runs are seeds of one experiment where dataset, title, class counts and the resolved configurations agree, apart from
 what `NOT_THE_RESULT` lists; for a second stage, that of its stage one counts too. An unknown setting counts.

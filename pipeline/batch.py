@@ -23,7 +23,7 @@ class Batch:
 
         shares_B · loss(labels_B) + (1 - shares_B) · loss(partners_B)
 
-    and where the method mixes hidden maps h itself (`Mix.hidden`), it goes on with
+    and where the method mixes hidden maps h itself (`Mix.hidden`), it continues with
 
         hidden_shares_B · h + (1 - hidden_shares_B) · h'[hidden_partners_B]
 

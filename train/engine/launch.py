@@ -50,7 +50,7 @@ SEEN_WITHIN_S = 30.0
 def run(method_class: type[Method], argv: list[str] | None = None) -> None:
     """Run a method from its command line: the whole of what a launchable file does.
 
-    Exits with 2 for a user's mistake, told in one line, and with 75 when a signal stopped it.
+    Exits with 2 for a user's mistake, in one line, and with 75 when a signal stopped it.
     """
     source = getattr(sys.modules[method_class.__module__], "__file__", None) or sys.argv[0]  # none in a notebook
     ours = Path(source).parent == Path(__file__).parents[1]
@@ -243,7 +243,7 @@ def make_accelerator(precision: str, device: str = "auto", threads: int | None =
         raise UserError("loop.precision=fp16 needs a GPU; use --loop.precision bf16, or no")
     try:
         with told_in_one_line():
-            # Unless it is told about CPUs, several processes on them would each think itself alone.
+            # Without cpu=True several processes on CPUs would each run as if they were alone.
             return Accelerator(mixed_precision=None if precision == "auto" else precision, cpu=cpu)
     except UserError:
         raise

@@ -39,7 +39,7 @@ class Loop:
 
     Attributes:
         seed: of everything random.
-        precision: of the feature extraction: no (float32), bf16, fp16, or auto (what accelerate was told).
+        precision: of the feature extraction: no (float32), bf16, fp16, or auto (as accelerate is configured).
     """
 
     seed: NonNegativeInt = 0
