@@ -22,10 +22,10 @@ imported; those of the house are listed in `pipeline.distortions`.
 
 import re
 from abc import ABC, abstractmethod
-from dataclasses import fields
+from dataclasses import Field, fields
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -69,11 +69,11 @@ class Distortion(ABC):
     @classmethod
     def usage(cls) -> str:
         """Return how recipes call it, such as rand(n,m)."""
-        names = ",".join(field.name for field in fields(cls))  # type: ignore[arg-type]
+        names = ",".join(field.name for field in _parameters(cls))
         return f"{cls.name}({names})" if names else cls.name
 
     def __str__(self) -> str:
-        values = ",".join(f"{getattr(self, field.name)}" for field in fields(self))  # type: ignore[arg-type]
+        values = ",".join(f"{getattr(self, field.name)}" for field in _parameters(type(self)))
         return f"{self.name}({values})" if values else self.name
 
 
@@ -92,14 +92,14 @@ def find_distortion(text: str) -> Distortion:
             f"no distortion is called {name!r}; choose one of: {', '.join(choices.values())}{nearest(name, choices)}"
         )
     kind = DISTORTIONS[name]
-    parameters = fields(kind)  # type: ignore[arg-type]
+    parameters = _parameters(kind)
     given = match[2].split(",") if match[2] and match[2].strip() else []
     if len(given) != len(parameters):
         raise UserError(f"the distortion {text!r} is to be written {kind.usage()}; it has {len(given)} arguments")
     arguments = {}
     for parameter, value in zip(parameters, given, strict=True):
         try:
-            arguments[parameter.name] = parameter.type(value)  # type: ignore[operator]
+            arguments[parameter.name] = cast(type, parameter.type)(value)
         except ValueError:
             number = "a whole number" if parameter.type is int else "a number"
             raise UserError(
@@ -107,6 +107,11 @@ def find_distortion(text: str) -> Distortion:
                 f" not {number}"
             ) from None
     return kind(**arguments)
+
+
+def _parameters(kind: type[Distortion]) -> tuple[Field[Any], ...]:
+    """Return the fields of a distortion's class, which `Distortion` asks to be a dataclass."""
+    return fields(cast(Any, kind))
 
 
 def nearest(name: str, choices: Any) -> str:
