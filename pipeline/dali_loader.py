@@ -71,7 +71,9 @@ def build_pipeline(
     """
     whole = recipe.pads or decode == "whole"
     used = 4 if gpu is not None else 1 if whole else 3
-    options = {"device": "cpu" if gpu is None else "mixed", "output_type": types.RGB, **decoder_options}
+    # What is stored lies upright. DALI's own reading of EXIF blocks may differ from PIL's, and would turn it.
+    options = {"output_type": types.RGB, "adjust_orientation": False, **decoder_options}
+    options["device"] = "cpu" if gpu is None else "mixed"
     pipeline = Pipeline(
         batch_size=batch_size,
         num_threads=threads,
