@@ -20,6 +20,7 @@ from shards.build import build
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
 from shards.remote import RemoteShards
+from shards.verify import verify
 
 KINDS = ("dali", "resident", "torch")
 
@@ -136,6 +137,27 @@ def test_no_loader_turns_what_is_stored(tmp_path, augment):
     for dali, torchs in zip(load(plan, "dali", 4), load(plan, "torch", 4), strict=True):
         for name, (images, *_) in torchs.items():
             assert (images.int() - dali[name][0].int()).abs().float().mean() < 1
+
+
+def test_batches_that_only_dali_refuses_are_pils_and_named_when_there_are_too_many(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("shards.encode.markers_follow", lambda data: True)  # as an older build, which let these in
+    for i in range(8):
+        buffer = BytesIO()
+        Image.new("RGB", (40, 30), (20 * i, 90, 30)).save(buffer, "JPEG")
+        path = tmp_path / "source" / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(buffer.getvalue().replace(b"\xff\xdb", b"\0\xff\xdb", 1))
+    out = build("folder", source=tmp_path / "source", out=tmp_path / "out", test_fraction=0, val_fraction=0, workers=1)
+    plan = both_streams(open_dataset(out), "imagenet", 32, batch_size=4)
+    with open_loader(plan, "dali", fault_limit=2) as loader:
+        for step, shown in zip(islice(loader, 2), load(plan, "torch", 2), strict=True):
+            assert torch.equal(step["reversed"].images_BHWC, shown["reversed"][0])
+        with pytest.raises(UserError, match=r"run: python -m shards verify .*, or use --input.loader torch") as raised:
+            next(loader)
+    assert "\n" not in str(raised.value)
+    assert "DALI failed on a batch that PIL decodes, and PIL's was taken" in capfd.readouterr().err
+    monkeypatch.undo()
+    assert len(verify(out, workers=1)) == 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
