@@ -2,6 +2,7 @@
 
 import re
 import sys
+from io import TextIOWrapper
 from typing import Any, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
@@ -32,5 +33,7 @@ class Parser(ArgumentParser):
 
 def run_commands(program: str, commands: dict[str, Any]) -> Any:
     """Run the function that the command line names and return its result; a UserError exits with status 2."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may have letters that a terminal's encoding lacks
     with user_errors_exit_2(program):
         return auto_cli(commands, prog=program, parser_class=Parser)
