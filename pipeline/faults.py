@@ -165,7 +165,7 @@ class Faults:
         bad = list(dict.fromkeys(samples))
         more = [f"{len(bad) - 3} more"] if len(bad) > 3 else []
         folder = self.bad[bad[0]].shard.parent
-        return f"{', '.join([*map(self._describe, bad[:3]), *more])}; run: python -m shards verify {folder}"
+        return f"{', '.join([*map(self._describe, bad[:3]), *more])}; run: tailstream verify {folder}"
 
 
 def faults_of(split: Split) -> Faults:

@@ -77,9 +77,7 @@ class ShardReader:
         except OSError as error:
             self._split.check_edition()
             path = self._split.shard_paths[shard]
-            raise UserError(
-                f"shard {path} cannot be read ({error}); run: python -m shards verify {path.parent}"
-            ) from None
+            raise UserError(f"shard {path} cannot be read ({error}); run: tailstream verify {path.parent}") from None
         return data
 
     def _opened(self, shard: int) -> "_OpenFile":
@@ -134,8 +132,7 @@ class ShardReader:
     def _too_short(self, shard: int, length: int, end: int) -> UserError:
         path = self._split.shard_paths[shard]
         return UserError(
-            f"{path} is {length} bytes long but the index points to byte {end};"
-            f" run: python -m shards verify {path.parent}"
+            f"{path} is {length} bytes long but the index points to byte {end}; run: tailstream verify {path.parent}"
         )
 
     def close(self) -> None:

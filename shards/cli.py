@@ -2,6 +2,8 @@
 
 import re
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
@@ -30,7 +32,12 @@ class Parser(ArgumentParser):
         sys.exit(2)
 
 
-def run_commands(program: str, commands: dict[str, Any]) -> Any:
+def program_name(usual: str, words: str = "") -> str:
+    """Return what this program is called in its messages: `usual`, or `tailstream` with the words that start it."""
+    return f"tailstream {words}".rstrip() if Path(sys.argv[0]).stem == "tailstream" else usual
+
+
+def run_commands(program: str, commands: dict[str, Any], argv: Sequence[str] | None = None) -> Any:
     """Run the function that the command line names and return its result; a UserError exits with status 2."""
     with user_errors_exit_2(program):
-        return auto_cli(commands, prog=program, parser_class=Parser)
+        return auto_cli(commands, args=argv, prog=program, parser_class=Parser)

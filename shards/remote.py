@@ -163,8 +163,7 @@ def cached_dataset(url: str, manifest_name: str) -> Path:
         manifest = RemoteStore(url).read(manifest_name)
     except FileNotFoundError:
         raise UserError(
-            f"{url} has no {manifest_name}, so it is not a dataset; build one with: scripts/build_shards.sh digits"
-            f" --out {url}"
+            f"{url} has no {manifest_name}, so it is not a dataset; build one with: tailstream build digits --out {url}"
         ) from None
     except OSError as error:
         raise UserError(f"{url} cannot be read: {error.strerror or error}") from None

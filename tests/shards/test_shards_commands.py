@@ -46,7 +46,7 @@ def test_build_verify_inspect(tmp_path, image_folder, command, monkeypatch):
     assert out.splitlines() == [
         "folder: train 25, val 4, test 16; 2 classes",
         "training images per class: 20 to 5, imbalance factor 4; 0 many, 1 medium, 1 few",
-        "built in data/folder; next: accelerate launch train/bbn.py --data data/folder",
+        "built in data/folder; next: tailstream train bbn --data data/folder",
     ]
     assert command("verify", "data/folder") == (0, "data/folder: no problem found\n", "")
     status, out, _ = command("inspect", "data/folder")

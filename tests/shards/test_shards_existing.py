@@ -95,7 +95,7 @@ def test_photographs_given_as_data_are_told_how_to_become_it(pets):
         open_dataset(pets)
     assert str(error.value) == (
         f"{pets} has no dataset.json, but images; build a dataset from them with:"
-        f" scripts/build_shards.sh folder --source {pets} --out data/pets"
+        f" tailstream build folder --source {pets} --out data/pets"
     )
 
 
@@ -119,7 +119,7 @@ def test_photographs_given_as_out_are_left_alone(tmp_path, pets, overwrite):
         build("digits", out=pets, workers=1, overwrite=overwrite)
     assert str(error.value) == (
         f"{pets} holds images and no dataset, and is left alone; to build from them:"
-        f" scripts/build_shards.sh folder --source {pets} --out data/pets"
+        f" tailstream build folder --source {pets} --out data/pets"
     )
     assert sorted(pets.rglob("*")) == before
 

@@ -228,7 +228,7 @@ def find_dataset(data: str | None) -> Dataset:
     if len(found) == 1:
         return open_dataset(found[0])
     if not found:
-        raise UserError("there is no dataset under data/; build one: scripts/build_shards.sh digits")
+        raise UserError("there is no dataset under data/; build one: tailstream build digits")
     raise UserError(f"several datasets lie under data/; choose one: --data {' | '.join(map(str, found))}")
 
 

@@ -17,6 +17,7 @@ from jsonargparse import Namespace
 
 from pipeline.loader import windowed
 from pipeline.plan import TrainPlan
+from shards.cli import program_name
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset
 from train.engine import runs
@@ -56,8 +57,10 @@ def run(method_class: type[Method], argv: list[str] | None = None) -> None:
     ours = Path(source).parent == Path(__file__).parents[1]
     # From Python, with a command line of its own, the method's file is what would be started.
     script = sys.argv[0] if argv is None else os.path.relpath(source)
-    program = f"train/{method_class.name}.py" if ours else Path(script).name
-    command = shlex.join([*launched_by(script), script])
+    usual = f"train/{method_class.name}.py" if ours else Path(script).name
+    program = program_name(usual, f"train {method_class.name}")
+    words = [script] if program == usual else program.split()
+    command = shlex.join([*launched_by(words[0]), *words])
     with user_errors_exit_2(program):
         try:
             _run(method_class, program, argv, command)
