@@ -162,7 +162,7 @@ class Loop:
         checkpoint_minutes: also after so many minutes without one.
         keep_checkpoints: how many to keep; from two on, a damaged one is skipped for the one before.
         stall_minutes: how long to wait for a batch before the run ends with a message.
-        track: tensorboard, or none.
+        track: where curves can be watched: tensorboard, wandb, mlflow, trackio, or none.
     """
 
     seed: NonNegativeInt = 0

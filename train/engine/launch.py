@@ -192,12 +192,12 @@ def _train_and_finish(
     (run_folder,) = broadcast_object_list(folder)
     assert run_folder is not None
     if accelerator.is_main_process:
+        tracking.open(run_folder, counters.step, dataset.name, sections)  # first: it may not start
         about = {"method": method.name, "dataset": dataset.name, "data": dataset.place, "changed": asked.changed}
         about |= {"fingerprint": _fingerprint(dataset), "variant": asked.variant}
         runs.write_config(run_folder, {"about": about, **sections})
         runs.truncate_rows(run_folder, counters.epochs)
         (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
-        tracking.open(run_folder, counters.step)
     accelerator.wait_for_everyone()
     _wait_to_see(run_folder, accelerator.process_index)
     if restored:
