@@ -45,10 +45,46 @@ install_build_needs() {
 
 [ -x .venv/bin/python ] || { python=$(find_python); say "creating .venv with $python"; "$python" -m venv .venv; }
 
+# Whether the PIL that is imported is the one that setup installed, and whether the rest is there. (Importing torch would
+# take seconds.)
+is_whole() {
+    [ -x .venv/bin/tailstream ] && .venv/bin/python - <<'EOF' 2>/dev/null
+import importlib.metadata
+import importlib.util
+
+import PIL
+
+names = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
+assert PIL.__version__ == names.get("pillow-simd", names.get("pillow"))
+assert {"tailstream", "torch"} <= names.keys() and importlib.util.find_spec("torch")
+EOF
+}
+
+# Other packages ask for Pillow by its name. An entry without files says that pillow-simd is in its place, so that
+# installing them later (timm, tensorboard) does not put Pillow over it.
+claim_the_name_pillow() {
+    .venv/bin/python - <<'EOF'
+import importlib.metadata
+import pathlib
+import sysconfig
+
+version = importlib.metadata.version("pillow-simd").partition(".post")[0]
+folder = pathlib.Path(sysconfig.get_paths()["purelib"], f"pillow-{version}.dist-info")
+files = {
+    "METADATA": f"Metadata-Version: 2.1\nName: pillow\nVersion: {version}\nSummary: pillow-simd is in its place\n",
+    "INSTALLER": "tailstream\n",
+}
+files["RECORD"] = "".join(f"{folder.name}/{name},,\n" for name in (*files, "RECORD"))
+folder.mkdir(exist_ok=True)
+for name, text in files.items():
+    (folder / name).write_text(text)
+EOF
+}
+
 # An environment that fits the tests fits everything.
 stamp_of() { echo ".venv/tailstream-$(cat "$1" pyproject.toml scripts/setup.sh | sha256sum | cut -c1-16)"; }
 stamp=$(stamp_of $requirements)
-if { [ -e "$stamp" ] || [ -e "$(stamp_of requirements-test.txt)" ]; } && .venv/bin/python -c 'import shards, torch, PIL' 2>/dev/null; then
+if { [ -e "$stamp" ] || [ -e "$(stamp_of requirements-test.txt)" ]; } && is_whole; then
     exit 0
 fi
 rm -f .venv/tailstream-*
@@ -69,11 +105,13 @@ grep -v '^pillow-simd==' $requirements >"$wanted"
 say "installing $(grep -c '==' "$wanted") packages (some GB the first time)"
 install -r "$wanted"
 if [ "$(uname -m)" = x86_64 ] && { can_build_pillow_simd || { install_build_needs && can_build_pillow_simd; }; }; then
-    uninstall pillow
+    uninstall pillow # or the entry that stands for it
+    .venv/bin/python -c 'from PIL import Image' 2>/dev/null || uninstall pillow-simd # their files have the same names
     if grep -qw avx2 /proc/cpuinfo 2>/dev/null; then CC="${CC:-cc} -mavx2" install "$pillow_simd"; else install "$pillow_simd"; fi
+    claim_the_name_pillow
 else
     say "pillow-simd cannot be built here (it needs x86-64, a C compiler, Python.h, zlib and libjpeg headers)"
-    say "going on with ordinary Pillow: the same pictures, but building shards takes about twice as long"
+    say "using ordinary Pillow instead: the same pictures, but building shards takes about twice as long"
     uninstall pillow-simd
     # pillow-simd 12.1.1.post0 is a build of Pillow 12.1.1.
     install "$(sed -E 's/pillow-simd==([0-9.]+)\.post.*/pillow==\1/' <<<"$pillow_simd")"

@@ -3,8 +3,6 @@
 import copy
 import json
 import shutil
-import sys
-from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
