@@ -27,10 +27,11 @@ from numpy.typing import NDArray
 
 from shards.atomic import partial_file
 from shards.cli import Parser, program_name
+from shards.encode import unread
 from shards.errors import UserError, user_errors_exit_2
 from shards.progress import Progress, say
 from train.engine.calibration import shares
-from train.engine.inference import Item, Model, find_images, open_model, show_images
+from train.engine.inference import Item, Model, find_images, left_out, open_model, show_images
 
 Format = Literal["table", "csv", "jsonl", "parquet"]
 
@@ -312,6 +313,9 @@ def _main(asked: Any) -> None:
         check_new(asked.out)  # before any work
     listed = read_list(sys.stdin.buffer) if "-" in asked.paths else []
     items = find_images([path for path in asked.paths if path != "-"], listed)
+    for path in asked.paths:
+        if others := left_out(path):
+            say(f"{printable(path)}: {unread(others)}")
     for model in models:
         how = "calibrated" if model.calibration else "not calibrated"
         say(f"{model.run}: {model.description.method}, {model.weights} weights, {how}")

@@ -192,7 +192,7 @@ def test_photographs_that_this_pil_does_not_read_are_told_with_a_remedy(tmp_path
     assert source.notes == ("files that are no images are skipped: 1 .txt",)
     assert source.skipped == (
         "images that this PIL does not read are left out: 2 .heic, 1 .jxl;"
-        " ImageMagick turns them into JPEG: magick mogrify -format jpg *.heic",
+        " for .heic: pip install pi-heif; ImageMagick turns .jxl into JPEG: magick mogrify -format jpg *.jxl",
     )
     options = {"source": root, "out": tmp_path / "out", "workers": 1}
     for _ in range(2):  # also where the dataset is there already

@@ -232,6 +232,16 @@ def find_dataset(data: str | None) -> Dataset:
     raise UserError(f"several datasets lie under data/; choose one: --data {' | '.join(map(str, found))}")
 
 
+def find_dataset_of(run: Path, about: dict[str, Any], data: str | None) -> Dataset:
+    """Open the dataset that a run was trained on, which may lie elsewhere now: `data` says where."""
+    try:
+        return find_dataset(data or about["data"])
+    except UserError as error:
+        if data:
+            raise
+        raise UserError(f"{error}; {run} was trained on it: if it has moved, name its new place with --data") from None
+
+
 def preset(dataset: Dataset, *parts: str, variant: str | None = None) -> dict[str, Any]:
     """Return the dataset's preset: the named parts of its file, later ones over earlier ones, as nested dicts.
 

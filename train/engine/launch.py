@@ -30,6 +30,7 @@ from train.engine.config import (
     Optim,
     changed_settings,
     find_dataset,
+    find_dataset_of,
     make_parser,
     parse,
     peek,
@@ -108,13 +109,8 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None, comma
 
 
 def _dataset_of(run: Path, about: dict[str, Any], data: str | None) -> Dataset:
-    """Open the dataset that a run was trained on, which may lie elsewhere now."""
-    try:
-        dataset = find_dataset(data or about["data"])
-    except UserError as error:
-        if data:
-            raise
-        raise UserError(f"{error}; {run} was trained on it: if it has moved, name its new place with --data") from None
+    """Open the dataset that a run was trained on, and see that it is still the same."""
+    dataset = find_dataset_of(run, about, data)
     if about.get("fingerprint", _fingerprint(dataset)) != _fingerprint(dataset):
         raise UserError(
             f"{dataset.place} does not hold the images that {run} was trained on; name that dataset with --data, or"

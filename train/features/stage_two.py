@@ -24,7 +24,7 @@ from shards.cli import program_name
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset
 from train.engine import runs
-from train.engine.config import Input, find_dataset, parse, peek, plain_sections
+from train.engine.config import Input, find_dataset, find_dataset_of, parse, peek, plain_sections
 from train.engine.evaluation import collect_faults, describe, device_name, test_split, write_results
 from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.launch import make_accelerator
@@ -141,7 +141,7 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
     if not (source / "summary.json").exists():
         again = f"tailstream train {saved['about']['method']} {runs.resuming(source)}"
         raise UserError(f"{source} is not finished; resume it: {again}")
-    dataset = find_dataset(asked.data or saved["about"]["data"])
+    dataset = find_dataset_of(source, saved["about"], asked.data)
     settings = parse(parser, argv, saved_settings or defaults(program, dataset, asked.variant))
     config = parser.instantiate(settings)
     program.check(config)
