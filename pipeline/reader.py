@@ -85,7 +85,7 @@ class ShardReader:
             if shard in self._open:
                 self._open.move_to_end(shard)
                 return self._open[shard]
-        # Others go on reading while this one waits for a shard to come.
+        # Others keep reading while this one waits for a shard.
         file = _OpenFile(self._fetching([shard])[0].result() if self._split.remote else self._split.local_shard(shard))
         self._split.check_edition()  # once it is open: now nobody can put another file in its place
         with self._lock:

@@ -184,7 +184,7 @@ def grey_maximum(data: bytes) -> int:
                 return int(np.asarray(image).max()) if image.mode.startswith("I") else 0
     except MemoryError:
         raise
-    except Exception:  # told when it is encoded
+    except Exception:  # reported when it is encoded
         return 0
 
 

@@ -43,7 +43,7 @@ def cache_folder() -> Path:
 class RemoteStore:
     """A `shards.store.Store` behind a URL. Object stores put whole files in place and know no folders and no locks.
 
-    Two builders at one URL are not told of each other: with the same options they write the same bytes, with other
+    Two builders at one URL do not know of each other: with the same options they write the same bytes, with other
     options the second one finds the first one's plan and is refused.
     """
 

@@ -120,7 +120,7 @@ def _images(
 def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
     try:
         return entry.stat()
-    except OSError:  # a dangling link: told when it is read
+    except OSError:  # a dangling link: reported when it is read
         return None
 
 

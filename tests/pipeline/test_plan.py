@@ -113,7 +113,7 @@ def test_a_run_may_go_on_with_another_number_of_ranks_at_any_step():
     alone = make_plan()
     uninterrupted = [alone.draws(step) for step in range(20)]
     for world_size, steps in ((1, range(5)), (4, range(5, 11)), (2, range(11, 17)), (8, range(17, 20))):
-        # A run that goes on knows nothing but the step: its plans are new.
+        # A resumed run knows nothing but the step: its plans are new.
         ranks = [make_plan(rank=rank, world_size=world_size) for rank in range(world_size)]
         for step in steps:
             assert_same(joined([plan.draws(step) for plan in ranks]), uninterrupted[step])

@@ -132,7 +132,7 @@ def test_an_interrupt_leaves_no_process_and_says_how_to_go_on(tmp_path, workers,
         _, err = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert err.startswith("new/out is unfinished; the same command goes on with it\n")
+    assert err.startswith("new/out is unfinished; the same command resumes it\n")
     assert process.returncode == status
     assert not list(tmp_path.glob("new/out/.build/*.tar"))
     while group_lives(process.pid):  # Python's own helper process takes a moment to leave

@@ -153,7 +153,7 @@ def test_the_factor_that_was_reached_is_told(tmp_path, image_folder, capsys):
     source = image_folder(tmp_path / "source", {"a": 30, "b": 30, "c": 2})
     options = {"source": source, "workers": 1, "profile": "exp", "test_fraction": 0, "val_fraction": 0}
     build("folder", out=tmp_path / "4", **options, imbalance_factor=4)
-    assert "note: imbalance factor 15 is reached, of 4 that was asked for\n" in capsys.readouterr().err
+    assert "note: the imbalance factor is 15, not the 4 that was asked for\n" in capsys.readouterr().err
     assert open_dataset(tmp_path / "4").train_counts.tolist() == [30, 15, 2]
     build("folder", out=tmp_path / "15", **options, imbalance_factor=15)
     assert "factor" not in capsys.readouterr().err
