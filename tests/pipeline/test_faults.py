@@ -168,7 +168,7 @@ def test_a_picture_of_another_size_than_the_index_says_is_bad(dataset):
         decode(split, ShardReader(split), 0)
 
 
-def test_bad_images_are_told_once_and_up_to_a_limit(photos, capsys):
+def test_bad_images_are_reported_once_and_up_to_a_limit(photos, capsys):
     split = photos.splits["train"]
     faults = marked(split, 4, 1)
     faults.limit = 2

@@ -151,7 +151,7 @@ def test_explicit_probabilities_are_followed():
         ([1, 1, 1, 1, 1, 1, 1], "add up to 7 and must add up to 1; divide them by their sum"),
     ],
 )
-def test_probabilities_that_are_none_are_told(probabilities, message):
+def test_probabilities_that_are_none_are_reported(probabilities, message):
     with pytest.raises(UserError, match=message):
         make_plan(Stream("s", probabilities=probabilities))
 
@@ -235,7 +235,7 @@ def test_empty_shards_do_no_harm():
         ({"repeats": "a", "shard_window": 2}, "repeats the ids of 'a' and has shard_window; leave one out"),
     ],
 )
-def test_fields_that_exclude_each_other_are_told(fields, message):
+def test_fields_that_exclude_each_other_are_reported(fields, message):
     with pytest.raises(UserError, match=message) as raised:
         Stream("s", **fields)
     assert "\n" not in str(raised.value)
@@ -252,7 +252,7 @@ def test_fields_that_exclude_each_other_are_told(fields, message):
         ),
     ],
 )
-def test_a_stream_that_repeats_none_is_told(streams, message):
+def test_a_stream_that_repeats_none_is_reported(streams, message):
     with pytest.raises(UserError, match=message):
         make_plan(*streams)
 

@@ -50,7 +50,7 @@ def test_all_samplers_draw_from_the_same_gaussians(tmp_path):
     torch.testing.assert_close(samples_MD.T.cov(), spread_1DD[0], rtol=0.1, atol=0.01)
 
 
-def test_wrong_arguments_are_told(tmp_path):
+def test_wrong_arguments_are_reported(tmp_path):
     with pytest.raises(UserError, match="peers and size must lie in"):
         bench_afg.bench(peers=0)
     with pytest.raises(UserError, match="cannot be read"):

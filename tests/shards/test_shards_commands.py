@@ -84,7 +84,7 @@ def test_verify_exits_1_on_a_problem_and_2_on_no_dataset(tmp_path, image_folder,
         (["inspect", "nowhere"], None),
     ],
 )
-def test_mistakes_are_told_in_one_line_with_status_2(command, arguments, message):
+def test_mistakes_are_reported_in_one_line_with_status_2(command, arguments, message):
     status, out, err = command(*arguments)
     assert (status, out) == (2, "")
     assert err.startswith("python -m shards: error: ")

@@ -294,7 +294,7 @@ def test_an_unfinished_build_that_remembers_nothing_begins_anew(tmp_path, pets, 
     assert verify(tmp_path / "out", workers=1) == []
 
 
-def test_classes_that_look_the_same_are_told(tmp_path, image_folder, capsys):
+def test_classes_that_look_the_same_are_reported(tmp_path, image_folder, capsys):
     source = image_folder(tmp_path / "source", {"Cat": 2, "cat": 2, "été": 2, "e\u0301te\u0301": 2, "dog": 2})
     build("folder", source=source, out=tmp_path / "out", workers=1, test_fraction=0, val_fraction=0)
     assert (
