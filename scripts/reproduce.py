@@ -286,10 +286,10 @@ def results(table: dict[str, Any], rows: list[Row], asked: argparse.Namespace) -
         if found:
             ours = [shown(value) for value in found.values()]
             spread = f" ± {statistics.stdev(ours):.2f}" if len(ours) > 1 else ""
-            told = f"{statistics.mean(shown(b) for b in best):.2f}" if best else "–"
+            own = f"{statistics.mean(shown(b) for b in best):.2f}" if best else "–"
             paper = "–" if row.paper is None else f"{row.paper:.2f}"
             figures = f"{statistics.mean(ours):.2f}{spread}"
-            lines.append(f"{row.name:<34}{figures:>20}{len(ours):>3}{told:>14}{paper:>8}")
+            lines.append(f"{row.name:<34}{figures:>20}{len(ours):>3}{own:>14}{paper:>8}")
     return "\n".join(lines), data
 
 

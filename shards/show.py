@@ -22,7 +22,7 @@ def summary(dataset: Dataset) -> str:
         [
             f"{dataset.name}: {_splits(dataset)}; {len(dataset.classes)} classes",
             _tail(dataset),
-            f"built in {dataset.place}; next: accelerate launch train/bbn.py --data {dataset.place}",
+            f"built in {dataset.place}; next: tailstream train bbn --data {dataset.place}",
         ]
     )
 
@@ -71,7 +71,7 @@ def lost_shards(dataset: Dataset) -> list[str]:
                 size = path.stat().st_size
                 problem = "" if size == shard["bytes"] else f"{size:,} bytes long, not {shard['bytes']:,}"
             if problem:
-                lost.append(f"{shard['file']}: {problem}; run: python -m shards verify {place}")
+                lost.append(f"{shard['file']}: {problem}; run: tailstream verify {place}")
     return lost
 
 

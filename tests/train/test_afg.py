@@ -351,7 +351,9 @@ def test_mistakes_are_told_in_one_line(here, capsys, photos):
     assert "already holds a run" in fails_with(capsys, "--run", "runs/ce")
     (here / "runs/ce/summary.json").unlink()
     assert "no finished stage-one run under runs" in fails_with(capsys)
-    assert "is not finished; resume it: train/erm.py" in fails_with(capsys, "--from", "runs/ce")
+    assert "is not finished; resume it: tailstream train erm --run runs/ce --resume" in fails_with(
+        capsys, "--from", "runs/ce"
+    )
     assert sorted(p.name for p in (here / "runs").iterdir()) == ["ce"]
 
 

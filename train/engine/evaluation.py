@@ -205,7 +205,7 @@ def write_results(run_folder: Path, summary: dict[str, Any], final: Tally, datas
         chosen = summary["selected"].get("name") or f"{summary['title']}, epoch {summary['selected']['epoch']}"
         told = f"{chosen}, which {summary['selected_on']} chose"
         print(f"{told}, on {summary['evaluated_on']}: {accuracy_line(summary['selected'])}")
-    print(f"wrote {run_folder}/summary.json; for a page with figures: python -m analysis report {run_folder}")
+    print(f"wrote {run_folder}/summary.json; for a page with figures: tailstream report {run_folder}")
 
 
 def collect_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str, Any]]:
@@ -219,7 +219,7 @@ def collect_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str,
     if found:
         accelerator.print(
             f"{len(found)} images did not decode and were replaced or left out, {times.total()} times in all:"
-            f" see summary.json, and run: python -m shards verify {dataset.place}"
+            f" see summary.json, and run: tailstream verify {dataset.place}"
         )
     return [row | {"times": times[image]} for image, row in sorted(found.items())]
 

@@ -17,6 +17,7 @@ from jsonargparse import Namespace
 
 from pipeline.loader import windowed
 from pipeline.plan import TrainPlan
+from shards.cli import program_name
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset
 from train.engine import runs
@@ -29,6 +30,7 @@ from train.engine.config import (
     Optim,
     changed_settings,
     find_dataset,
+    find_dataset_of,
     make_parser,
     parse,
     peek,
@@ -56,8 +58,10 @@ def run(method_class: type[Method], argv: list[str] | None = None) -> None:
     ours = Path(source).parent == Path(__file__).parents[1]
     # From Python, with a command line of its own, the method's file is what would be started.
     script = sys.argv[0] if argv is None else os.path.relpath(source)
-    program = f"train/{method_class.name}.py" if ours else Path(script).name
-    command = shlex.join([*launched_by(script), script])
+    usual = f"train/{method_class.name}.py" if ours else Path(script).name
+    program = program_name(usual, f"train {method_class.name}")
+    words = [script] if program == usual else program.split()
+    command = shlex.join([*launched_by(words[0]), *words])
     with user_errors_exit_2(program):
         try:
             _run(method_class, program, argv, command)
@@ -105,13 +109,8 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None, comma
 
 
 def _dataset_of(run: Path, about: dict[str, Any], data: str | None) -> Dataset:
-    """Open the dataset that a run was trained on, which may lie elsewhere now."""
-    try:
-        dataset = find_dataset(data or about["data"])
-    except UserError as error:
-        if data:
-            raise
-        raise UserError(f"{error}; {run} was trained on it: if it has moved, name its new place with --data") from None
+    """Open the dataset that a run was trained on, and see that it is still the same."""
+    dataset = find_dataset_of(run, about, data)
     if about.get("fingerprint", _fingerprint(dataset)) != _fingerprint(dataset):
         raise UserError(
             f"{dataset.place} does not hold the images that {run} was trained on; name that dataset with --data, or"
@@ -189,12 +188,12 @@ def _train_and_finish(
     (run_folder,) = broadcast_object_list(folder)
     assert run_folder is not None
     if accelerator.is_main_process:
+        tracking.open(run_folder, counters.step, dataset.name, sections)  # first: it may not start
         about = {"method": method.name, "dataset": dataset.name, "data": dataset.place, "changed": asked.changed}
         about |= {"fingerprint": _fingerprint(dataset), "variant": asked.variant}
         runs.write_config(run_folder, {"about": about, **sections})
         runs.truncate_rows(run_folder, counters.epochs)
         (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
-        tracking.open(run_folder, counters.step)
     accelerator.wait_for_everyone()
     _wait_to_see(run_folder, accelerator.process_index)
     if restored:

@@ -20,10 +20,11 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 
 from analysis.metrics import summarize
+from shards.cli import program_name
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset
 from train.engine import runs
-from train.engine.config import Input, find_dataset, parse, peek, plain_sections
+from train.engine.config import Input, find_dataset, find_dataset_of, parse, peek, plain_sections
 from train.engine.evaluation import collect_faults, describe, device_name, test_split, write_results
 from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.launch import make_accelerator
@@ -87,16 +88,18 @@ class Stage:
 def run_stage(program: Program, train: Callable[[Stage], None], argv: list[str] | None) -> None:
     """Run a second stage from its command line; exits with 2 for a user's mistake, with 75 after a signal."""
     begun: list[Path] = []
-    with user_errors_exit_2(f"train/{program.name}.py"):
+    called = program_name(f"train/{program.name}.py", f"train {program.name}")
+    with user_errors_exit_2(called):
         try:
             with Stops():
                 stage = open_stage(program, argv, begun)
                 if stage is not None:
                     train(stage)
         except Interrupted as interrupted:
-            again = f"resume with: python train/{program.name}.py --run {begun[0]} --resume" if begun else "start again"
+            again = f"tailstream train {program.name} {runs.resuming(begun[0])}" if begun else ""
             print(
-                f"stopped by {interrupted.signal}; features and classifiers that were finished are kept; {again}",
+                f"stopped by {interrupted.signal}; features and classifiers that were finished are kept; "
+                + (f"resume with: {again}" if again else "start again"),
                 flush=True,
             )
             sys.exit(EXIT_STATUS)
@@ -136,8 +139,9 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
     source = Path(place) if place else runs.newest_run({1}, dataset=wanted)
     saved = runs.read_config(source)
     if not (source / "summary.json").exists():
-        raise UserError(f"{source} is not finished; resume it: train/{saved['about']['method']}.py --resume")
-    dataset = find_dataset(asked.data or saved["about"]["data"])
+        again = f"tailstream train {saved['about']['method']} {runs.resuming(source)}"
+        raise UserError(f"{source} is not finished; resume it: {again}")
+    dataset = find_dataset_of(source, saved["about"], asked.data)
     settings = parse(parser, argv, saved_settings or defaults(program, dataset, asked.variant))
     config = parser.instantiate(settings)
     program.check(config)
