@@ -6,6 +6,7 @@ interruptions.
 """
 
 import math
+import shlex
 import sys
 import time
 import unicodedata
@@ -19,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from shards.assemble import ENCODER, assemble
-from shards.copies import identical_images
+from shards.copies import identical_images, pictures_in_two_splits
 from shards.encode import Encoded, encode
 from shards.errors import UserError
 from shards.existing import already_built, check_apart, difference
@@ -246,7 +247,10 @@ def _build(
     except UserError:
         staging.clear()  # these images would fail again
         raise
+    shared = list(pictures_in_two_splits(staging, shards))
     staging.publish()
+    for line in shared:
+        say(f"note: {line}; python -m shards inspect {shlex.quote(str(out))} --duplicates lists them")
     if rejected := manifest["rejected"]["total"]:
         total = sum(len(listing) for listing in plan.splits.values()) + len(findings.rejected)
         kinds = ", ".join(f"{n} {reason}" for reason, n in Counter(manifest["rejected"]["reasons"]).most_common())

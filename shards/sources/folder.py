@@ -3,8 +3,8 @@
     pets/cat/*.jpg                  or    pets/train/cat/*.jpg
     pets/dog/2024/may/*.png               pets/test/cat/*.jpg      (and/or val/; see splits.py for other names)
 
-Images may lie at any depth below their class folder. Hidden files and folders are skipped; so are files whose
-extension is not that of an image that PIL reads, and these are counted.
+Images may lie at any depth below their class folder. Hidden files and folders are skipped, and the thumbnails of a
+network drive; so are files whose extension is not that of an image that PIL reads, and these are counted.
 """
 
 import os
@@ -17,6 +17,8 @@ from shards.progress import Progress
 from shards.sources.files import FileReader, FoundFiles, check_folder, escaped_note, printable
 from shards.sources.source import Source, fingerprint
 from shards.sources.splits import split_roots
+
+THUMBNAILS = "@eaDir"  # Synology's drives make one in each folder, with smaller copies of its pictures
 
 
 def open_source(path: Path | None) -> Source:
@@ -77,7 +79,11 @@ def open_source(path: Path | None) -> Source:
 
 
 def _is_sub_folder(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith(".")
+    return path.is_dir() and not _is_hidden(path.name)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == THUMBNAILS
 
 
 def _sub_folders(folder: Path) -> list[Path]:
@@ -105,7 +111,7 @@ def _images(
         before = len(images)
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if _is_hidden(entry.name):
                     continue
                 if entry.is_dir():  # links to folders too
                     waiting.append(entry.path)

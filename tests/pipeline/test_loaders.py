@@ -129,6 +129,13 @@ def test_worker_processes_change_nothing(digits, augment):
         assert torch.equal(images, alone["reversed"][0])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_opening_a_loader_takes_no_random_number_of_a_method(digits, kind):
+    before = torch.get_rng_state()
+    load(both_streams(digits, "cifar+rand(1,5)", 16), kind, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def damaged(dataset: Dataset, tmp_path: Path, how: str) -> Dataset:
     root = tmp_path / "copy"
     shutil.copytree(dataset.root, root)

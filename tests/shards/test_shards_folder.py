@@ -80,6 +80,15 @@ def test_extensions_in_any_case_count_and_other_files_are_reported(tmp_path, ima
     assert source.notes == ("files that are no images are skipped: 1 .txt, 1 without extension",)
 
 
+def test_thumbnails_that_a_network_drive_made_are_no_images(tmp_path, image_folder):
+    counts = dict.fromkeys(["a", "b", "a/deep", "@eaDir/a", "a/@eaDir/000.png", "a/deep/@eaDir"], 2)
+    source = opened(image_folder(tmp_path, counts))
+    assert source.classes == ["a", "b"]
+    assert sorted(source.splits["train"].names) == [
+        f"{folder}/{i:03d}.png" for folder in ("a", "a/deep", "b") for i in range(2)
+    ]
+
+
 def test_images_beside_the_class_folders_are_reported(tmp_path, image_folder):
     root = image_folder(tmp_path, {"a": 1, "b": 1})
     (root / "loose.png").write_bytes(encoded(picture(), "PNG"))
