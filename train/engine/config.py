@@ -8,7 +8,7 @@ A resumed run takes the `config.yaml` of its folder in the preset's place. The r
 import difflib
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
-    OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
 )
@@ -31,6 +30,7 @@ from pipeline.loader import ChosenLoader, Decode, LoaderKind, choose_loader, ope
 from pipeline.plan import Plan
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
+from train.engine.optimisers import Optim
 from train.engine.tracking import Tracker
 
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -97,49 +97,15 @@ class Model:
         backbone: resnet32 (for small images), resnet10, or a torchvision ResNet such as resnet50, resnet152 or
             resnext50_32x4d.
         weights: pretrained weights: a torchvision name such as DEFAULT, or a local file.
+        drop_path: with which probability training leaves out the last residual block for an image; earlier ones less.
+        grad_checkpointing: whether only the inputs of blocks are kept for the backward pass, which computes the rest
+            again: much less memory for a third more time.
     """
 
     backbone: str = "resnet32"
     weights: str | None = None
-
-
-@dataclass
-class Optim:
-    """SGD and its learning rate.
-
-    Attributes:
-        epochs: passes over the training images.
-        lr: the learning rate after warm-up.
-        momentum: of SGD.
-        nesterov: whether momentum is Nesterov's.
-        weight_decay: L2, on all parameters.
-        schedule: step (times `decay` at each milestone), cosine (to 0), or constant.
-        warmup_epochs: epochs at the start over which the rate rises linearly. Without any, BBN stays stuck at a
-            rate of 0.1: its doubled features make the first steps too large.
-        warmup_start: the share of the rate that warm-up starts from, at epoch 0, before the first; BBN's is a third.
-        milestones: at which shares of the epochs the rate drops (so that drops scale with `epochs`): 0.6 of 200 makes
-            epoch 120 the first one with the lower rate, as BBN's code does.
-        decay: the factor of each drop.
-        accumulate: in how many parts a process works through its share of a batch, to need less memory. Batch norm
-            sees the parts one by one.
-        clip_norm: the largest norm that a step's gradient may have.
-        ema: the decay of an exponential moving average of the weights and of batch norm's statistics, such as 0.999,
-            which is then what is evaluated and kept.
-    """
-
-    epochs: PositiveInt = 200
-    lr: PositiveFloat = 0.1
-    momentum: ClosedUnitInterval = 0.9
-    nesterov: bool = True
-    weight_decay: NonNegativeFloat = 2e-4
-    schedule: Literal["step", "cosine", "constant"] = "step"
-    warmup_epochs: NonNegativeInt = 5
-    warmup_start: ClosedUnitInterval = 1 / 3
-    milestones: list[ClosedUnitInterval] = field(default_factory=lambda: [0.6, 0.8])
-    decay: PositiveFloat = 0.01
-    accumulate: PositiveInt = 1
-    clip_norm: PositiveFloat | None = None
-    ema: OpenUnitInterval | None = None
+    drop_path: ClosedUnitInterval = 0.0
+    grad_checkpointing: bool = False
 
 
 @dataclass

@@ -41,6 +41,7 @@ from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.loop import Training
 from train.engine.machine import check_launcher, launched_by, take_threads, unusable_gpu
 from train.engine.method import Method
+from train.engine.optimisers import check_resumed, check_settings
 from train.engine.tracking import Tracking
 
 # For network file systems; on one machine a folder is seen at once.
@@ -101,6 +102,9 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None, comma
         sections = plain_sections(parser, settings)
         usual = preset(dataset, "training", method_class.name, variant=asked.variant)
         asked.changed = changed_settings(parser, sections, usual, method_class.in_title)
+        check_settings(config.optim, changed_settings(parser, sections, defaults), config.model.grad_checkpointing)
+        if resumed is not None and (resumed / "config.yaml").exists():
+            check_resumed(config.optim, defaults.get("optim", {}), resumed)
         _train_and_finish(method_class, config, dataset, resumed, asked, sections, accelerator, command)
 
 
