@@ -98,14 +98,11 @@ class Model:
             resnext50_32x4d.
         weights: pretrained weights: a torchvision name such as DEFAULT, or a local file.
         drop_path: with which probability training leaves out the last residual block for an image; earlier ones less.
-        grad_checkpointing: whether only the inputs of blocks are kept for the backward pass, which computes the rest
-            again: much less memory for a third more time.
     """
 
     backbone: str = "resnet32"
     weights: str | None = None
     drop_path: ClosedUnitInterval = 0.0
-    grad_checkpointing: bool = False
 
 
 @dataclass
@@ -120,6 +117,8 @@ class Loop:
             divided among the processes of this machine.
         channels_last: whether pixels are laid out channels last, which most GPUs and CPUs compute faster.
         compile: whether torch.compile makes the network's kernels; the first steps take a minute longer then.
+        grad_checkpointing: whether only what the trunk's blocks take is kept for the backward pass, which computes the
+            rest again: much less memory for a third more time.
         sync_batch_norm: whether batch norm's statistics are those of all processes' images.
         eval_every: evaluate after every so many epochs, and after the last.
         select: keep the weights of the epoch that did best on the val split, where the dataset has one.
@@ -137,6 +136,7 @@ class Loop:
     threads: PositiveInt | None = None
     channels_last: bool = True
     compile: bool = False
+    grad_checkpointing: bool = False
     sync_batch_norm: bool = False
     eval_every: PositiveInt = 1
     select: bool = True

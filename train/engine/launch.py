@@ -102,7 +102,7 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None, comma
         sections = plain_sections(parser, settings)
         usual = preset(dataset, "training", method_class.name, variant=asked.variant)
         asked.changed = changed_settings(parser, sections, usual, method_class.in_title)
-        check_settings(config.optim, changed_settings(parser, sections, defaults), config.model.grad_checkpointing)
+        check_settings(config, changed_settings(parser, sections, defaults))
         if resumed is not None and (resumed / "config.yaml").exists():
             check_resumed(config.optim, defaults.get("optim", {}), resumed)
         _train_and_finish(method_class, config, dataset, resumed, asked, sections, accelerator, command)

@@ -25,7 +25,7 @@ from train.engine.evaluation import device_text, epoch_line, evaluate, test_spli
 from train.engine.guards import LossGuard, StallGuard, check_weights
 from train.engine.interrupts import Consensus, Interrupted, Interrupts
 from train.engine.method import Method, Progress, unwrapped
-from train.engine.optimisers import lr_factor, make_optimizer, warmup_warning
+from train.engine.optimisers import lr_factor, make_optimizer, warnings_about
 from train.engine.tracking import Tracking
 from train.networks.backbones import Normalize
 from train.networks.batch_norm import use_stream_batch_norm
@@ -111,7 +111,7 @@ class Training:
             f" classes, {config.optim.epochs} epochs of {plan.steps_per_epoch} steps, {config.model.backbone},"
             f" {device_text(accelerator.device)} -> {self._run_folder}"
         )
-        if warning := warmup_warning(config.optim, plan.steps_per_epoch):
+        for warning in warnings_about(config.optim, plan.steps_per_epoch):
             accelerator.print(warning)
         self._started = time.perf_counter() - counters.seconds
         self._saved = time.perf_counter()
@@ -335,7 +335,7 @@ def prepare_blocks(model: Network, config: Config) -> None:
         model.freeze_trunk()
     if config.model.drop_path:
         use_drop_path(model, config.model.drop_path)
-    if config.model.grad_checkpointing:
+    if config.loop.grad_checkpointing:
         checkpoint_blocks(model)
 
 

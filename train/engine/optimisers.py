@@ -26,6 +26,7 @@ from shards.errors import UserError
 if TYPE_CHECKING:  # torch would be what --help waits for
     import torch
 
+    from train.engine.config import Config
     from train.engine.method import Method
     from train.networks.networks import Network
 
@@ -89,23 +90,25 @@ class Optim:
     ema: OpenUnitInterval | None = None
 
 
+# AdamW moves every weight by about the rate in each step, however small its gradient.
+HIGH_FOR_ADAMW = 0.01
 # What decides which parameters are trained together; an optimiser's state fits no others.
 SHAPING = (
     "optimizer", "layer_decay", "lr_scale_trunk", "lr_scale_branches", "lr_scale_classifier", "freeze",
 )  # fmt: skip
 
 
-def check_settings(optim: Optim, given: Collection[str], grad_checkpointing: bool = False) -> None:
+def check_settings(config: "Config", given: Collection[str]) -> None:
     """Refuse settings that exclude each other.
 
     Args:
-        optim: the settings.
-        given: dotted names of those that were asked for, and are no preset's: a preset's fall silent beside them.
-        grad_checkpointing: model.grad_checkpointing.
+        config: of a run to be.
+        given: dotted names of the settings that were asked for; what a preset says is overruled by them in silence.
 
     Raises:
         UserError: names both.
     """
+    optim = config.optim
 
     def said(name: str) -> str:
         return f"optim.{name}={getattr(optim, name)}"
@@ -113,25 +116,31 @@ def check_settings(optim: Optim, given: Collection[str], grad_checkpointing: boo
     def asked(*names: str) -> list[str]:
         return [name for name in names if f"optim.{name}" in given]
 
-    adamw = optim.optimizer == "adamw"
-    for name in asked("momentum", "nesterov") if adamw else []:
-        raise UserError(f"{said(name)} is SGD's, and {said('optimizer')}; leave it out, or use --optim.optimizer sgd")
-    for name in asked("betas") if not adamw else []:
-        raise UserError(f"{said(name)} are AdamW's, and {said('optimizer')}; leave them out, or use adamw")
+    if optim.optimizer == "adamw":
+        for name in asked("momentum", "nesterov"):
+            raise UserError(f"{said(name)} is of SGD, and {said('optimizer')}; leave it out, or use sgd")
+    else:
+        for name in asked("betas"):
+            raise UserError(f"{said(name)} are of AdamW, and {said('optimizer')}; leave them out, or use adamw")
     if optim.warmup_steps is not None and asked("warmup_epochs"):
         raise UserError(
-            f"{said('warmup_epochs')} and {said('warmup_steps')} exclude each other; leave one out, or use"
+            f"{said('warmup_epochs')} and {said('warmup_steps')} exclude each other; leave one out, or set"
             " --optim.warmup_steps null"
         )
     if optim.freeze is None:
         return
     for name in asked("layer_decay", "lr_scale_trunk"):
-        if getattr(optim, name) != Optim.__dataclass_fields__[name].default:
+        if getattr(optim, name) not in (None, 1.0):
             raise UserError(f"{said('freeze')} and {said(name)} exclude each other: a frozen trunk has no rate")
-    if grad_checkpointing:
+    if config.loop.grad_checkpointing:
         raise UserError(
-            f"{said('freeze')} and model.grad_checkpointing exclude each other: of a frozen trunk nothing is kept for"
-            " the backward pass anyway"
+            f"{said('freeze')} and loop.grad_checkpointing exclude each other: nothing of a frozen trunk is kept"
+            " for the backward pass"
+        )
+    if config.model.weights is None:
+        raise UserError(
+            f"{said('freeze')} without model.weights would keep a trunk of random weights; give pretrained ones with"
+            " --model.weights"
         )
 
 
@@ -258,16 +267,20 @@ def lr_factor(optim: Optim, epoch: int, step: int = 0, steps_per_epoch: int = 1)
     return 1.0
 
 
-def warmup_warning(optim: Optim, steps_per_epoch: int) -> str | None:
-    """Return a line to print where the run ends before the rate has risen to `lr`, else None."""
-    by_steps = optim.warmup_steps is not None
-    last = optim.epochs * steps_per_epoch if by_steps else optim.epochs
-    unit = "steps" if by_steps else "epochs"
+def warnings_about(optim: Optim, steps_per_epoch: int) -> list[str]:
+    """Return lines to print about a rate that will hardly do."""
+    lines = []
+    unit, last = ("epochs", optim.epochs) if optim.warmup_steps is None else ("steps", optim.epochs * steps_per_epoch)
     warmup = getattr(optim, f"warmup_{unit}")
-    if warmup <= last:
-        return None
-    reached = optim.lr * lr_factor(optim, optim.epochs, steps_per_epoch - 1, steps_per_epoch)
-    return (
-        f"warning: optim.warmup_{unit}={warmup} is more than the {last} {unit}: the rate rises to {reached:.2g} only,"
-        f" not to optim.lr={optim.lr:g}; lower it"
-    )
+    if warmup > last:
+        reached = optim.lr * lr_factor(optim, optim.epochs, steps_per_epoch - 1, steps_per_epoch)
+        lines.append(
+            f"warning: optim.warmup_{unit}={warmup} is more than the {last} {unit}: the rate rises to {reached:.2g}"
+            f" only, not to optim.lr={optim.lr:g}; lower it"
+        )
+    if optim.optimizer == "adamw" and optim.lr >= HIGH_FOR_ADAMW:
+        lines.append(
+            f"warning: optim.lr={optim.lr:g} suits SGD; AdamW usually has about 1e-3 from noise and 1e-4 or less with"
+            " pretrained weights"
+        )
+    return lines
