@@ -29,8 +29,6 @@ from train.engine.optimisers import lr_factor, make_optimizer, warnings_about
 from train.engine.tracking import Tracking
 from train.networks.backbones import Normalize
 from train.networks.batch_norm import use_stream_batch_norm
-from train.networks.blocks import checkpoint_blocks, use_drop_path
-from train.networks.networks import Network
 
 
 class Training:
@@ -63,7 +61,10 @@ class Training:
         self._run_folder, self._accelerator, self._counters = run_folder, accelerator, counters
         self._tracking = tracking
         prepare_network(method.network, config.loop)
-        prepare_blocks(method.model, config)
+        if config.optim.freeze == "trunk":
+            method.model.freeze_trunk()
+        if config.loop.grad_checkpointing:
+            method.model.set_grad_checkpointing()
         self._average = None
         if config.optim.ema is not None:
             self._average = AveragedModel(
@@ -327,16 +328,6 @@ def prepare_network(network: torch.nn.Module, loop: Loop) -> None:
         use_stream_batch_norm(network, synchronised=True)
     if loop.compile:
         network.compile()
-
-
-def prepare_blocks(model: Network, config: Config) -> None:
-    """Set what of a model is trained, what is dropped at random and what is kept for the backward pass, in place."""
-    if config.optim.freeze == "trunk":
-        model.freeze_trunk()
-    if config.model.drop_path:
-        use_drop_path(model, config.model.drop_path)
-    if config.loop.grad_checkpointing:
-        checkpoint_blocks(model)
 
 
 def split_batch(batch: dict[str, Batch], parts: int) -> list[dict[str, Batch]]:
