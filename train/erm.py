@@ -72,20 +72,19 @@ class ERM(Method):
         mix: str = "none"
 
     def __init__(self, config: Any, train_counts_C: NDArray[np.int64]) -> None:
-        settings, model = config.method, config.model
+        settings = config.method
         self._objective = make_objective(settings.objective, train_counts_C)
         self._defer, weighting = settings.defer, make_weighting(settings.weights)
         self._weights_C = None if weighting is None else class_weights(weighting, train_counts_C)
         self._mixing = make_mixing(settings.mix)
         network = build_network(
             "plain",
-            model.backbone,
-            len(train_counts_C),
-            model.weights,
+            num_classes=len(train_counts_C),
             classifier=self._objective.classifier,
             scale=self._objective.scale,
+            **config.network(),
         )
-        self._check(settings, model.backbone, network.depths)
+        self._check(settings, config.model.backbone, network.depths)
         self.network = network
         augment, mix = config.input.augment, self._mixing.mix() if self._mixing else None
         train = Stream("train", q=settings.q, augment=augment, mix=mix, from_share=settings.defer)
@@ -120,6 +119,11 @@ class ERM(Method):
             raise UserError(
                 f"method.objective={settings.objective} adjusts for the classes that one sampler draws, and method.mix="
                 f"{settings.mix} mixes those of two; leave partner_q out, or choose another objective"
+            )
+        if isinstance(self._mixing, ManifoldMixup) and self._mixing.depth != 0 and depths == 0:
+            raise UserError(
+                f"method.mix={settings.mix} mixes maps between a ResNet's stages, and model.backbone={backbone} shows"
+                " none; choose mixup, or manifold(depth=0)"
             )
         if isinstance(self._mixing, ManifoldMixup) and self._mixing.depth != "random" and self._mixing.depth > depths:
             raise UserError(

@@ -21,7 +21,7 @@ from train.engine import launch as launch_module
 from train.engine import runs as runs_module
 from train.engine.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
 from train.engine.launch import run
-from train.engine.loop import lr_factor
+from train.engine.optimisers import lr_factor
 from train.erm import ERM
 from train.networks.model_files import load_model
 

@@ -43,6 +43,7 @@ from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.loop import Training
 from train.engine.machine import check_launcher, launched_by, take_threads, unusable_gpu
 from train.engine.method import Method
+from train.engine.optimisers import check_resumed, check_settings
 from train.engine.tracking import Tracking
 
 # For network file systems; on one machine a folder is seen at once.
@@ -105,6 +106,9 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None, comma
         sections = plain_sections(parser, settings)
         usual = preset(dataset, "training", method_class.name, variant=asked.variant)
         asked.changed = changed_settings(parser, sections, usual, method_class.in_title)
+        check_settings(config, changed_settings(parser, sections, defaults))
+        if resumed is not None and (resumed / "config.yaml").exists():
+            check_resumed(config.optim, defaults.get("optim", {}), resumed)
         _train_and_finish(method_class, config, dataset, resumed, asked, sections, accelerator, command)
 
 
@@ -139,6 +143,11 @@ def _train_and_finish(
     if config.loop.seed >= 2**32:
         raise UserError(f"loop.seed={config.loop.seed} must be below 2**32, NumPy's limit")
     set_seed(config.loop.seed)
+    if config.model.adapt and config.model.weights is None and not resumed:
+        raise UserError(
+            f"model.adapt={config.model.adapt} trains small layers beside frozen ones, which model.weights does not"
+            " name: they would be random; give --model.weights default, or a file"
+        )
     if resumed and has_checkpoint(resumed):
         # Its weights replace the pretrained ones, whose file or server may be out of reach by now.
         config = replace(config, model=replace(config.model, weights=None))
