@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 from typing import Literal, get_args
 
-from analysis.compare import group_runs, mismatched_datasets, repeated_runs
+from analysis.compare import group_runs, mismatches, repeated_runs
+from analysis.comparison import comparison
 from analysis.ensemble import ensemble_table
 from analysis.predictions import differences
 from analysis.runs import read_finished_runs, read_run
@@ -25,6 +26,10 @@ FigureName = Literal[
     "alpha",
     "reliability",
     "confusion",
+    "weight-norms",
+    "compactness",
+    "beta",
+    "features",
 ]
 
 
@@ -74,10 +79,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         runs, notes = read_finished_runs(options[options.command].runs)
         entries = group_runs(runs)
-        for note in notes + unknown_stage_ones(runs) + repeated_runs(entries):
+        for note in notes + unknown_stage_ones(runs) + repeated_runs(entries) + mismatches(runs):
             print(f"note: {note}", file=sys.stderr)
-        for dataset in mismatched_datasets(runs):
-            print(f"note: the runs on {dataset} were trained on different class counts", file=sys.stderr)
         if options.command == "report":
             from analysis.report import write_report  # matplotlib loads slowly, and a table needs none
 
@@ -92,6 +95,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"note: {note}", file=sys.stderr)
             if options.compare.json or options.compare.format == "json":
                 print(json_text(entries, versus))
+            elif options.compare.format == "html":
+                print(comparison(entries, versus, options.compare.baselines))
             else:
                 print(FORMATS[options.compare.format](blocks(entries, options.compare.baselines, versus)))
 

@@ -33,6 +33,7 @@ from train.features.classifiers import measure
 from train.features.commands import Program, stage_parser
 from train.features.files import check_feature_file, write_features
 from train.features.passes import Passes, Source
+from train.features.sample import write_sample
 from train.features.selection import select
 from train.features.stage_two import Stage, close_stage, make_families, run_stage
 from train.features.training import Recipe, Trained, train_together
@@ -275,6 +276,9 @@ def train(stage: Stage) -> None:
             accelerator.print(
                 f"selected on val: {name}, the simplest within a standard error of the best there ({chosen['best']})"
             )
+    beta = best.setting["beta"] if best.trained is None or best.trained.beta_C is None else best.trained.beta_C
+    if accelerator.is_main_process:
+        write_sample(stage.run_folder, mixture, beta, stage.config.loop.seed)
     close_stage(
         stage,
         title(settings, choice.on_held_out),
@@ -294,7 +298,6 @@ def train(stage: Stage) -> None:
     if stage.config.export and accelerator.is_main_process:
         alone = replace(mixture, rank=0, world_size=1)
         rows = int(mixture.targets_C.sum())
-        beta = best.setting["beta"] if best.trained is None or best.trained.beta_C is None else best.trained.beta_C
         chunks = alone.generated(beta, torch.Generator().manual_seed(stage.config.loop.seed))
         write_features(stage.config.export, chunks, rows, stage.features_ND.shape[1])
         print(f"wrote {rows:,} generated features to {stage.config.export}")

@@ -7,6 +7,7 @@ runs/digits-bbn-1/
     model.safetensors      the weights after the last epoch, with model.json, which says all that it takes to use them
     model-selected.safetensors   those of the epoch that did best on val, where it chose one
     predictions.npz        what the last weights say of each test and val image; predictions-selected.npz likewise
+    diagnostics.npz        lengths of the classifier's rows and how compact features are; feature_sample.npz, from AFG
     per_class.json         the last epoch's correct answers per class
     summary.json           written last: a run that has it is finished
     .lock                  held by the process that writes here

@@ -25,6 +25,7 @@ from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset
 from train.engine import runs
 from train.engine.config import Input, find_dataset, find_dataset_of, parse, peek, plain_sections
+from train.engine.diagnostics import write_diagnostics
 from train.engine.evaluation import collect_faults, describe, device_name, test_split, write_results
 from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.launch import make_accelerator
@@ -311,6 +312,7 @@ def close_stage(
             epochs["selected"] = len(rows)
         describe(stage.run_folder, stage.network, stage.dataset, stage.input, summary, epochs)
         keep_predictions(stage, last.linear)
+        write_diagnostics(stage.run_folder, stage.network, beta=last.trained and last.trained.beta_C)
         (stage.run_folder / "metrics.jsonl").touch()
         for row in rows:
             runs.append_row(stage.run_folder, {**row, "seconds": seconds})
