@@ -280,7 +280,9 @@ def test_too_little_memory_is_no_fault_of_the_image(tmp_path, image_folder, monk
 
     with monkeypatch.context() as patch:
         patch.setattr("shards.encode._encode", lacking)
-        with pytest.raises(UserError, match=r"not enough memory to build \S+/out; give fewer --workers"):
+        with pytest.raises(
+            UserError, match=r"not enough memory to build \S+/out; resume with the same command and fewer --workers"
+        ):
             build(**options)
     build(**options)
     assert open_dataset(tmp_path / "out").manifest["rejected"]["total"] == 0

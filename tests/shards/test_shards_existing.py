@@ -106,7 +106,7 @@ def test_a_folder_of_datasets_and_one_of_something_else(tmp_path, digits):
         open_dataset(tmp_path / "data")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
-    with pytest.raises(UserError, match=r"so it is not a dataset; give a folder that scripts/build_shards\.sh made"):
+    with pytest.raises(UserError, match=r"so it is not a dataset; give a folder that .tailstream build. made"):
         open_dataset(tmp_path / "thesis")
     with pytest.raises(UserError, match=r"chapter1\.tex is a file"):
         open_dataset(tmp_path / "thesis" / "chapter1.tex")

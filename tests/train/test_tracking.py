@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch.utils
 import yaml
+from accelerate import PartialState
 
 from train.bbn import BBN
 from train.engine.launch import run
@@ -30,6 +31,7 @@ class Calls(list):
 @pytest.fixture
 def packages(monkeypatch):
     """Stand-ins for all four packages; returns what is called of them."""
+    PartialState()  # as there is in a run
     calls = Calls()
 
     class Writer:
