@@ -38,9 +38,9 @@ install_build_needs() {
     local as_root=()
     [ "$(id -u)" = 0 ] || as_root=(sudo -n)
     command -v apt-get >/dev/null && "${as_root[@]}" true 2>/dev/null || return 1
-    say "installing what pillow-simd's build needs (gcc, zlib, libjpeg)"
+    say "installing what pillow-simd's build needs (gcc, zlib, libjpeg, libwebp)"
     { "${as_root[@]}" apt-get update -qq &&
-        DEBIAN_FRONTEND=noninteractive "${as_root[@]}" apt-get install -y -qq gcc libc6-dev zlib1g-dev libjpeg-dev; } >/dev/null 2>&1
+        DEBIAN_FRONTEND=noninteractive "${as_root[@]}" apt-get install -y -qq gcc libc6-dev zlib1g-dev libjpeg-dev libwebp-dev; } >/dev/null 2>&1
 }
 
 [ -x .venv/bin/python ] || { python=$(find_python); say "creating .venv with $python"; "$python" -m venv .venv; }
