@@ -81,6 +81,13 @@ def test_it_is_the_program_itself_under_its_own_name(tmp_path):
     assert wrong.stderr.startswith("tailstream train bbn: error: nowhere does not exist")
 
 
+def test_a_loss_of_ones_own_is_found_in_the_folder_one_is_in(tmp_path):
+    (tmp_path / "my_losses.py").write_text("raise SystemExit('mine')\n")
+    run(tmp_path, "build", "digits", "--workers", "1")
+    done = run(tmp_path, "train", "erm", "--method.objective", "my_losses.Poly")
+    assert done.stderr.strip().endswith("mine")
+
+
 def test_a_folder_with_rooms_of_its_own_does_not_take_their_place(tmp_path):
     for room in ("analysis", "shards", "train"):
         (tmp_path / room).mkdir()
