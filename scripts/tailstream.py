@@ -109,7 +109,7 @@ def main() -> None:
     if HERE.name == "scripts":
         # A checkout: ours come before what a PYTHONPATH has, which may name a folder with an analysis/ of its own.
         sys.path.insert(0, str(HERE.parent))
-    # Last: a loss of one's own, my_losses.Poly, is found in the folder one is in, and nothing there takes another's place.
+    # Last: my_losses.Poly is found in the folder one is in, and nothing that lies there takes another's place.
     sys.path.append(os.getcwd())
     module = importlib.import_module(program.module)
     first = [getattr(module, program.method)] if program.method else []
