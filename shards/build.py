@@ -33,7 +33,7 @@ from shards.progress import Progress, say
 from shards.remote import RemoteStore, cached_source, is_url
 from shards.show import summary
 from shards.sources import Source, open_source
-from shards.sources.files import some
+from shards.sources.files import printable, some
 from shards.staging import FINDINGS, PLAN, REJECTED, Staging, staged
 from shards.store import LocalStore
 from shards.writer import ShardJob, Written, read_written, write_shard
@@ -240,7 +240,7 @@ def _build(
         if split in plan.splits
     }
     _write_shards(staging, [job for split_jobs in jobs.values() for job in split_jobs], strict, workers, scheduler)
-    name = Path(out).resolve().name if options["dataset"] in OWN_NAMES else options["dataset"]
+    name = printable(Path(out).resolve().name) if options["dataset"] in OWN_NAMES else options["dataset"]
     shards = {split: [job.name for job in split_jobs] for split, split_jobs in jobs.items()}
     try:
         manifest = assemble(staging, name, images, options, shards, findings)

@@ -5,6 +5,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,5 +65,7 @@ def program_name(usual: str, words: str = "") -> str:
 
 def run_commands(program: str, commands: dict[str, Any], argv: Sequence[str] | None = None) -> Any:
     """Run the function that the command line names and return its result; a UserError exits with status 2."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may have letters that a terminal's encoding lacks
     with user_errors_exit_2(program):
         return auto_cli(commands, args=argv, prog=program, parser_class=Parser)

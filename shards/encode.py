@@ -17,6 +17,8 @@ from typing import NamedTuple, Self
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from shards.strict import check_png, markers_follow
+
 try:
     import pi_heif
 except ImportError:  # an extra: few collections hold photographs as phones write them
@@ -173,9 +175,7 @@ def _opened(data: bytes, shorter_side: int | None) -> Iterator[Image.Image]:
             if image.width * image.height > most:
                 raise BadImageError(_too_large(most))
             if image.format == "PNG":
-                # PIL's decoder overlooks wrong checksums and a lost end; DALI's does not.
-                with Image.open(BytesIO(data), formats=["PNG"]) as again:
-                    again.verify()
+                check_png(data)
             if image.format not in ("JPEG", "MPO"):  # those may still be decoded at a fraction of their size
                 image.load()  # before the orientation: PNG may have it behind the pixels, TIFF is turned by loading
             yield image
@@ -285,7 +285,7 @@ def _is_plain(image: Image.Image, data: bytes) -> bool:
     if image.mode not in ("L", "RGB"):
         return False
     if image.format == "JPEG":
-        return True
+        return markers_follow(data)
     bit_depth = data[24]  # of the IHDR chunk, always a PNG's first; PIL hides 16-bit colour behind mode RGB
     return (
         image.format == "PNG"
@@ -300,6 +300,8 @@ def _why_not_kept(image: Image.Image, orientation: int) -> str:
         return "cannot be kept: no JPEG or PNG"
     if orientation != 1:
         return "cannot be kept: EXIF does not say upright"
+    if image.format == "JPEG" and image.mode in ("L", "RGB"):
+        return "cannot be kept: bytes between its markers"
     return "cannot be kept: not plain 8-bit RGB or grey"
 
 

@@ -54,6 +54,18 @@ def test_build_verify_inspect(tmp_path, image_folder, command, monkeypatch):
     assert "image height 20 to 20, width 24 to 24 pixels" in out
 
 
+def test_names_that_neither_utf_8_nor_the_terminal_can_write(tmp_path, image_folder):
+    """A folder of bytes, a class in Chinese, and a terminal that knows ASCII alone: nothing ends in a traceback."""
+    image_folder(tmp_path / "source", {"cat": 6, "猫": 6})
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/o\xff")
+    for arguments in (["build", "folder", "--source", tmp_path / "source", "--out", out], ["inspect", out]):
+        command = [sys.executable, "-m", "shards", *map(str, arguments)]
+        ran = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)
+        assert ran.returncode == 0, ran.stderr
+    assert b"\\u732b  " in ran.stdout
+    assert open_dataset(out).name == "o\\xff"
+
+
 def test_verify_exits_1_on_a_problem_and_2_on_no_dataset(tmp_path, image_folder, command):
     source = image_folder(tmp_path / "source", {"a": 2, "b": 2})
     root = build("folder", source=source, out=tmp_path / "out", workers=1)
