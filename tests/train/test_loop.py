@@ -17,8 +17,8 @@ from shards.build import build
 from shards.index import open_dataset
 from train.bbn import BBN
 from train.engine import config as config_module
-from train.engine import launch as launch_module
 from train.engine import runs as runs_module
+from train.engine import session
 from train.engine.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
 from train.engine.launch import run
 from train.engine.loop import lr_factor
@@ -118,7 +118,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(workplace, monkeypatch, sto
 
 def test_resume_without_a_name_takes_the_newest_unfinished_run(workplace, monkeypatch, capsys):
     run(BBN, [*SHORT, "--run", "runs/finished"])
-    monkeypatch.setattr(launch_module, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(session, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(BBN, [*SHORT, "--run", "runs/cut"])
     monkeypatch.undo()

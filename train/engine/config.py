@@ -10,12 +10,9 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import (
     ClosedUnitInterval,
@@ -26,12 +23,17 @@ from jsonargparse.typing import (
     PositiveInt,
 )
 
-from pipeline.batch import Loader
-from pipeline.loader import ChosenLoader, Decode, LoaderKind, choose_loader, open_loader
-from pipeline.plan import Plan
+from pipeline.kinds import ChosenLoader, Decode, LoaderKind
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
 from train.engine.tracking import Tracker
+
+if TYPE_CHECKING:  # a command line is read without torch, which takes seconds: see train/engine/launch.py
+    import torch
+    from accelerate import Accelerator
+
+    from pipeline.batch import Loader
+    from pipeline.plan import Plan
 
 PRESETS = Path(__file__).parents[1] / "presets"
 DATA = Path("data")
@@ -71,10 +73,13 @@ class Input:
     fault_limit: NonNegativeInt | None = None
     shard_window: NonNegativeInt | None = None
 
-    def settle_loader(self, dataset: Dataset, accelerator: Accelerator) -> None:
+    def settle_loader(self, dataset: Dataset, accelerator: "Accelerator") -> None:
         """Decide what the loader `auto` is, once for all splits and all processes, and say so."""
         if self.loader != "auto":
             return
+        from accelerate.utils import gather_object
+
+        from pipeline.loader import choose_loader
 
         def agree(mine: ChosenLoader) -> ChosenLoader:
             return min(gather_object([mine]), key=("torch", "dali", "resident").index)  # what all of them can
@@ -82,8 +87,10 @@ class Input:
         self.loader, why = choose_loader(dataset.splits.values(), accelerator.device, self.resident_gb, agree)
         accelerator.print(f"loader: {self.loader} ({why})")
 
-    def open_loader(self, plan: Plan, device: torch.device, start_step: int = 0) -> Loader:
+    def open_loader(self, plan: "Plan", device: "torch.device", start_step: int = 0) -> "Loader":
         """Open a loader for a plan as configured."""
+        from pipeline.loader import open_loader
+
         return open_loader(
             plan, self.loader, device, self.threads, start_step, self.resident_gb, self.fault_limit, self.decode
         )
