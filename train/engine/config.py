@@ -21,6 +21,7 @@ from jsonargparse.typing import (
     OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
+    restricted_string_type,
 )
 
 from pipeline.kinds import ChosenLoader, Decode, LoaderKind
@@ -37,6 +38,9 @@ if TYPE_CHECKING:  # a command line is read without torch, which takes seconds: 
 
 PRESETS = Path(__file__).parents[1] / "presets"
 DATA = Path("data")
+
+
+Duration = restricted_string_type("Duration", r"(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s)?$", docstring="such as 1h30m")
 
 
 @dataclass
@@ -170,6 +174,10 @@ class Loop:
         keep_checkpoints: how many to keep; from two on, a damaged one is skipped for the one before.
         stall_minutes: how long to wait for a batch before the run ends with a message.
         track: tensorboard, or none.
+        budget: the longest that the run may take, such as 15m or 1h30m: it lowers optim.epochs, and the schedule with
+            them. A resumed run keeps its epochs.
+        estimate: whether to say before the first step what the run takes, measured on a few, and to refuse what does
+            not fit the memory.
     """
 
     seed: NonNegativeInt = 0
@@ -187,6 +195,8 @@ class Loop:
     keep_checkpoints: PositiveInt = 2
     stall_minutes: PositiveFloat = 10.0
     track: Tracker = "none"
+    budget: Duration | None = None
+    estimate: bool = True
 
 
 @dataclass

@@ -57,6 +57,17 @@ def check_launcher(environment: Mapping[str, str], device: str = "auto") -> None
         raise UserError("loop.device=cuda, but accelerate was started with --cpu; leave one of them out")
 
 
+def usable_gpu(device: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a run will be on a GPU.
+
+    Args:
+        device: auto, cpu or cuda, as the user asked.
+        environment: of the process, with what the launcher has set.
+    """
+    cpu = device == "cpu" or environment.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+    return not cpu and torch.cuda.is_available()
+
+
 def unusable_gpu(environment: Mapping[str, str]) -> str | None:
     """Return what to say about an NVIDIA GPU that is there and that torch cannot use; None where there is no such.
 

@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from jsonargparse import ArgumentParser, Namespace
 
 from pipeline.loader import windowed
@@ -19,14 +20,17 @@ from shards.errors import UserError
 from shards.index import Dataset
 from train.engine import runs
 from train.engine.checkpoints import Counters, has_checkpoint, load_checkpoint
-from train.engine.config import Config, changed_settings, find_dataset, parse, plain_sections, preset
+from train.engine.config import Config, changed_settings, find_dataset, plain_sections
+from train.engine.estimate import estimate_run, within_budget
 from train.engine.evaluation import finish, test_split
 from train.engine.guards import told_in_one_line
 from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.loop import Training
-from train.engine.machine import launched_by, make_accelerator
+from train.engine.machine import launched_by, make_accelerator, usable_gpu
 from train.engine.method import Method
+from train.engine.recipes import choose, resumed_choice
 from train.engine.tracking import Tracking
+from train.networks.backbones import make_backbone
 
 # For network file systems; on one machine a folder is seen at once.
 SEEN_WITHIN_S = 30.0
@@ -61,21 +65,42 @@ def train(
             raise UserError(f"{resumed} was begun with {begun}; begin another run for --variant {asked.variant}")
         asked.variant = begun_with
         dataset = _dataset_of(resumed, about, asked.data)
-        defaults = saved
+        choice = resumed_choice(parser, argv, saved, about, method_class.name)
     else:
         dataset = find_dataset(asked.data)
-        defaults = preset(dataset, "training", method_class.name, variant=asked.variant)
-    settings = parse(parser, argv, defaults)
-    chosen = parser.instantiate(settings)
-    config = Config(chosen.input, chosen.model, chosen.method, chosen.optim, chosen.loop)
+        gpu = usable_gpu(asked.loop.device)
+        choice = choose(parser, argv, dataset, method_class.name, asked.variant, gpu=gpu)
+    config = _config(parser, choice.settings)
 
     accelerator = make_accelerator(config.loop.precision, config.loop.device, config.loop.threads)
     with told_in_one_line(resumed):
-        sections = plain_sections(parser, settings)
-        usual = preset(dataset, "training", method_class.name, variant=asked.variant)
+        if choice.weights_by_preset and (missing := _missing_weights(config, accelerator)):
+            choice = choose(parser, argv, dataset, method_class.name, asked.variant, gpu=gpu, missing=missing)
+            config = _config(parser, choice.settings)
+        for note in choice.notes:
+            accelerator.print(note)
+        sections = plain_sections(parser, choice.settings)
+        usual = choice.usual(dataset, asked.variant)
         asked.changed = changed_settings(parser, sections, usual, method_class.in_title)
+        asked.preset = {"parts": choice.parts, "fitted": choice.fitted}
         command = shlex.join([*launched_by(script), script])
         _train_and_finish(method_class, config, dataset, resumed, asked, sections, accelerator, command)
+
+
+def _config(parser: ArgumentParser, settings: Namespace) -> Config:
+    chosen = parser.instantiate(settings)
+    return Config(chosen.input, chosen.model, chosen.method, chosen.optim, chosen.loop)
+
+
+def _missing_weights(config: Config, accelerator: Accelerator) -> str | None:
+    """Return why the pretrained weights cannot be had, in whichever process; None where they can."""
+    reason = None
+    with accelerator.local_main_process_first(), torch.random.fork_rng(devices=[]):  # others find what it downloads
+        try:
+            make_backbone(config.model.backbone, config.model.weights)
+        except UserError as error:
+            reason = str(error)
+    return next((why for why in gather_object([reason]) if why), None)
 
 
 def _dataset_of(run: Path, about: dict[str, Any], data: str | None) -> Dataset:
@@ -109,30 +134,14 @@ def _train_and_finish(
     accelerator: Accelerator,
     command: str,
 ) -> None:
-    if resumed and (resumed / "config.yaml").exists() and accelerator.is_main_process:
+    if resumed and (resumed / "config.yaml").exists() and accelerator.is_main_process and not asked.dry_run:
         runs.lock(resumed)  # before its checkpoint is read
     if config.loop.seed >= 2**32:
         raise UserError(f"loop.seed={config.loop.seed} must be below 2**32, NumPy's limit")
-    set_seed(config.loop.seed)
     if resumed and has_checkpoint(resumed):
         # Its weights replace the pretrained ones, whose file or server may be out of reach by now.
         config = replace(config, model=replace(config.model, weights=None))
-    method = method_class(config, dataset.train_counts)
-    plan = TrainPlan(
-        dataset.splits["train"],
-        windowed(method.streams, dataset.splits["train"], config.input.shard_window),
-        config.input.batch_size,
-        config.input.image_size,
-        config.loop.seed,
-        config.optim.epochs,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    if plan.rank_batch % config.optim.accumulate:
-        raise UserError(
-            f"optim.accumulate={config.optim.accumulate} does not divide the {plan.rank_batch} images per stream of"
-            " each process; choose a divisor"
-        )
+    method, plan = _make(method_class, config, dataset, accelerator)
     test_split(dataset)  # tells early where there is none
     tracking = Tracking(config.loop.track)
     # Whatever can fail comes before the folder is made or touched.
@@ -153,6 +162,19 @@ def _train_and_finish(
             f" process one of step {first_step}; put the run on a file system that all machines share"
         )
     config.input.settle_loader(dataset, accelerator)
+    if config.loop.estimate or config.loop.budget or asked.dry_run:
+        left = config.optim.epochs * plan.steps_per_epoch - counters.step
+        estimate = estimate_run(method_class, plan, config, dataset, accelerator, thorough=asked.dry_run)
+        if config.loop.budget and resumed is None:
+            config = within_budget(config, plan, dataset, estimate)
+            sections["optim"] |= {key: getattr(config.optim, key) for key in sections["optim"]}
+            method, plan = _make(method_class, config, dataset, accelerator)
+            left = config.optim.epochs * plan.steps_per_epoch
+        for line in estimate.lines(config, plan, dataset, left, accelerator.device):
+            accelerator.print(line)
+    if asked.dry_run:
+        accelerator.print("nothing was written (--dry-run)")
+        return
     loader = config.input.open_loader(plan, accelerator.device, counters.step)
     folder: list[Path | None] = [None]
     if accelerator.is_main_process:
@@ -164,7 +186,7 @@ def _train_and_finish(
     assert run_folder is not None
     if accelerator.is_main_process:
         about = {"method": method.name, "dataset": dataset.name, "data": dataset.place, "changed": asked.changed}
-        about |= {"fingerprint": _fingerprint(dataset), "variant": asked.variant}
+        about |= {"fingerprint": _fingerprint(dataset), "variant": asked.variant, "preset": asked.preset}
         runs.write_config(run_folder, {"about": about, **sections})
         runs.truncate_rows(run_folder, counters.epochs)
         (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
@@ -191,6 +213,30 @@ def _train_and_finish(
         finally:
             tracking.close()
         finish(training.evaluated, config, dataset, run_folder, accelerator, counters)
+
+
+def _make(
+    method_class: type[Method], config: Config, dataset: Dataset, accelerator: Accelerator
+) -> tuple[Method, TrainPlan]:
+    """Make the method, from the seed alone, and its plan."""
+    set_seed(config.loop.seed)
+    method = method_class(config, dataset.train_counts)
+    plan = TrainPlan(
+        dataset.splits["train"],
+        windowed(method.streams, dataset.splits["train"], config.input.shard_window),
+        config.input.batch_size,
+        config.input.image_size,
+        config.loop.seed,
+        config.optim.epochs,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    if plan.rank_batch % config.optim.accumulate:
+        raise UserError(
+            f"optim.accumulate={config.optim.accumulate} does not divide the {plan.rank_batch} images per stream of"
+            " each process; choose a divisor"
+        )
+    return method, plan
 
 
 def _wait_to_see(run_folder: Path, rank: int) -> None:
