@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import pipeline.loader
 from shards.build import build
 from shards.index import open_dataset
 from train.bbn import BBN
@@ -21,7 +22,7 @@ from train.engine import runs as runs_module
 from train.engine import session
 from train.engine.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
 from train.engine.launch import run
-from train.engine.loop import lr_factor
+from train.engine.optimisers import lr_factor
 from train.erm import ERM
 from train.networks.model_files import load_model
 
@@ -76,9 +77,8 @@ def test_a_run_needs_no_arguments_but_time_and_leaves_a_whole_folder(workplace, 
 
 def test_auto_is_decided_once_printed_and_recorded(workplace, monkeypatch, capsys):
     decided = []
-    choose = config_module.choose_loader
-    monkeypatch.setattr(config_module, "choose_loader", lambda *about: decided.append(choose(*about)) or decided[-1])
-    monkeypatch.setattr("pipeline.loader.choose_loader", None)  # opened with auto, a loader would decide by itself
+    choose = pipeline.loader.choose_loader
+    monkeypatch.setattr("pipeline.loader.choose_loader", lambda *about: decided.append(choose(*about)) or decided[-1])
     run(ERM, [*SHORT, "--run", "runs/auto", "--input.resident_gb", "0"])
     assert [chosen for chosen, _ in decided] == ["dali"]
     summary = json.loads((workplace / "runs/auto/summary.json").read_text())

@@ -8,7 +8,7 @@ A resumed run takes the `config.yaml` of its folder in the preset's place. The r
 import difflib
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,6 @@ from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
-    OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
     restricted_string_type,
@@ -27,6 +26,7 @@ from jsonargparse.typing import (
 from pipeline.kinds import ChosenLoader, Decode, LoaderKind
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
+from train.engine.optimisers import Optim
 from train.engine.tracking import Tracker
 
 if TYPE_CHECKING:  # a command line is read without torch, which takes seconds: see train/engine/launch.py
@@ -108,49 +108,12 @@ class Model:
         backbone: resnet32 (for small images), resnet10, or a torchvision ResNet such as resnet50, resnet152 or
             resnext50_32x4d.
         weights: pretrained weights: a torchvision name such as DEFAULT, or a local file.
+        drop_path: with which probability training leaves out the last residual block for an image; earlier ones less.
     """
 
     backbone: str = "resnet32"
     weights: str | None = None
-
-
-@dataclass
-class Optim:
-    """SGD and its learning rate.
-
-    Attributes:
-        epochs: passes over the training images.
-        lr: the learning rate after warm-up.
-        momentum: of SGD.
-        nesterov: whether momentum is Nesterov's.
-        weight_decay: L2, on all parameters.
-        schedule: step (times `decay` at each milestone), cosine (to 0), or constant.
-        warmup_epochs: epochs at the start over which the rate rises linearly. Without any, BBN stays stuck at a
-            rate of 0.1: its doubled features make the first steps too large.
-        warmup_start: the share of the rate that warm-up starts from, at epoch 0, before the first; BBN's is a third.
-        milestones: at which shares of the epochs the rate drops (so that drops scale with `epochs`): 0.6 of 200 makes
-            epoch 120 the first one with the lower rate, as BBN's code does.
-        decay: the factor of each drop.
-        accumulate: in how many parts a process works through its share of a batch, to need less memory. Batch norm
-            sees the parts one by one.
-        clip_norm: the largest norm that a step's gradient may have.
-        ema: the decay of an exponential moving average of the weights and of batch norm's statistics, such as 0.999,
-            which is then what is evaluated and kept.
-    """
-
-    epochs: PositiveInt = 200
-    lr: PositiveFloat = 0.1
-    momentum: ClosedUnitInterval = 0.9
-    nesterov: bool = True
-    weight_decay: NonNegativeFloat = 2e-4
-    schedule: Literal["step", "cosine", "constant"] = "step"
-    warmup_epochs: NonNegativeInt = 5
-    warmup_start: ClosedUnitInterval = 1 / 3
-    milestones: list[ClosedUnitInterval] = field(default_factory=lambda: [0.6, 0.8])
-    decay: PositiveFloat = 0.01
-    accumulate: PositiveInt = 1
-    clip_norm: PositiveFloat | None = None
-    ema: OpenUnitInterval | None = None
+    drop_path: ClosedUnitInterval = 0.0
 
 
 @dataclass
@@ -165,6 +128,8 @@ class Loop:
             divided among the processes of this machine.
         channels_last: whether pixels are laid out channels last, which most GPUs and CPUs compute faster.
         compile: whether torch.compile makes the network's kernels; the first steps take a minute longer then.
+        grad_checkpointing: whether only what the trunk's blocks take is kept for the backward pass, which computes the
+            rest again: much less memory for a third more time.
         sync_batch_norm: whether batch norm's statistics are those of all processes' images.
         eval_every: evaluate after every so many epochs, and after the last.
         select: keep the weights of the epoch that did best on the val split, where the dataset has one.
@@ -186,6 +151,7 @@ class Loop:
     threads: PositiveInt | None = None
     channels_last: bool = True
     compile: bool = False
+    grad_checkpointing: bool = False
     sync_batch_norm: bool = False
     eval_every: PositiveInt = 1
     select: bool = True

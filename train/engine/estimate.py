@@ -32,8 +32,9 @@ from shards.errors import UserError
 from shards.index import Dataset
 from train.engine.config import Config
 from train.engine.evaluation import test_split
-from train.engine.loop import make_optimizer, prepare_network
+from train.engine.loop import prepare_blocks, prepare_network
 from train.engine.method import Method, Progress
+from train.engine.optimisers import make_optimizer
 
 # Images per stream of the first step, which shows what more of them would need.
 FIRST_IMAGES = 4
@@ -116,6 +117,7 @@ def measure(
     device, part = accelerator.device, plan.rank_batch // config.optim.accumulate
     held = _resident_bytes()
     prepare_network(method.network.to(device), replace(config.loop, sync_batch_norm=False, compile=False))
+    prepare_blocks(method.model, config)
     optimizer = make_optimizer(method, config.optim)
     method.network.train()
 

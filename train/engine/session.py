@@ -28,7 +28,8 @@ from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.loop import Training
 from train.engine.machine import launched_by, make_accelerator, usable_gpu
 from train.engine.method import Method
-from train.engine.recipes import choose, resumed_choice
+from train.engine.optimisers import check_resumed, check_settings
+from train.engine.recipes import choose, given_settings, resumed_choice
 from train.engine.tracking import Tracking
 from train.networks.backbones import make_backbone
 
@@ -82,6 +83,9 @@ def train(
         sections = plain_sections(parser, choice.settings)
         usual = choice.usual(dataset, asked.variant)
         asked.changed = changed_settings(parser, sections, usual, method_class.in_title)
+        check_settings(config, given_settings(parser, argv))
+        if resumed is not None and (resumed / "config.yaml").exists():
+            check_resumed(config.optim, saved.get("optim", {}), resumed)
         asked.preset = {"parts": choice.parts, "fitted": choice.fitted}
         command = shlex.join([*launched_by(script), script])
         _train_and_finish(method_class, config, dataset, resumed, asked, sections, accelerator, command)

@@ -46,15 +46,16 @@ class StreamBatchNorm2d(nn.BatchNorm2d):
                 parts = maps_NCHW.chunk(self.streams)
                 return torch.cat([super(StreamBatchNorm2d, self).forward(part) for part in parts])
             if self.streams > 1:
-                self.num_batches_tracked += self.streams
+                if self.track_running_stats:
+                    self.num_batches_tracked += self.streams
                 return cast(
                     Tensor,
                     _NormalizeParts.apply(
                         maps_NCHW,
                         self.weight,
                         self.bias,
-                        self.running_mean,
-                        self.running_var,
+                        self.running_mean if self.track_running_stats else None,
+                        self.running_var if self.track_running_stats else None,
                         self.momentum,
                         self.eps,
                         self.streams,
@@ -71,11 +72,12 @@ class StreamBatchNorm2d(nn.BatchNorm2d):
         scale_SC = self.weight * torch.rsqrt(var_SC + self.eps)
         offset_SC = self.bias - mean_SC * scale_SC
         pixels = dist.get_world_size() * parts_SBCHW.numel() // (self.streams * self.num_features)
-        with torch.no_grad():
-            for mean, var in zip(mean_SC, var_SC * (pixels / (pixels - 1)), strict=True):
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var, self.momentum)
-            self.num_batches_tracked += self.streams
+        if self.track_running_stats:
+            with torch.no_grad():
+                for mean, var in zip(mean_SC, var_SC * (pixels / (pixels - 1)), strict=True):
+                    self.running_mean.lerp_(mean, self.momentum)
+                    self.running_var.lerp_(var, self.momentum)
+                self.num_batches_tracked += self.streams
         normal_SBCHW = torch.addcmul(offset_SC[:, None, :, None, None], parts_SBCHW, scale_SC[:, None, :, None, None])
         return normal_SBCHW.flatten(0, 1).to(maps_NCHW.dtype)
 
@@ -89,8 +91,8 @@ class _NormalizeParts(torch.autograd.Function):
         maps_NCHW: Tensor,
         weight_C: Tensor,
         bias_C: Tensor,
-        running_mean_C: Tensor,
-        running_var_C: Tensor,
+        running_mean_C: Tensor | None,
+        running_var_C: Tensor | None,
         momentum: float,
         eps: float,
         streams: int,

@@ -15,7 +15,7 @@ With a cosine classifier every branch's features are of unit length. What is sav
 classifier on features of unit length, so that second stages, prediction and export know nothing of cosines.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,7 @@ class Network(nn.Module):
     Attributes:
         kind: the kind's name in `build_network`.
         branches: last blocks that it has, beside each other.
+        trunk_is_frozen: whether training leaves the trunk as it is; see `freeze_trunk`.
         spec: {"kind", "backbone", "num_classes"}, and "unit_features": true where features are of unit length:
             `build_network(**spec)` builds the architecture that `save_model` saves.
         classifier: the last layer; `predict(images) == classifier(features(images))` exactly.
@@ -62,6 +63,7 @@ class Network(nn.Module):
 
     kind: ClassVar[str]
     branches: ClassVar[int]
+    trunk_is_frozen: bool = False
 
     def __init__(
         self,
@@ -89,6 +91,34 @@ class Network(nn.Module):
     def depths(self) -> int:
         """Stages of the trunk after which maps can be mixed: depths are 0 … `depths`."""
         return sum(name.startswith("layer") for name, _ in self.trunk.named_children())
+
+    @property
+    def last_blocks(self) -> list[nn.Module]:
+        """The branches, beside each other."""
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> list[list[nn.Module]]:
+        """All below the classifier by depth: the stem, the trunk's blocks one by one, the branches."""
+        stages = list(self.trunk.named_children())
+        stem = [child for name, child in stages if not name.startswith("layer")]
+        blocks = [block for name, stage in stages if name.startswith("layer") for block in stage.children()]
+        return [stem, *([block] for block in blocks), self.last_blocks]
+
+    def freeze_trunk(self) -> None:
+        """Keep the trunk as it is from now on: without gradients, its batch norm as in evaluation.
+
+        Nothing of it is kept for the backward pass then, because nothing in it needs a gradient.
+        """
+        self.trunk_is_frozen = True
+        self.trunk.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Train or evaluate, as every module; a frozen trunk always evaluates."""
+        super().train(mode)
+        if self.trunk_is_frozen:
+            self.trunk.eval()
+        return self
 
     def features(self, images_BHWC: Tensor) -> Tensor:
         """Return what the classifier sees: shape (B, classifier.in_features), float32, >= 0."""
@@ -133,6 +163,11 @@ class PlainNetwork(Network):
         super().__init__(backbone, num_classes, **head)
         self.branch = backbone.make_branch()
 
+    @property
+    def last_blocks(self) -> list[nn.Module]:
+        """The branch."""
+        return [self.branch]
+
     def features(self, images_BHWC: Tensor) -> Tensor:
         """Return features_BD, float32, >= 0, of images_BHWC, uint8."""
         return self._pool(self.branch(self._trunk_maps(images_BHWC)))
@@ -172,6 +207,11 @@ class BilateralNetwork(Network):
         self._trunk_weights = sum(weights.numel() for weights in self.trunk.parameters())
         self.conventional = backbone.make_branch()
         self.rebalancing = backbone.make_branch()
+
+    @property
+    def last_blocks(self) -> list[nn.Module]:
+        """The conventional and the re-balancing branch."""
+        return [self.conventional, self.rebalancing]
 
     def forward(self, images_c_BHWC: Tensor, images_r_BHWC: Tensor) -> tuple[Tensor, Tensor]:
         """Return each branch's logits, z_c = 2·W_c·f_c + b and z_r = 2·W_r·f_r + b, both (B, C), float32.

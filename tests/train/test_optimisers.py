@@ -1,0 +1,269 @@
+"""The optimiser: which parameters have which rate, how it goes over the run, and what excludes what."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_ranks import SETTINGS, _train_and_record, on_ranks, rows
+from test_resume import SHORT, assert_alike, raise_at
+
+from shards.errors import UserError
+from train.bbn import BBN
+from train.engine.config import Optim
+from train.engine.launch import run
+from train.engine.loop import Training
+from train.engine.optimisers import check_settings, lr_factor, make_optimizer, parameter_groups, warmup_warning
+from train.erm import ERM
+
+COUNTS_C = np.array([9, 5, 2])
+BRIEF = SHORT[:-2]  # without warm-up
+TUNE = ["--optim.optimizer", "adamw", "--optim.lr", "0.001", "--optim.layer_decay", "0.75", "--optim.warmup_steps", "4",
+        "--optim.schedule", "cosine", "--optim.lr_scale_classifier", "10"]  # fmt: skip
+
+
+def by_name(method, optim: Optim) -> dict[str, dict]:
+    """Return the group that each parameter of a method is in."""
+    names = {parameter: name for name, parameter in method.network.named_parameters()}
+    found: dict[str, dict] = {}
+    for group in parameter_groups(method, optim):
+        for parameter in group["params"]:
+            assert names[parameter] not in found
+            found[names[parameter]] = group
+    return found
+
+
+def test_the_default_is_the_methods_own_groups_with_sgd(make_method):
+    method = make_method(BBN, COUNTS_C)
+    optimizer = make_optimizer(method, Optim(lr=0.3, momentum=0.8, weight_decay=0.01))
+    assert type(optimizer) is torch.optim.SGD
+    (group,) = optimizer.param_groups
+    assert all(ours is theirs for ours, theirs in zip(group["params"], method.network.parameters(), strict=True))
+    assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (0.3, 0.8, True, 0.01)
+    assert not make_optimizer(method, Optim(momentum=0.0)).param_groups[0]["nesterov"]
+
+
+def test_each_layer_has_its_share_of_the_rate_of_the_one_above(make_method):
+    groups = by_name(make_method(BBN, COUNTS_C), Optim(layer_decay=0.5))
+    scale = {name: group["lr_scale"] for name, group in groups.items()}
+    # Fourteen blocks in the trunk of ResNet-32, above them the branches, and the classifier.
+    assert scale["classifier.weight"] == scale["classifier.bias"] == 1
+    assert scale["conventional.conv1.weight"] == scale["rebalancing.bn2.bias"] == 0.5
+    assert scale["trunk.layer3.3.conv1.weight"] == 0.5**2
+    assert scale["trunk.layer3.0.bn1.weight"] == 0.5**5
+    assert scale["trunk.layer1.0.conv2.weight"] == 0.5**15
+    assert scale["trunk.conv1.weight"] == scale["trunk.bn1.weight"] == 0.5**16
+    assert scale.keys() == dict(make_method(BBN, COUNTS_C).network.named_parameters()).keys()
+    assert all("weight_decay" not in group for group in groups.values())  # SGD's is that of all
+
+
+def test_parts_have_rates_of_their_own(make_method):
+    optim = Optim(lr_scale_trunk=0.1, lr_scale_branches=2, lr_scale_classifier=10)
+    for method in (make_method(BBN, COUNTS_C), make_method(ERM, COUNTS_C)):
+        for name, group in by_name(method, optim).items():
+            part = name.partition(".")[0]
+            assert group["lr_scale"] == {"trunk": 0.1, "classifier": 10}.get(part, 2), name
+
+
+def test_adamw_does_not_decay_biases_and_norms(make_method):
+    method = make_method(BBN, COUNTS_C)
+    optimizer = make_optimizer(method, Optim(optimizer="adamw", betas=(0.8, 0.9), weight_decay=0.05))
+    assert type(optimizer) is torch.optim.AdamW
+    assert len(optimizer.param_groups) == 2
+    names = {parameter: name for name, parameter in method.network.named_parameters()}
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.8, 0.9)
+        for parameter in group["params"]:
+            spared = "bn" in names[parameter] or names[parameter].endswith("bias")
+            assert group["weight_decay"] == (0.0 if spared else 0.05), names[parameter]
+
+
+def test_a_methods_own_rates_are_multiplied(make_method, monkeypatch):
+    method = make_method(ERM, COUNTS_C)
+    head = torch.nn.Linear(4, 2)  # beside the network
+    own = [{"params": iter(method.network.parameters()), "lr_scale": 3.0, "eps": 1e-6}]
+    monkeypatch.setattr(method, "parameter_groups", lambda: [*own, {"params": [head.weight, head.bias]}])
+    groups = parameter_groups(method, Optim(optimizer="adamw", layer_decay=0.5, lr_scale_classifier=10))
+    scales = {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
+    assert scales[method.network.classifier.weight] == 30
+    assert scales[method.network.branch.conv1.weight] == 1.5
+    assert scales[head.weight] == scales[head.bias] == 10
+    assert {group.get("eps") for group in groups} == {1e-6, None}
+
+
+def test_what_is_frozen_has_no_state(make_method):
+    method = make_method(BBN, COUNTS_C)
+    method.model.freeze_trunk()
+    for optim in (Optim(freeze="trunk"), Optim(freeze="trunk", optimizer="adamw")):
+        trained = {id(p) for group in make_optimizer(method, optim).param_groups for p in group["params"]}
+        assert trained == {id(p) for name, p in method.network.named_parameters() if not name.startswith("trunk")}
+
+
+def test_a_schedule_by_steps_is_that_of_epochs_of_one_step():
+    for schedule in ("step", "cosine", "constant"):
+        epochs = Optim(epochs=40, warmup_epochs=6, schedule=schedule)
+        steps = Optim(epochs=10, warmup_steps=6, schedule=schedule)
+        for step in range(40):
+            assert lr_factor(steps, 1 + step // 4, step % 4, 4) == lr_factor(epochs, 1 + step)
+
+
+def test_warm_up_in_steps_reaches_the_rate_and_cosine_ends_near_zero():
+    optim = Optim(epochs=5, warmup_steps=10, warmup_start=0.0, schedule="cosine")
+    factors = [lr_factor(optim, epoch, step, 20) for epoch in range(1, 6) for step in range(20)]
+    np.testing.assert_allclose(factors[:11], [*np.arange(1, 11) / 10, 1])
+    assert all(np.diff(factors[10:]) < 0)
+    assert 0 < factors[-1] < 1e-3
+    assert lr_factor(Optim(epochs=1, warmup_steps=0, schedule="cosine"), 1, 0, 3) == 1
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_warned_of():
+    assert warmup_warning(Optim(epochs=5, warmup_steps=100), 20) is None
+    assert warmup_warning(Optim(epochs=5, warmup_steps=100, warmup_epochs=9), 20) is None
+    warning = warmup_warning(Optim(epochs=5, lr=0.1, warmup_steps=200, warmup_start=0.0), 20)
+    assert warning.startswith("warning: optim.warmup_steps=200 is more than the 100 steps: the rate rises to 0.05 only")
+
+
+def test_every_step_has_its_rate(workplace, monkeypatch):
+    seen = []
+    original = torch.optim.AdamW.step
+
+    def step(self, *arguments, **options):
+        seen.append({group["lr"] for group in self.param_groups})
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run(ERM, [*BRIEF, *TUNE, "--run", "runs/a"])
+    optim = Optim(epochs=2, warmup_steps=4, schedule="cosine")
+    assert len(seen) == 16
+    for number, rates in enumerate(seen):
+        factor = 0.001 * lr_factor(optim, 1 + number // 8, number % 8, 8)
+        assert max(rates) == pytest.approx(10 * factor)
+        assert min(rates) == pytest.approx(factor * 0.75**16)
+    logged = [json.loads(row)["lr"] for row in Path("runs/a/metrics.jsonl").read_text().splitlines()]
+    assert logged == pytest.approx([max(seen[7]) / 10, max(seen[15]) / 10])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [*TUNE, "--model.drop_path", "0.3", "--model.grad_checkpointing", "true", "--optim.ema", "0.9"],
+        ["--optim.optimizer", "adamw", "--optim.lr", "0.001", "--optim.freeze", "trunk", "--optim.accumulate", "2"],
+    ],
+)
+def test_a_tuned_run_resumes_to_the_same_bits(workplace, monkeypatch, settings):
+    run(BBN, [*BRIEF, *settings, "--run", "runs/whole"])
+    raise_at(monkeypatch, 11, signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run(BBN, [*BRIEF, *settings, "--run", "runs/cut"])
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    run(BBN, ["--resume", "--run", "runs/cut"])
+    assert_alike(workplace / "runs/whole", workplace / "runs/cut")
+
+
+def test_a_frozen_trunk_is_that_of_the_start(workplace):
+    started = {}
+    original = Training.__init__
+
+    def keep(self, method, *arguments):
+        original(self, method, *arguments)
+        started.update({name: value.clone() for name, value in method.model.state_dict().items()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "__init__", keep)
+        run(BBN, [*BRIEF, "--optim.freeze", "trunk", "--optim.ema", "0.9", "--run", "runs/a"])
+    ended = load_file("runs/a/model.safetensors")
+    for name, value in ended.items():
+        assert torch.equal(value, started[name]) == name.startswith(("trunk.", "normalize.")), name
+    (checkpoint,) = sorted(Path("runs/a/checkpoints").glob("step-*"))[-1:]
+    states = torch.load(checkpoint / "state.pt", weights_only=True)
+    trained = [name for name in ended if not name.startswith(("trunk.", "normalize.")) and "running" not in name]
+    assert len(states["optimizer"]["state"]) == len([name for name in trained if "num_batches" not in name])
+
+
+@pytest.mark.parametrize("settings", [TUNE, [*TUNE[:4], "--optim.freeze", "trunk"]])
+def test_two_ranks_are_one(workplace, settings):
+    # Adam divides by the gradient's size, so that rounding grows as fast as at a larger rate of SGD.
+    common = [*SETTINGS[:-6], *settings, "--optim.lr", "1e-5", "--loop.sync_batch_norm", "true", "--run"]
+    for name, ranks in (("one", 1), ("two", 2)):
+        assert on_ranks(workplace, _train_and_record, [*common, f"runs/{name}"], ranks=ranks) == [0] * ranks
+        for rank in range(ranks):
+            (workplace / f"steps-{rank}.npz").rename(workplace / f"{name}-{rank}.npz")
+    one, first, second = (np.load(workplace / name) for name in ("one-0.npz", "two-0.npz", "two-1.npz"))
+    for step in one.files:
+        if "loss" in step:
+            assert (first[step] + second[step]) / 2 == pytest.approx(one[step], rel=3e-4), step
+    for ours, theirs in zip(rows(workplace / "runs/one"), rows(workplace / "runs/two"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
+def fails_with(capsys, *arguments) -> str:
+    """Run, expect exit status 2, and return the one line that it printed."""
+    with pytest.raises(SystemExit) as stopped:
+        run(ERM, [*BRIEF, *arguments])
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2, error
+    assert "\n" not in error
+    return error.removeprefix("train/erm.py: error: ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("optimizer=adamw momentum=0.8", "optim.momentum=0.8 is SGD's, and optim.optimizer=adamw; "),
+        ("optimizer=adamw nesterov=false", "optim.nesterov=False is SGD's, and optim.optimizer=adamw; "),
+        ("betas=[0.8,0.99]", "optim.betas=(0.8, 0.99) are AdamW's, and optim.optimizer=sgd; "),
+        ("warmup_steps=9 warmup_epochs=1", "optim.warmup_epochs=1 and optim.warmup_steps=9 exclude each other; "),
+        ("freeze=trunk layer_decay=0.75", "optim.freeze=trunk and optim.layer_decay=0.75 exclude each other: "),
+        ("freeze=trunk lr_scale_trunk=0.1", "optim.freeze=trunk and optim.lr_scale_trunk=0.1 exclude each other: "),
+    ],
+)
+def test_settings_that_exclude_each_other_are_named(workplace, capsys, settings, message):
+    flags = [f"--optim.{setting}" for setting in settings.split()]
+    assert fails_with(capsys, *flags).startswith(message)
+    assert not (workplace / "runs").exists()
+
+
+def test_freezing_and_checkpointing_exclude_each_other(workplace, capsys):
+    error = fails_with(capsys, "--optim.freeze", "trunk", "--model.grad_checkpointing", "true")
+    assert error.startswith("optim.freeze=trunk and model.grad_checkpointing exclude each other: ")
+
+
+def test_what_a_preset_says_falls_silent_beside_what_is_asked_for():
+    check_settings(Optim(optimizer="adamw", nesterov=False, momentum=0.8), {"optim.optimizer"})
+    check_settings(Optim(warmup_steps=9, warmup_epochs=5), {"optim.warmup_steps"})
+    check_settings(Optim(freeze="trunk", layer_decay=0.75), {"optim.freeze"})
+    with pytest.raises(UserError, match="exclude each other"):
+        check_settings(Optim(warmup_steps=9, warmup_epochs=5), {"optim.warmup_epochs"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [["--optim.optimizer", "adamw"], ["--optim.layer_decay", "0.5"], ["--optim.freeze", "trunk"],
+     ["--optim.lr_scale_branches", "2"]],
+)  # fmt: skip
+def test_a_run_keeps_its_optimiser_when_it_is_resumed(workplace, capsys, change):
+    run(ERM, [*BRIEF, "--optim.epochs", "1", "--run", "runs/a"])
+    config = (workplace / "runs/a/config.yaml").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "2", *change])
+    name = change[0].removeprefix("--")
+    assert f"error: runs/a was begun with {name}=" in capsys.readouterr().err
+    assert (workplace / "runs/a/config.yaml").read_bytes() == config
+
+
+def test_a_run_from_before_these_settings_is_resumed(workplace):
+    run(ERM, [*BRIEF, "--optim.epochs", "1", "--run", "runs/a"])
+    path = workplace / "runs/a/config.yaml"
+    config = yaml.safe_load(path.read_text())
+    old = {"epochs", "lr", "momentum", "nesterov", "weight_decay", "schedule", "warmup_epochs", "warmup_start"}
+    config["optim"] = {name: value for name, value in config["optim"].items() if name in old}
+    config["model"] = {name: config["model"][name] for name in ("backbone", "weights")}
+    path.write_text(yaml.safe_dump(config))
+    run(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "2"])
+    assert len(rows(workplace / "runs/a")) == 2
