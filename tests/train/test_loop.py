@@ -17,7 +17,6 @@ import pipeline.loader
 from shards.build import build
 from shards.index import open_dataset
 from train.bbn import BBN
-from train.engine import config as config_module
 from train.engine import runs as runs_module
 from train.engine import session
 from train.engine.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
