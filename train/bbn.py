@@ -108,8 +108,7 @@ class BBN(Method):
             Stream("uniform", q=1.0, augment=config.input.augment),
             Stream("reversed", q=config.method.q, augment=config.input.augment),
         )
-        model = config.model
-        self.network = build_network("bilateral", model.backbone, len(train_counts_C), model.weights)
+        self.network = build_network("bilateral", num_classes=len(train_counts_C), **config.network())
 
     def step(self, batch: "dict[str, Batch]", progress: Progress) -> StepResult:  # noqa: D102
         alpha = adaptor_alpha(

@@ -76,21 +76,20 @@ class ERM(Method):
         from train.engine.weights import class_weights, make_weighting
         from train.networks.networks import build_network
 
-        settings, model = config.method, config.model
+        settings = config.method
         self._objective = make_objective(settings.objective, train_counts_C)
         self._defer, weighting = settings.defer, make_weighting(settings.weights)
         self._weights_C = None if weighting is None else class_weights(weighting, train_counts_C)
         self._mixing = make_mixing(settings.mix)
         network = build_network(
             "plain",
-            model.backbone,
-            len(train_counts_C),
-            model.weights,
+            num_classes=len(train_counts_C),
             classifier=self._objective.classifier,
             scale=self._objective.scale,
+            **config.network(),
         )
         adjusts = isinstance(self._objective, Adjusted)
-        self._check(settings, model.backbone, network.depths, adjusts)
+        self._check(settings, config.model.backbone, network.depths, adjusts)
         self.network = network
         augment, mix = config.input.augment, self._mixing.mix() if self._mixing else None
         train = Stream("train", q=settings.q, augment=augment, mix=mix, from_share=settings.defer)
@@ -125,6 +124,11 @@ class ERM(Method):
             raise UserError(
                 f"method.objective={settings.objective} adjusts for the classes that one sampler draws, and method.mix="
                 f"{settings.mix} mixes those of two; leave partner_q out, or choose another objective"
+            )
+        if isinstance(self._mixing, ManifoldMixup) and self._mixing.depth != 0 and depths == 0:
+            raise UserError(
+                f"method.mix={settings.mix} mixes maps between a ResNet's stages, and model.backbone={backbone} shows"
+                " none; choose mixup, or manifold(depth=0)"
             )
         if isinstance(self._mixing, ManifoldMixup) and self._mixing.depth != "random" and self._mixing.depth > depths:
             raise UserError(

@@ -91,7 +91,7 @@ class SDN(Method):
         from train.engine.weights import class_weights, make_weighting
         from train.networks.networks import build_network
 
-        settings, model = config.method, config.model
+        settings = config.method
         self._settings, weighting = settings, make_weighting(settings.weights)
         if settings.defer >= 1:
             raise UserError(
@@ -116,11 +116,10 @@ class SDN(Method):
         self.streams = (weak, Stream("strong", augment=f"{weak.augment}+strong", repeats="weak"))
         self.network = build_network(
             "bilateral",
-            model.backbone,
-            len(train_counts_C),
-            model.weights,
+            num_classes=len(train_counts_C),
             classifier=first.classifier,
             scale=first.scale,
+            **config.network(),
         )
 
     def step(self, batch: "dict[str, Batch]", progress: Progress) -> StepResult:  # noqa: D102

@@ -1,10 +1,11 @@
 import multiprocessing
 from multiprocessing import forkserver
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+
+from train.engine.config import Config, Input, Loop, Model, Optim
 
 # Processes of tests are forked from a server that has imported everything. A session has one such server, so it starts
 # before a loader starts it with less.
@@ -36,11 +37,7 @@ def make_method():
 
     def make(method_class, train_counts_C, **settings):
         torch.manual_seed(0)
-        config = SimpleNamespace(
-            input=SimpleNamespace(augment="cifar"),
-            model=SimpleNamespace(backbone="resnet32", weights=None),
-            method=method_class.Settings(**settings),
-        )
+        config = Config(Input(), Model(), method_class.Settings(**settings), Optim(), Loop())
         return method_class(config, train_counts_C)
 
     return make

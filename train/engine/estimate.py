@@ -32,7 +32,7 @@ from shards.errors import UserError
 from shards.index import Dataset
 from train.engine.config import Config
 from train.engine.evaluation import test_split
-from train.engine.loop import prepare_blocks, prepare_network
+from train.engine.loop import prepare_method
 from train.engine.method import Method, Progress
 from train.engine.optimisers import make_optimizer
 
@@ -116,8 +116,9 @@ def measure(
     """
     device, part = accelerator.device, plan.rank_batch // config.optim.accumulate
     held = _resident_bytes()
-    prepare_network(method.network.to(device), replace(config.loop, sync_batch_norm=False, compile=False))
-    prepare_blocks(method.model, config)
+    method.network.to(device)
+    # Processes measure each on its own, and compiling takes longer than measuring.
+    prepare_method(method, replace(config, loop=replace(config.loop, sync_batch_norm=False, compile=False)))
     optimizer = make_optimizer(method, config.optim)
     method.network.train()
 

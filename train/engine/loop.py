@@ -29,8 +29,6 @@ from train.engine.optimisers import lr_factor, make_optimizer, warnings_about
 from train.engine.tracking import Tracking
 from train.networks.backbones import Normalize
 from train.networks.batch_norm import use_stream_batch_norm
-from train.networks.blocks import checkpoint_blocks, use_drop_path
-from train.networks.networks import Network
 
 
 class Training:
@@ -62,8 +60,7 @@ class Training:
         self._method, self._config, self._dataset, self._plan = method, config, dataset, plan
         self._run_folder, self._accelerator, self._counters = run_folder, accelerator, counters
         self._tracking = tracking
-        prepare_network(method.network, config.loop)
-        prepare_blocks(method.model, config)
+        prepare_method(method, config)
         self._average = None
         if config.optim.ema is not None:
             self._average = AveragedModel(
@@ -316,6 +313,15 @@ class Sums:
         self._sums, self._gathered = {}, {}
 
 
+def prepare_method(method: Method, config: Config) -> None:
+    """Set how a method's network computes, what of it is trained and what is kept for the backward pass, in place."""
+    prepare_network(method.network, config.loop)
+    if config.optim.freeze == "trunk":
+        method.model.freeze_trunk()
+    if config.loop.grad_checkpointing:
+        method.model.set_grad_checkpointing()
+
+
 def prepare_network(network: torch.nn.Module, loop: Loop) -> None:
     """Set how a network computes, in place: its memory layout, its batch norm, whether it is compiled."""
     for module in network.modules():
@@ -327,16 +333,6 @@ def prepare_network(network: torch.nn.Module, loop: Loop) -> None:
         use_stream_batch_norm(network, synchronised=True)
     if loop.compile:
         network.compile()
-
-
-def prepare_blocks(model: Network, config: Config) -> None:
-    """Set what of a model is trained, what is dropped at random and what is kept for the backward pass, in place."""
-    if config.optim.freeze == "trunk":
-        model.freeze_trunk()
-    if config.model.drop_path:
-        use_drop_path(model, config.model.drop_path)
-    if config.loop.grad_checkpointing:
-        checkpoint_blocks(model)
 
 
 def split_batch(batch: dict[str, Batch], parts: int) -> list[dict[str, Batch]]:

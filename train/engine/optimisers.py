@@ -28,9 +28,7 @@ if TYPE_CHECKING:  # torch would be what --help waits for
 
     from train.engine.config import Config
     from train.engine.method import Method
-    from train.networks.networks import Network
-
-Part = Literal["trunk", "branches", "classifier"]
+    from train.networks.networks import Network, Part
 
 
 @dataclass
@@ -192,7 +190,7 @@ def parameter_groups(method: "Method", optim: Optim) -> list[dict[str, Any]]:
     groups = [group for group in groups if group["params"]]
     scales: dict[Part, float] = {
         "trunk": optim.lr_scale_trunk,
-        "branches": optim.lr_scale_branches,
+        "branch": optim.lr_scale_branches,
         "classifier": optim.lr_scale_classifier,
     }
     decoupled = optim.optimizer == "adamw"
@@ -217,26 +215,31 @@ class Place(NamedTuple):
     Attributes:
         part: of the network.
         above: layers between it and the logits.
-        spared: whether AdamW's weight decay leaves it alone: biases, norms, and embeddings of positions.
+        spared: whether AdamW's weight decay leaves it alone: biases, norms, and what timm exempts of its models, such
+            as position embeddings.
     """
 
-    part: Part
+    part: "Part"
     above: int
     spared: bool
 
 
 def parameter_places(model: "Network") -> "dict[torch.nn.Parameter, Place]":
     """Return where each of a network's parameters stands; see the picture above."""
-    layers = model.layers
-    places: dict[torch.nn.Parameter, Place] = {}
-    for number, modules in enumerate(layers):
-        part: Part = "branches" if number == len(layers) - 1 else "trunk"
-        for module in modules:
-            for parameter in module.parameters():
-                places[parameter] = Place(part, len(layers) - number, parameter.ndim <= 1)
-    for parameter in model.classifier.parameters():
-        places[parameter] = Place("classifier", 0, parameter.ndim <= 1)
-    return places
+    from train.networks.networks import part_of
+
+    exempt = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if hasattr(module, "no_weight_decay")
+        for name in module.no_weight_decay()
+    }
+    depths = model.parameter_depths()
+    top = max(depths.values())
+    return {
+        parameter: Place(part_of(name), top - depths[name], parameter.ndim <= 1 or name in exempt)
+        for name, parameter in model.named_parameters()
+    }
 
 
 def lr_factor(optim: Optim, epoch: int, step: int = 0, steps_per_epoch: int = 1) -> float:

@@ -142,6 +142,11 @@ def _train_and_finish(
         runs.lock(resumed)  # before its checkpoint is read
     if config.loop.seed >= 2**32:
         raise UserError(f"loop.seed={config.loop.seed} must be below 2**32, NumPy's limit")
+    if config.model.adapt and config.model.weights is None and not resumed:
+        raise UserError(
+            f"model.adapt={config.model.adapt} trains small layers beside frozen ones, which model.weights does not"
+            " name: they would be random; give --model.weights default, or a file"
+        )
     if resumed and has_checkpoint(resumed):
         # Its weights replace the pretrained ones, whose file or server may be out of reach by now.
         config = replace(config, model=replace(config.model, weights=None))
