@@ -25,7 +25,6 @@ from train.engine.config import (
     Config,
     Input,
     Loop,
-    Model,
     Optim,
     changed_settings,
     find_dataset,
@@ -41,6 +40,7 @@ from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.loop import Training
 from train.engine.machine import check_launcher, launched_by, take_threads, unusable_gpu
 from train.engine.method import Method
+from train.engine.model import Model, with_own_view
 from train.engine.tracking import Tracking
 
 # For network file systems; on one machine a folder is seen at once.
@@ -93,6 +93,8 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None, comma
         dataset = find_dataset(asked.data)
         defaults = preset(dataset, "training", method_class.name, variant=asked.variant)
     settings = parse(parser, argv, defaults)
+    if resumed is None:
+        settings = parse(parser, argv, with_own_view(defaults, settings.model.backbone))
     chosen = parser.instantiate(settings)
     config = Config(chosen.input, chosen.model, chosen.method, chosen.optim, chosen.loop)
 
@@ -100,6 +102,7 @@ def _run(method_class: type[Method], program: str, argv: list[str] | None, comma
     with told_in_one_line(resumed):
         sections = plain_sections(parser, settings)
         usual = preset(dataset, "training", method_class.name, variant=asked.variant)
+        usual = with_own_view(usual, config.model.backbone)
         asked.changed = changed_settings(parser, sections, usual, method_class.in_title)
         _train_and_finish(method_class, config, dataset, resumed, asked, sections, accelerator, command)
 
