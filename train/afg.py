@@ -47,7 +47,7 @@ class Settings:
             after each epoch rises by 0.05, up to 0.9, where the class is recognised better on the val split than with
             β = 0 at that time, and falls where it is worse. Without a val split large enough both are 0.6.
         beta_grid: what select tries; 0 keeps to the class's own Gaussian.
-        lam: Tukey's λ; 0 is the logarithm.
+        lam: Tukey's λ; 0 is the logarithm. Features with negative values, as a layer norm leaves them, take 1.
         k: K, the larger classes that a feature borrows from.
         gamma: γ: γ·I is added to the covariance.
         chunk: features generated at a time; each takes 4 bytes per dimension.
@@ -138,6 +138,11 @@ def train(stage: "Stage") -> None:
         f"{len(stage.labels_N):,} features of {stage.features_ND.shape[1]} dimensions,"
         f" {int(mixture.targets_C.sum()):,} to generate each epoch"
     )
+    if mixture.gaussians.lam != settings.lam:
+        accelerator.print(
+            f"features have negative values, where Tukey's λ={settings.lam:g} is not defined: they are taken as they"
+            " are (λ=1)"
+        )
     choice = choose_beta(families, settings)
     best = choice.best
     if choice.note:

@@ -35,9 +35,9 @@ def workplace(tmp_path, monkeypatch, digits):
 def make_method():
     """Make a method with settings of its own for small images: make_method(BBN, train_counts_C, q=0.0)."""
 
-    def make(method_class, train_counts_C, **settings):
+    def make(method_class, train_counts_C, model=None, **settings):
         torch.manual_seed(0)
-        config = Config(Input(), Model(), method_class.Settings(**settings), Optim(), Loop())
+        config = Config(Input(), Model(**(model or {})), method_class.Settings(**settings), Optim(), Loop())
         return method_class(config, train_counts_C)
 
     return make

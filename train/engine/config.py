@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import (
-    ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -26,7 +25,7 @@ from jsonargparse.typing import (
 from pipeline.kinds import ChosenLoader, Decode, LoaderKind
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
-from train.engine.calls import make_settings, split_call, unknown
+from train.engine.model import Model
 from train.engine.optimisers import Optim
 from train.engine.tracking import Tracker
 
@@ -102,26 +101,6 @@ class Input:
 
 
 @dataclass
-class Model:
-    """The network.
-
-    Attributes:
-        backbone: resnet32 (for small images), resnet10, a torchvision ResNet such as resnet50, resnet152 or
-            resnext50_32x4d, or one of timm's models, such as timm/convnextv2_tiny.fcmae_ft_in22k_in1k.
-        weights: pretrained weights: default (those of torchvision or timm, downloaded on first use), another of
-            torchvision's names, or a local file (.safetensors, .pth).
-        adapt: of a vision transformer, train small layers beside its own, which keep their pretrained weights:
-            adaptformer or lora, such as "adaptformer(dim=16)" or "lora(rank=8)".
-        drop_path: with which probability training leaves out the last block for an image; earlier ones less often.
-    """
-
-    backbone: str = "resnet32"
-    weights: str | None = None
-    adapt: str | None = None
-    drop_path: ClosedUnitInterval = 0.0
-
-
-@dataclass
 class Loop:
     """How the run goes about it.
 
@@ -182,22 +161,7 @@ class Config:
 
     def network(self) -> dict[str, Any]:
         """Return what `build_network` takes besides the kind, the classes and the classifier."""
-        adapt = make_adapter(self.model.adapt) if self.model.adapt else None
-        return {**vars(self.model), "image_size": self.input.image_size, "adapt": adapt}
-
-
-def make_adapter(text: str) -> dict[str, Any]:
-    """Return what `train.networks.adapters.adapt` takes, from "name" or "name(setting=value, …)".
-
-    Raises:
-        UserError: an unknown name, a setting that the adapter does not have, or a value that it cannot have.
-    """
-    from train.networks.adapters import KINDS
-
-    name, given = split_call("model.adapt", text, "adaptformer or adaptformer(dim=16)")
-    if name not in KINDS:
-        raise unknown("model.adapt", name, KINDS)
-    return {"kind": name, **vars(make_settings("model.adapt", text, name, KINDS[name], given))}
+        return {**self.model.network(), "image_size": self.input.image_size}
 
 
 class _ConfigFile(ActionConfigFile):

@@ -20,6 +20,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from shards.index import Dataset
 from train.engine.config import parse, preset
+from train.engine.model import with_own_view
 
 LEAST_BATCH = 8
 # What is copied into `about` of a run's configuration.
@@ -92,6 +93,11 @@ def choose(
         choice.fitted["model"] = {"weights": None}
     fit = merged.pop("fit", None)
     settings = parse(parser, _plain(argv), choice.usual(dataset, variant))
+    # One of timm's models is shown pictures as it was in its pretraining.
+    before = choice.usual(dataset, variant)["input"]
+    view = with_own_view({"input": before}, settings.model.backbone)["input"]
+    if changed := {key: value for key, value in view.items() if value != before.get(key)}:
+        choice.fitted["input"] = changed
     if not gpu and (said := _changed_by("cpu", dataset, parts, variant, given)):
         choice.notes.append(f"no GPU: {said}")
     if fit:

@@ -33,7 +33,7 @@ from train.features.bank import bank_ids, feature_bank
 from train.features.candidates import IMAGES_TO_CHOOSE, Candidate, Families, Judge
 from train.features.classifiers import FEATURES_PER_BLOCK, measure
 from train.features.commands import RATES, Program, defaults
-from train.features.gaussians import find_support, fit, head_classes
+from train.features.gaussians import find_support, fit, fitting_lambda, head_classes
 from train.features.mixing import Mixture
 from train.networks.model_files import SELECTED_FILE, choose_weights, load_model, save_model, save_selected_model
 
@@ -203,8 +203,12 @@ def make_families(
     kind: Literal["scaled", "lws", "linear"] = "scaled",
     rates: list[float] | None = None,
 ) -> Families:
-    """Fit the Gaussians, and return all that makes candidates; arguments as AFG's settings of the same names."""
+    """Fit the Gaussians, and return all that makes candidates; arguments as AFG's settings of the same names.
+
+    λ is 1 where features are negative.
+    """
     accelerator, seed = stage.accelerator, stage.config.loop.seed
+    lam = fitting_lambda(stage.features_ND, lam)
     gaussians = fit(stage.features_ND, stage.labels_N, num_classes=len(stage.dataset.classes), lam=lam)
     # By images: several views of one make no class larger.
     images_C = torch.from_numpy(stage.dataset.train_counts).to(stage.labels_N.device)
