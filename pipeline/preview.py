@@ -18,7 +18,8 @@ from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 
 from pipeline.batch import Batch
-from pipeline.loader import LoaderKind, open_loader
+from pipeline.kinds import LoaderKind
+from pipeline.loader import open_loader
 from pipeline.plan import Stream, TrainPlan
 from shards.cli import Parser
 from shards.errors import UserError, user_errors_exit_2

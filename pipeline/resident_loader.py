@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from pipeline.augment import Windows
+from pipeline.augment import Interpolation, Windows
 from pipeline.batch import Loader, Shown, steps_from
 from pipeline.budget import free_memory
 from pipeline.distort import distort
@@ -276,9 +277,10 @@ class ResidentLoader(Loader):
             images_BHWC = self._buffers.take()[: len(windows)]
             share = -(-len(windows) // self._threads)
             firsts = range(0, len(windows), share)
-            list(self._pool.map(resize_windows, (windows[i : i + share] for i in firsts), images_BHWC.split(share)))
+            resize = partial(resize_windows, interpolation=draw.interpolation)
+            list(self._pool.map(resize, (windows[i : i + share] for i in firsts), images_BHWC.split(share)))
         else:
-            images_BHWC = resize_on_gpu(windows, size)
+            images_BHWC = resize_on_gpu(windows, size, draw.interpolation)
         images_BHWC = mirror(images_BHWC, draw.flips_B)
         return images_BHWC if draw.distortions_B is None else distort(images_BHWC, draw.distortions_B)
 
@@ -290,12 +292,14 @@ class ResidentLoader(Loader):
         self._reader.close()
 
 
-def resize_on_gpu(windows: torch.Tensor | list[torch.Tensor], image_size: int) -> torch.Tensor:
+def resize_on_gpu(
+    windows: torch.Tensor | list[torch.Tensor], image_size: int, interpolation: Interpolation = "bilinear"
+) -> torch.Tensor:
     """Resize windows, uint8 (height, width, 3) each, to (B, S, S, 3): antialiased, as `resize_windows` does."""
     if isinstance(windows, list):
-        return torch.cat([resize_on_gpu(window_HWC.unsqueeze(0), image_size) for window_HWC in windows])
+        return torch.cat([resize_on_gpu(window_HWC.unsqueeze(0), image_size, interpolation) for window_HWC in windows])
     planes_BCHW = windows.permute(0, 3, 1, 2).float()
-    planes_BCHW = F.interpolate(planes_BCHW, (image_size, image_size), mode="bilinear", antialias=True)
+    planes_BCHW = F.interpolate(planes_BCHW, (image_size, image_size), mode=interpolation, antialias=True)
     return planes_BCHW.add_(0.5).clamp_(0, 255).byte().permute(0, 2, 3, 1).contiguous()
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from pipeline.loader import LoaderKind, open_loader
+from pipeline.kinds import LoaderKind
+from pipeline.loader import open_loader
 from pipeline.plan import EvalPlan, Stream, TrainPlan
 from pipeline.resident_loader import decoded_of
 from shards.errors import UserError

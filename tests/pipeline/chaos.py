@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.loader import LoaderKind, open_loader
+from pipeline.kinds import LoaderKind
+from pipeline.loader import open_loader
 from pipeline.mix import CutMix, Mixup
 from pipeline.plan import EvalPlan, Stream, TrainPlan
 from shards.errors import UserError

@@ -57,7 +57,9 @@ def test_parts_of_a_batch_are_its_images_in_order():
 )
 def test_a_step_in_parts_is_the_step_but_for_batch_norm(workplace, monkeypatch, settings):
     build = build_network
-    monkeypatch.setattr("train.erm.build_network", lambda *a, **head: freeze_statistics(build(*a, **head)))
+    monkeypatch.setattr(
+        "train.networks.networks.build_network", lambda *a, **head: freeze_statistics(build(*a, **head))
+    )
     small = ["--optim.lr", "1e-3", *settings]
     whole, parts = loss_of(workplace, *small), loss_of(workplace, *small, "--optim.accumulate", "4")
     assert parts == pytest.approx(whole, rel=1e-4)

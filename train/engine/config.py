@@ -10,33 +10,37 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import (
-    ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    restricted_string_type,
 )
 
-from pipeline.batch import Loader
-from pipeline.loader import ChosenLoader, Decode, LoaderKind, choose_loader, open_loader
-from pipeline.plan import Plan
+from pipeline.kinds import ChosenLoader, Decode, LoaderKind
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
-from train.engine.calls import make_settings, split_call, unknown
+from train.engine.model import Model
 from train.engine.optimisers import Optim
 from train.engine.tracking import Tracker
-from train.networks.adapters import KINDS
+
+if TYPE_CHECKING:  # a command line is read without torch, which takes seconds: see train/engine/launch.py
+    import torch
+    from accelerate import Accelerator
+
+    from pipeline.batch import Loader
+    from pipeline.plan import Plan
 
 PRESETS = Path(__file__).parents[1] / "presets"
 DATA = Path("data")
+
+
+Duration = restricted_string_type("Duration", r"(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s)?$", docstring="such as 1h30m")
 
 
 @dataclass
@@ -73,10 +77,13 @@ class Input:
     fault_limit: NonNegativeInt | None = None
     shard_window: NonNegativeInt | None = None
 
-    def settle_loader(self, dataset: Dataset, accelerator: Accelerator) -> None:
+    def settle_loader(self, dataset: Dataset, accelerator: "Accelerator") -> None:
         """Decide what the loader `auto` is, once for all splits and all processes, and say so."""
         if self.loader != "auto":
             return
+        from accelerate.utils import gather_object
+
+        from pipeline.loader import choose_loader
 
         def agree(mine: ChosenLoader) -> ChosenLoader:
             return min(gather_object([mine]), key=("torch", "dali", "resident").index)  # what all of them can
@@ -84,31 +91,13 @@ class Input:
         self.loader, why = choose_loader(dataset.splits.values(), accelerator.device, self.resident_gb, agree)
         accelerator.print(f"loader: {self.loader} ({why})")
 
-    def open_loader(self, plan: Plan, device: torch.device, start_step: int = 0) -> Loader:
+    def open_loader(self, plan: "Plan", device: "torch.device", start_step: int = 0) -> "Loader":
         """Open a loader for a plan as configured."""
+        from pipeline.loader import open_loader
+
         return open_loader(
             plan, self.loader, device, self.threads, start_step, self.resident_gb, self.fault_limit, self.decode
         )
-
-
-@dataclass
-class Model:
-    """The network.
-
-    Attributes:
-        backbone: resnet32 (for small images), resnet10, a torchvision ResNet such as resnet50, resnet152 or
-            resnext50_32x4d, or one of timm's models, such as timm/convnextv2_tiny.fcmae_ft_in22k_in1k.
-        weights: pretrained weights: default (those of torchvision or timm, downloaded on first use), another of
-            torchvision's names, or a local file (.safetensors, .pth).
-        adapt: of a vision transformer, train small layers beside its own, which keep their pretrained weights:
-            adaptformer or lora, such as "adaptformer(dim=16)" or "lora(rank=8)".
-        drop_path: with which probability training leaves out the last block for an image; earlier ones less often.
-    """
-
-    backbone: str = "resnet32"
-    weights: str | None = None
-    adapt: str | None = None
-    drop_path: ClosedUnitInterval = 0.0
 
 
 @dataclass
@@ -134,6 +123,10 @@ class Loop:
         keep_checkpoints: how many to keep; from two on, a damaged one is skipped for the one before.
         stall_minutes: how long to wait for a batch before the run ends with a message.
         track: tensorboard, or none.
+        budget: the longest that the run may take, such as 15m or 1h30m: it lowers optim.epochs, and the schedule with
+            them. A resumed run keeps its epochs.
+        estimate: whether to say before the first step what the run takes, measured on a few, and to refuse what does
+            not fit the memory.
     """
 
     seed: NonNegativeInt = 0
@@ -152,6 +145,8 @@ class Loop:
     keep_checkpoints: PositiveInt = 2
     stall_minutes: PositiveFloat = 10.0
     track: Tracker = "none"
+    budget: Duration | None = None
+    estimate: bool = True
 
 
 @dataclass
@@ -166,20 +161,7 @@ class Config:
 
     def network(self) -> dict[str, Any]:
         """Return what `build_network` takes besides the kind, the classes and the classifier."""
-        adapt = make_adapter(self.model.adapt) if self.model.adapt else None
-        return {**vars(self.model), "image_size": self.input.image_size, "adapt": adapt}
-
-
-def make_adapter(text: str) -> dict[str, Any]:
-    """Return what `train.networks.adapters.adapt` takes, from "name" or "name(setting=value, …)".
-
-    Raises:
-        UserError: an unknown name, a setting that the adapter does not have, or a value that it cannot have.
-    """
-    name, given = split_call("model.adapt", text, "adaptformer or adaptformer(dim=16)")
-    if name not in KINDS:
-        raise unknown("model.adapt", name, KINDS)
-    return {"kind": name, **vars(make_settings("model.adapt", text, name, KINDS[name], given))}
+        return {**self.model.network(), "image_size": self.input.image_size}
 
 
 class _ConfigFile(ActionConfigFile):

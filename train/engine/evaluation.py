@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from analysis.metrics import Tally, percent, summarize, tally
 from pipeline.augment import find_recipe
 from pipeline.faults import faults_of
+from pipeline.pictures import FILTER_NAMES
 from pipeline.plan import EvalPlan
 from shards.atomic import write_json
 from shards.errors import UserError
@@ -157,7 +158,7 @@ def describe(
         summary: the run's figures.
         epochs: for "last", and "selected" where there is one: the epoch of these weights.
     """
-    options = dataset.manifest["options"]
+    options, recipe = dataset.manifest["options"], find_recipe(input.eval_augment)
     weights = {name: {"file": FILES[name], "epoch": epoch, "figures": summary[name]} for name, epoch in epochs.items()}
     describe_model(
         run_folder,
@@ -166,7 +167,8 @@ def describe(
             train_counts=dataset.train_counts.tolist(),
             image_size=input.image_size,
             eval_augment=input.eval_augment,
-            crop_share=find_recipe(input.eval_augment).centre_share,
+            crop_share=recipe.centre_share,
+            interpolation=FILTER_NAMES[recipe.interpolation],
             mean=network.normalize.mean.flatten().tolist(),
             std=network.normalize.std.flatten().tolist(),
             shorter_side=options.get("shorter_side"),

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipeline.augment import find_recipe
+from pipeline.pictures import FILTER_NAMES, FILTERS
 from shards.encode import EXTENSIONS, BadImageError, decode
 from shards.errors import UserError
 from train.engine import runs
@@ -52,10 +52,11 @@ class View(NamedTuple):
         """
         image = decode(data, self.shorter_side, self.quality, self.grey_bits)
         sides = np.array([image.height]), np.array([image.width])
-        windows_B4, _ = find_recipe(self.eval_augment).draw(np.random.default_rng(0), *sides, self.image_size)
+        recipe = find_recipe(self.eval_augment)
+        windows_B4, _ = recipe.draw(np.random.default_rng(0), *sides, self.image_size)
         ((top, left, height, width),) = windows_B4.tolist()
         window = image.crop((left, top, left + width, top + height))
-        return np.array(window.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR))
+        return np.array(window.resize((self.image_size, self.image_size), FILTERS[recipe.interpolation]))
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ def _describe_older(run: Path) -> Description:
             image_size=int(source["input"]["image_size"]),
             eval_augment=recipe.name,
             crop_share=recipe.centre_share,
+            interpolation=FILTER_NAMES[recipe.interpolation],
             mean=network.normalize.mean.flatten().tolist(),
             std=network.normalize.std.flatten().tolist(),
             shorter_side=None,  # unknown; images were shrunk to it for speed

@@ -69,7 +69,7 @@ class ViewPlan:
     def recipes(self) -> tuple[Recipe, ...]:
         """The recipe as far as it draws windows and mirrors: what else it may do to pictures is left out."""
         recipe = find_recipe(self.augment)
-        return (Recipe(recipe.name, recipe.draw, recipe.pads),)
+        return (Recipe(recipe.name, recipe.draw, recipe.pads, interpolation=recipe.interpolation),)
 
     @property
     def rank_batch(self) -> int:  # noqa: D102
@@ -83,7 +83,7 @@ class ViewPlan:
         """Return the one Draw of a step counted from 0."""
         ids_B = self.ids_R[step * self.batch_size : (step + 1) * self.batch_size]
         windows_N4, flips_N = self.shown
-        return [Draw(ids_B, windows_N4[ids_B], flips_N[ids_B])]
+        return [Draw(ids_B, windows_N4[ids_B], flips_N[ids_B], interpolation=self.recipes[0].interpolation)]
 
 
 def feature_bank(
@@ -110,7 +110,7 @@ def feature_bank(
         weights: which of the run's weights the network has: "last" or "selected".
 
     Returns:
-        features_RD, float16, >= 0, and labels_R, int64, ascending: R = images × max(1, views), less those that do not
+        features_RD, float16, and labels_R, int64, ascending: R = images × max(1, views), less those that do not
         decode. On a CPU the features are memory-mapped; else both are on the accelerator's device.
 
     Raises:

@@ -40,6 +40,10 @@ class AdaptFormer:
             return self
         return AdaptFormer(max(4, 2 ** int(math.log2(max(1.0, num_classes / (2 * blocks))))), self.scale)
 
+    def fits(self, block: nn.Module) -> bool:
+        """Return whether a block of a vision transformer can have them."""
+        return isinstance(getattr(block, "norm2", None), nn.LayerNorm) and hasattr(block, "mlp")
+
     def adapt(self, block: nn.Module) -> None:
         """Put adapters into a block, in place."""
         assert self.dim is not None
@@ -63,6 +67,12 @@ class LoRA:
     def resolved(self, num_classes: int, blocks: int) -> "LoRA":
         """Return the same: nothing depends on the network."""
         return self
+
+    def fits(self, block: nn.Module) -> bool:
+        """Return whether a block of a vision transformer can have them."""
+        attention = getattr(block, "attn", None)
+        qkv, bias = getattr(attention, "qkv", None), getattr(attention, "q_bias", None)  # some keep the bias apart
+        return isinstance(qkv, nn.Linear) and bias is None
 
     def adapt(self, block: nn.Module) -> None:
         """Put adapters into a block, in place."""
@@ -125,7 +135,7 @@ def adapt(network: nn.Module, backbone: str, num_classes: int, settings: Mapping
         UserError: the network has no blocks of the kind that adapters know.
     """
     adapter = KINDS[settings["kind"]](**{name: value for name, value in settings.items() if name != "kind"})
-    inside = {name: list(_blocks(part)) for name, part in network.named_children()}
+    inside = {name: [b for b in _blocks(part) if adapter.fits(b)] for name, part in network.named_children()}
     if not inside["trunk"]:
         raise UserError(
             f"model.adapt={adapter.kind} is for vision transformers such as timm/vit_small_patch16_224, and"
@@ -140,12 +150,6 @@ def adapt(network: nn.Module, backbone: str, num_classes: int, settings: Mapping
 
 
 def _blocks(part: nn.Module) -> Iterator[nn.Module]:
-    """Return the blocks of a vision transformer: attention, and an MLP behind a norm of its own."""
-    for module in part.modules():
-        mlp, attention, norm = (getattr(module, name, None) for name in ("mlp", "attn", "norm2"))
-        if (
-            mlp is not None
-            and isinstance(norm, nn.LayerNorm)
-            and isinstance(getattr(attention, "qkv", None), nn.Linear)
-        ):
-            yield module
+    """Return the blocks of a vision transformer: what `blocks` of trunk and branch hold."""
+    blocks = getattr(getattr(part, "model", None), "blocks", ())
+    return (block for block in blocks if hasattr(block, "attn"))

@@ -169,7 +169,7 @@ def make_backbone(
         Stages(stages),
         make_branch,
         last_norm.num_features,
-        groups={"stem": r"^(conv1|bn1)", "blocks": r"^layer(\d+)\.(\d+)"},
+        groups={"stem": r"^(?:conv1|bn1)", "blocks": r"^layer(\d+)\.(\d+)"},
         block=f"{last_stage}.{len(first_blocks)}.",
     )
 

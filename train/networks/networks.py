@@ -65,6 +65,7 @@ class Network(nn.Module):
         kind: the kind's name in `build_network`.
         branches: last blocks that it has, beside each other.
         trunk_is_frozen: whether training leaves the trunk as it is; see `freeze_trunk`.
+        is_cut: False where the trunk is empty and the branch is the whole network.
         spec: {"kind", "backbone", "num_classes"}; "unit_features": true where features are of unit length; and
             "image_size" of one of timm's models, and "adapt" of one with adapters: `build_network(**spec)` builds the
             architecture that `save_model` saves.
@@ -86,6 +87,7 @@ class Network(nn.Module):
         super().__init__()
         self.spec: dict[str, Any] = {"kind": self.kind, "backbone": backbone.name, "num_classes": num_classes}
         self.spec |= backbone.spec
+        self.is_cut = backbone.is_cut
         self._groups, self._block = backbone.groups, backbone.block
         self._unit_features = unit_features or classifier == "cosine"
         if self._unit_features:

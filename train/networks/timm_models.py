@@ -26,8 +26,25 @@ from train.networks.weights import check_state, read_state
 
 PREFIX = "timm/"
 # Classes of timm's for which the rule holds; tests compare each with the whole model. Others are not cut.
-CUT = ("ConvNeXt", "ResNet", "VisionTransformer")
-# What is left of a name when a model is asked for in timm's words.
+CUT = (
+    "ConvNeXt",
+    "EfficientNet",
+    "Eva",
+    "MaxxVit",
+    "MetaFormer",
+    "MetaNeXt",
+    "MlpMixer",
+    "MobileNetV3",
+    "RegNet",
+    "RepVit",
+    "ResNet",
+    "ResNetV2",
+    "SwinTransformer",
+    "VisionTransformer",
+)
+# Parts without parameters that trunk and branch both need: rotary position embeddings.
+SHARED = ("rope",)
+# What models call their classifiers.
 CLASSIFIERS = ("head.fc", "head", "fc", "classifier", "head_dist")
 
 
@@ -69,6 +86,14 @@ class Parts:
     view: View
     groups: Any
     is_cut: bool
+
+
+class Nothing(nn.Module):
+    """In the place of a part that is elsewhere: returns what it is given, without what only that part needs."""
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        """See the class."""
+        return hidden
 
 
 class Trunk(nn.Module):
@@ -141,7 +166,9 @@ def make_parts(name: str, weights: str | None, image_size: int | None, drop_path
     model = _build(name, config, weights, size, drop_path)
     feature_dim = _check_features(name, model, size)
     groups = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
-    is_cut = type(model).__name__ in CUT
+    is_cut = type(model).__name__ in CUT and not any(
+        list(model.get_submodule(name).parameters()) for name, _ in model.named_children() if name in SHARED
+    )
     trunk, last = _cut(model) if is_cut else (nn.Identity(), model)
     branch = Branch(last)
 
@@ -192,6 +219,8 @@ def _build(name: str, config: Any, weights: str | None, size: int, drop_path: fl
     given: dict[str, Any] = {"num_classes": 0}
     if config.fixed_input_size:
         given["img_size"] = size
+    if timm.models.model_entrypoint(config.architecture).__module__ == "timm.models.eva":
+        given |= {"img_size": size, "dynamic_img_size": False}  # where a branch needs no maps' height and width
     if drop_path:
         given["drop_path_rate"] = drop_path
     bare = name.removeprefix(PREFIX)
@@ -298,17 +327,17 @@ def _cut(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     for key in path:
         names = [name for name, _ in above.named_children()]
         place = names.index(key)
-        before += [above.get_submodule(name) for name in names[:place]]
+        before += [above.get_submodule(name) for name in names[:place] if name not in SHARED]
         after += [(above, name) for name in names[place + 1 :]]
         parent, above = above, above.get_submodule(key)
     # What the trunk keeps is not copied.
-    memo: dict[int, Any] = {id(module): nn.Identity() for module in before}
+    memo: dict[int, Any] = {id(module): Nothing() for module in before}
     memo |= {id(parameter): nn.Parameter(torch.empty(0)) for _, parameter in direct}
     last = copy.deepcopy(model, memo)
     for name, _ in direct:
         last.register_parameter(name, None)
     for module, name in [*after, (parent, path[-1])]:
-        setattr(module, name, nn.Identity())
+        setattr(module, name, Nothing())
     return Trunk(model), last
 
 
