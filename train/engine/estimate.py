@@ -100,6 +100,26 @@ class Estimate:
         images = evaluations * len(watched) + 2 * sum(len(s) for name, s in dataset.splits.items() if name != "train")
         return steps * self.step_seconds + images * self.predict_seconds
 
+    def lines(self, config: Config, plan: TrainPlan, dataset: Dataset, steps: int, device: torch.device) -> list[str]:
+        """Return what is said of a run with so many steps to go."""
+        seconds, images = self.seconds(config, plan, dataset, steps), plan.rank_batch // config.optim.accumulate
+        measured = f"{self.steps} step{'s' * (self.steps > 1)} of {self.images} of {plan.rank_batch} images per stream"
+        lines = [
+            f"{self.parameters / 1e6:.3g} M parameters, about {said_bytes(self.peak(images, device))} of memory,"
+            f" {said_time(self.step_seconds)} a step: about {said_time(seconds)} for {steps:,} steps and evaluations"
+            f" (measured: {measured})"
+        ]
+        if seconds > SENSIBLE[device.type]:
+            lines.append(
+                f"warning: that is long for {'a CPU' if device.type == 'cpu' else 'a GPU'}: --loop.budget 8h fits the"
+                " epochs into a time; a smaller --input.image_size or --model.backbone takes less for each"
+            )
+        return lines
+
+    def peak(self, images: int, device: torch.device) -> int:
+        """Return the bytes of the whole process, on a CPU, or of those on the GPU."""
+        return self.memory(images) + (self.process_bytes if device.type == "cpu" else 0)
+
 
 def measure(
     method: Method, plan: TrainPlan, config: Config, accelerator: Accelerator, steps: int, load: bool
@@ -231,26 +251,6 @@ def _resident_bytes() -> int:
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-    def lines(self, config: Config, plan: TrainPlan, dataset: Dataset, steps: int, device: torch.device) -> list[str]:
-        """Return what is said of a run with so many steps to go."""
-        seconds, images = self.seconds(config, plan, dataset, steps), plan.rank_batch // config.optim.accumulate
-        measured = f"{self.steps} step{'s' * (self.steps > 1)} of {self.images} of {plan.rank_batch} images per stream"
-        lines = [
-            f"{self.parameters / 1e6:.3g} M parameters, about {said_bytes(self.peak(images, device))} of memory,"
-            f" {said_time(self.step_seconds)} a step: about {said_time(seconds)} for {steps:,} steps and evaluations"
-            f" (measured: {measured})"
-        ]
-        if seconds > SENSIBLE[device.type]:
-            lines.append(
-                f"warning: that is long for {'a CPU' if device.type == 'cpu' else 'a GPU'}: --loop.budget 8h fits the"
-                " epochs into a time; a smaller --input.image_size or --model.backbone takes less for each"
-            )
-        return lines
-
-    def peak(self, images: int, device: torch.device) -> int:
-        """Return the bytes of the whole process, on a CPU, or of those on the GPU."""
-        return self.memory(images) + (self.process_bytes if device.type == "cpu" else 0)
 
 
 def estimate_run(

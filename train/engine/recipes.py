@@ -165,6 +165,6 @@ def _fit(
     noise = "finetune" not in choice.parts
     if noise and epochs * steps < fit["steps"]:
         choice.notes.append(
-            f"warning: {images:,} images are too few to learn from random weights: {fit['steps']:,} steps are sensible,"
-            f" and in {epochs} epochs there are {epochs * steps:,}; start from pretrained weights (--model.weights)"
+            f"warning: {images:,} images are few to learn from random weights: {fit['steps']:,} steps are sensible;"
+            " start from pretrained ones (--model.weights default, or a file)"
         )
