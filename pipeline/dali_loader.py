@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -103,7 +104,8 @@ def build_pipeline(
             starts = starts + 0 * sizes
             images = fn.decoders.image_slice(files, start=starts, shape=shapes, axis_names="HW", **options)
         if gpu is not None:
-            images = fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_LINEAR, antialias=True)
+            filter_ = types.INTERP_CUBIC if recipe.interpolation == "bicubic" else types.INTERP_LINEAR
+            images = fn.resize(images, size=[image_size, image_size], interp_type=filter_, antialias=True)
             images = fn.flip(images, horizontal=flips)
         pipeline.set_outputs(images)
     pipeline.build()
@@ -214,7 +216,8 @@ class _Stream:
         share = -(-len(windows) // self._resizers)
         firsts = range(0, len(windows), share)
         parts = [(windows[i : i + share], images_BHWC[i : i + share], draw.flips_B[i : i + share]) for i in firsts]
-        list(self._pool.map(resize_windows, *zip(*parts, strict=True)))
+        resize = partial(resize_windows, interpolation=draw.interpolation)
+        list(self._pool.map(resize, *zip(*parts, strict=True)))
         return images_BHWC
 
     def close(self) -> None:

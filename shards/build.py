@@ -1,7 +1,7 @@
 """Build a dataset: list a source, plan its splits, write the shards, index them, and publish it all at once.
 
-A build can be interrupted at any moment, even by kill -9: the same command goes on with the shards that are
-done. The same source and options give the same bytes in every file, whatever the number of workers and of
+A build can be interrupted at any moment, even by kill -9: the same command resumes it and keeps the shards that
+are done. The same source and options give the same bytes in every file, whatever the number of workers and of
 interruptions.
 """
 
@@ -66,7 +66,7 @@ def build(
     """Build shards and a class index from images.
 
     A dataset that is already there, built from the same images with the same options, is left as it is. A build
-    that was interrupted goes on.
+    that was interrupted is resumed.
 
     Args:
         dataset: what to build: digits (comes with scikit-learn), fashion-mnist, cifar10, cifar100, inat2017,
@@ -170,16 +170,16 @@ def build(
             elif staging.read_json(PLAN) in (None, _plan_file(options)):
                 staging.clear()  # an --overwrite with the same options that was interrupted
     except (KeyboardInterrupt, SystemExit):
-        say(f"{out} is unfinished; the same command goes on with it")
+        say(f"{out} is unfinished; the same command resumes it")
         raise
     except MemoryError:
         raise UserError(
-            f"not enough memory to build {out}; give fewer --workers or --shorter-side, and the same command goes on"
+            f"not enough memory to build {out}; resume with the same command and fewer --workers, or --shorter-side"
         ) from None
     except OSError as error:
         raise UserError(
             f"{out} cannot be written: {error.strerror or error}; fix that or give another --out"
-            " (shards that are done are kept, and the same command goes on with them)"
+            " (shards that are done are kept, and the same command resumes the build)"
         ) from None
     return out
 
@@ -214,7 +214,7 @@ def _build(
     if begun is not None and begun != wanted and not overwrite:
         raise UserError(
             f"{out} holds an unfinished build {difference(begun, wanted)};"
-            " give --overwrite to begin anew, or another --out"
+            " give --overwrite to start over, or another --out"
         )
     remembered = staging.read_json(FINDINGS) if begun == wanted else None
     if remembered is not None:
@@ -257,7 +257,7 @@ def _build(
         say(f"note: {rejected} of {total} images are left out ({kinds}); {REJECTED} names them")
     asked, reached = options["imbalance_factor"], manifest["imbalance_factor"]
     if asked is not None and f"{asked:.4g}" != f"{reached:.4g}":
-        say(f"note: imbalance factor {reached:.4g} is reached, of {asked:.4g} that was asked for")
+        say(f"note: the imbalance factor is {reached:.4g}, not the {asked:.4g} that was asked for")
     print(summary(open_dataset(out)))
 
 

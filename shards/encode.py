@@ -7,6 +7,7 @@ decoded here, once.
 import hashlib
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,16 +19,24 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from shards.strict import check_png, markers_follow
 
+try:
+    import pi_heif
+except ImportError:  # an extra: few collections hold photographs as phones write them
+    pass
+else:
+    pi_heif.register_heif_opener()
+
 # What an image collection may hold. PIL knows more, but some of it starts other programs (EPS) or is no
 # picture by itself (PDF, HDF5).
 LOSSLESS = ("PNG", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "PCX", "SGI", "QOI", "ICO")
-LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
+LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000", "HEIF")
 # PIL gives each picture's memory back to the system, which hands it out again page by page: a fifth of the time.
 Image.core.set_blocks_max(8)
 EXTENSIONS = {end for end, kind in Image.registered_extensions().items() if kind in LOSSLESS + LOSSY}
 # Other pictures that people have, to be named when they are left out.
 UNREAD_EXTENSIONS = {".webp", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".tif", ".tiff", ".psd", ".dng"} - EXTENSIONS
 UNREAD_EXTENSIONS |= {".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}  # of cameras
+HEIF_EXTENSIONS = {".heic", ".heif"}
 # An MPO is a JPEG with a second picture behind it, and is opened as one.
 OPENED = [kind for kind in LOSSLESS + LOSSY if kind in Image.OPEN]
 
@@ -56,6 +65,21 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def unread(kinds: Counter[str]) -> str:
+    """Return which images this PIL does not read, and what would: for a note about files that are left out.
+
+    Args:
+        kinds: how many there are of each of `UNREAD_EXTENSIONS`.
+    """
+    found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+    remedies = []
+    if heif := [kind for kind in kinds if kind in HEIF_EXTENSIONS]:
+        remedies.append(f"for {' and '.join(sorted(heif))}: pip install pi-heif")
+    if others := [kind for kind, _ in kinds.most_common() if kind not in HEIF_EXTENSIONS]:
+        remedies.append(f"ImageMagick turns {others[0]} into JPEG: magick mogrify -format jpg *{others[0]}")
+    return f"images that this PIL does not read are left out: {found}; {'; '.join(remedies)}"
 
 
 class BadImageError(Exception):
@@ -192,7 +216,7 @@ def depth(data: bytes) -> Depth:
                     return Depth(colour=int(np.asarray(image)[..., :3].max()))
     except MemoryError:
         raise
-    except Exception:  # told when it is encoded
+    except Exception:  # reported when it is encoded
         pass
     return Depth()
 
@@ -206,8 +230,12 @@ def _unidentified(data: bytes) -> str:
     """Tell a picture in a format that this PIL lacks from what is no picture."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WebP, which this PIL does not read"
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
-        return "HEIC, which this PIL does not read"
+    if (
+        ".heic" in UNREAD_EXTENSIONS
+        and data[4:8] == b"ftyp"
+        and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+    ):
+        return "HEIC, which this PIL does not read (pip install pi-heif)"
     if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
         return "AVIF, which this PIL does not read"
     return "not an image"

@@ -46,7 +46,7 @@ def cache_folder() -> Path:
 class RemoteStore:
     """A `shards.store.Store` behind a URL. Object stores put whole files in place and know no folders and no locks.
 
-    Two builders at one URL are not told of each other: with the same options they write the same bytes, with other
+    Two builders at one URL do not know of each other: with the same options they write the same bytes, with other
     options the second one finds the first one's plan and is refused.
     """
 
@@ -166,8 +166,7 @@ def cached_dataset(url: str, manifest_name: str) -> Path:
         manifest = RemoteStore(url).read(manifest_name)
     except FileNotFoundError:
         raise UserError(
-            f"{url} has no {manifest_name}, so it is not a dataset; build one with: scripts/build_shards.sh digits"
-            f" --out {url}"
+            f"{url} has no {manifest_name}, so it is not a dataset; build one with: tailstream build digits --out {url}"
         ) from None
     except OSError as error:
         raise UserError(f"{url} cannot be read: {error.strerror or error}") from None

@@ -23,7 +23,7 @@ def summary(dataset: Dataset) -> str:
         [
             f"{dataset.name}: {_splits(dataset)}; {len(dataset.classes)} classes",
             _tail(dataset),
-            f"built in {dataset.place}; next: accelerate launch train/bbn.py --data {dataset.place}",
+            f"built in {dataset.place}; next: tailstream train bbn --data {dataset.place}",
         ]
     )
 
@@ -66,7 +66,7 @@ def lost_shards(dataset: Dataset) -> list[str]:
             size = sizes.get(shard["file"])
             if size != shard["bytes"]:
                 problem = "missing" if size is None else f"{size:,} bytes long, not {shard['bytes']:,}"
-                lost.append(f"{shard['file']}: {problem}; run: python -m shards verify {place}")
+                lost.append(f"{shard['file']}: {problem}; run: tailstream verify {place}")
     return lost
 
 

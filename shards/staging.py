@@ -11,7 +11,7 @@
         dataset.json              written when everything is there, to be moved
         old.json                  the manifest of the dataset whose place is taken, while it is taken
 
-Files appear under their names whole. So a builder may be killed at any moment, and the same command goes on
+Files appear under their names whole. So a builder may be killed at any moment, and the same command resumes
 with what it finds.
 """
 

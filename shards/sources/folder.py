@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from shards.encode import EXTENSIONS, UNREAD_EXTENSIONS
+from shards.encode import EXTENSIONS, UNREAD_EXTENSIONS, unread
 from shards.errors import UserError
 from shards.progress import Progress
 from shards.sources.files import FileReader, FoundFiles, check_folder, escaped_note, printable
@@ -46,7 +46,9 @@ def open_source(path: Path | None) -> Source:
                 found, foreign = _images(root, folder)
                 if not found:
                     only = f" (only {_kinds(foreign)})" if foreign else ""
-                    raise UserError(f"class folder {folder} holds no images{only}; add some or remove the folder")
+                    unreadable = _unread(foreign)
+                    why = f"; {unread(unreadable)}" if unreadable else ""
+                    raise UserError(f"class folder {folder} holds no images{only}; add some or remove the folder{why}")
                 others += foreign
                 for name in found:
                     files.add(name, f"{root}/{name}")
@@ -59,15 +61,10 @@ def open_source(path: Path | None) -> Source:
         raise UserError(f"class {untrained[0]!r} has no training images: {roots['train'] / untrained[0]} is missing")
     if loose := sum(_is_image(path.name) for folder in roots.values() for path in folder.iterdir()):
         notes.append(f"images that lie in no class folder are skipped: {loose}")
-    if plain := Counter({kind: n for kind, n in others.items() if kind not in UNREAD_EXTENSIONS}):
+    unreadable = _unread(others)
+    if plain := others - unreadable:
         notes.append(f"files that are no images are skipped: {_kinds(plain)}")
-    skipped = []
-    if unread := others - plain:
-        kind = unread.most_common(1)[0][0]
-        skipped.append(
-            f"images that this PIL does not read are left out: {_kinds(unread)};"
-            f" ImageMagick turns them into JPEG: magick mogrify -format jpg *{kind}"
-        )
+    skipped = (unread(unreadable),) if unreadable else ()
     notes += escaped_note(splits)
     classes = [printable(name) for name in folder_names]
     reader = FileReader(root)
@@ -78,7 +75,7 @@ def open_source(path: Path | None) -> Source:
         fingerprint(classes, splits),
         peek=reader.peek,
         notes=tuple(notes),
-        skipped=tuple(skipped),
+        skipped=skipped,
     )
 
 
@@ -125,6 +122,10 @@ def _images(root: Path, class_folder: Path) -> tuple[list[str], Counter[str]]:
 
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+
+
+def _unread(files: Counter[str]) -> Counter[str]:
+    return Counter({kind: count for kind, count in files.items() if kind in UNREAD_EXTENSIONS})
 
 
 def _kinds(files: Counter[str]) -> str:

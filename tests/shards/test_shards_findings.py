@@ -29,7 +29,7 @@ def half_lost(tmp_path, image_folder):
     return source
 
 
-def test_a_class_of_bad_images_is_left_out_and_told(tmp_path, half_lost, capsys):
+def test_a_class_of_bad_images_is_left_out_and_reported(tmp_path, half_lost, capsys):
     out = build("folder", source=half_lost, out=tmp_path / "out", workers=1, shard_samples=4)
     err = capsys.readouterr().err
     assert "note: classes of which no training image can be read are left out: 1 (b), for example b/" in err

@@ -116,7 +116,7 @@ def images(dataset):
 def test_a_bucket_holds_the_same_bytes_and_training_reads_them(tmp_path, pets, bucket, cache, capsys):
     local = build("folder", source=pets, out=tmp_path / "where", shard_samples=4, workers=1)
     assert build("folder", source=pets, out=bucket, shard_samples=4, workers=2) == bucket
-    assert f"built in {bucket}; next: accelerate launch train/bbn.py --data {bucket}" in capsys.readouterr().out
+    assert f"built in {bucket}; next: tailstream train bbn --data {bucket}" in capsys.readouterr().out
     assert remote_contents(bucket) == contents(local)
 
     dataset = open_dataset(bucket)
@@ -438,7 +438,7 @@ def test_inspect_finds_copies_and_misses_shards_behind_a_url(remote, memory):
     (line,) = lost_shards(dataset)
     assert line.startswith(f"train-000000.tar: {len(data) - 512:,} bytes long, not {len(data):,}; run: ")
     files.rm_file(shard)
-    assert lost_shards(dataset) == [f"train-000000.tar: missing; run: python -m shards verify {memory}"]
+    assert lost_shards(dataset) == [f"train-000000.tar: missing; run: tailstream verify {memory}"]
 
 
 def test_a_source_image_of_the_same_size_is_another_one_behind_a_url_too(tmp_path, memory, image_folder):
