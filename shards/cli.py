@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -67,5 +68,11 @@ def run_commands(program: str, commands: dict[str, Any], argv: Sequence[str] | N
     """Run the function that the command line names and return its result; a UserError exits with status 2."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names may have letters that a terminal's encoding lacks
-    with user_errors_exit_2(program):
-        return auto_cli(commands, args=argv, prog=program, parser_class=Parser)
+    try:
+        with user_errors_exit_2(program):
+            result = auto_cli(commands, args=argv, prog=program, parser_class=Parser)
+            sys.stdout.flush()
+            return result
+    except BrokenPipeError:  # whoever reads the output has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
