@@ -9,7 +9,9 @@ from train.engine.config import Config, Input, Loop, Model, Optim
 
 # Processes of tests are forked from a server that has imported everything. A session has one such server, so it starts
 # before a loader starts it with less.
-multiprocessing.set_forkserver_preload(["train.bbn", "train.erm", "pipeline.dali_loader", "pipeline.torch_loader"])
+multiprocessing.set_forkserver_preload(
+    ["train.bbn", "train.erm", "train.engine.session", "pipeline.dali_loader", "pipeline.torch_loader"]
+)
 forkserver.ensure_running()
 
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jsonargparse.typing import ClosedUnitInterval
+
 from train.engine.calls import make_settings, split_call, unknown
-from train.networks.adapters import KINDS
-from train.networks.timm_models import PREFIX, own_view
 
 
 @dataclass
@@ -20,11 +20,13 @@ class Model:
             torchvision's names, or a local file (.safetensors, .pth).
         adapt: of a vision transformer, train small layers beside its own, which keep their pretrained weights:
             adaptformer or lora, such as "adaptformer(dim=16)" or "lora(rank=8)".
+        drop_path: with which probability training leaves out the last block for an image; earlier ones less often.
     """
 
     backbone: str = "resnet32"
     weights: str | None = None
     adapt: str | None = None
+    drop_path: ClosedUnitInterval = 0.0
 
     def network(self) -> dict[str, Any]:
         """Return what `train.networks.networks.build_network` takes of these."""
@@ -37,6 +39,8 @@ def make_adapter(text: str) -> dict[str, Any]:
     Raises:
         UserError: an unknown name, a setting that the adapter does not have, or a value that it cannot have.
     """
+    from train.networks.adapters import KINDS
+
     name, given = split_call("model.adapt", text, "adaptformer or adaptformer(dim=16)")
     if name not in KINDS:
         raise unknown("model.adapt", name, KINDS)
@@ -53,6 +57,8 @@ def with_own_view(defaults: Mapping[str, dict[str, Any]], backbone: str) -> dict
     Raises:
         UserError: a name that timm does not know.
     """
+    from train.networks.timm_models import PREFIX, own_view
+
     if not backbone.startswith(PREFIX):
         return dict(defaults)
     view, given = own_view(backbone), defaults.get("input", {})

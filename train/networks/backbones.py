@@ -8,6 +8,7 @@ import difflib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,9 @@ def make_backbone(
             or another of torchvision's names, such as "IMAGENET1K_V2"; or the path of a .safetensors or .pth file with
             a state dict of the whole network, in torchvision's names or timm's. Its classifier is left out.
         image_size: of the pictures to come, which vision transformers have to know; None: the model's own.
-        drop_path: the rate of stochastic depth at the last block; timm's models only.
+        drop_path: the rate of stochastic depth at the last block: how probably training leaves a block out for an
+            image (Huang et al., "Deep Networks with Stochastic Depth", 2016). It rises linearly from 0 at the first
+            block. Draws come from torch's generator.
 
     Raises:
         UserError: unknown backbone; weights that are unknown, unreadable or of another backbone; what the model cannot
@@ -127,10 +130,6 @@ def make_backbone(
             {"image_size": image_size or parts.view.image_size},
             parts.groups,
             is_cut=parts.is_cut,
-        )
-    if drop_path:
-        raise UserError(
-            f"backbone {name!r} has no stochastic depth (drop path); choose one of timm's, such as timm/{name}"
         )
     if name in _OWN_RESNETS:
         net, owner = _OWN_RESNETS[name](), "a"
@@ -150,6 +149,10 @@ def make_backbone(
         }
         layers = ", ".join(key for key, stage in stages.items() if stage.state_dict())
         load_state(nn.Sequential(stages), state, weights, f"give the state dict of {owner} {name} ({layers})")
+    if drop_path:
+        _use_drop_path(
+            [block for key, stage in stages.items() if key.startswith("layer") for block in stage], drop_path
+        )
     last_stage = next(reversed(stages))
     *first_blocks, last_block = stages[last_stage].children()
     stages[last_stage] = nn.Sequential(*first_blocks)
@@ -169,6 +172,18 @@ def make_backbone(
         groups={"stem": r"^(?:conv1|bn1)", "blocks": r"^layer(\d+)\.(\d+)"},
         block=f"{last_stage}.{len(first_blocks)}.",
     )
+
+
+def _use_drop_path(blocks: list[nn.Module], rate: float) -> None:
+    """Let ResNets' blocks drop what is to be added to their shortcut, which ends with a norm; see `make_backbone`."""
+    from torchvision.ops import stochastic_depth
+
+    def drop(of_block: float, norm: nn.Module, _: Any, maps_BDHW: Tensor) -> Tensor:
+        return stochastic_depth(maps_BDHW, of_block, "row", norm.training)
+
+    for number, block in enumerate(blocks):
+        norm = block.bn3 if hasattr(block, "bn3") else block.bn2
+        norm.register_forward_hook(partial(drop, rate * number / (len(blocks) - 1)))
 
 
 def _torchvision_resnets() -> list[str]:

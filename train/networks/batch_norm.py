@@ -195,7 +195,7 @@ def use_stream_batch_norm(network: nn.Module, synchronised: bool | None = None) 
             if not isinstance(child, StreamBatchNorm2d):
                 norm = StreamBatchNorm2d(child.num_features, child.eps, child.momentum)
                 norm._parameters, norm._buffers = child._parameters, child._buffers
-                norm._modules = child._modules
+                norm._modules, norm._forward_hooks = child._modules, child._forward_hooks
                 norm.train(child.training)
                 setattr(module, name, norm)
                 child = norm

@@ -17,7 +17,7 @@ classifier on features of unit length, so that second stages, prediction and exp
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,7 @@ class Network(nn.Module):
     Attributes:
         kind: the kind's name in `build_network`.
         branches: last blocks that it has, beside each other.
+        trunk_is_frozen: whether training leaves the trunk as it is; see `freeze_trunk`.
         is_cut: False where the trunk is empty and the branch is the whole network.
         spec: {"kind", "backbone", "num_classes"}; "unit_features": true where features are of unit length; and
             "image_size" of one of timm's models, and "adapt" of one with adapters: `build_network(**spec)` builds the
@@ -73,6 +74,7 @@ class Network(nn.Module):
 
     kind: ClassVar[str]
     branches: ClassVar[int]
+    trunk_is_frozen: bool = False
 
     def __init__(
         self,
@@ -104,6 +106,21 @@ class Network(nn.Module):
     def depths(self) -> int:
         """Stages of the trunk after which maps can be mixed: depths are 0 … `depths`; 0 of timm's models."""
         return sum(name.startswith("layer") for name, _ in self.trunk.named_children())
+
+    def freeze_trunk(self) -> None:
+        """Keep the trunk as it is from now on: without gradients, its batch norm as in evaluation.
+
+        Nothing of it is kept for the backward pass then, because nothing in it needs a gradient.
+        """
+        self.trunk_is_frozen = True
+        self.trunk.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Train or evaluate, as every module; a frozen trunk always evaluates."""
+        super().train(mode)
+        if self.trunk_is_frozen:
+            self.trunk.eval()
+        return self
 
     def set_grad_checkpointing(self, on: bool = True) -> None:
         """Keep only what each block of the trunk takes, and compute the rest again in the backward pass.
