@@ -223,41 +223,50 @@ def _build(name: str, config: Any, weights: str | None, size: int, drop_path: fl
         given |= {"img_size": size, "dynamic_img_size": False}  # where a branch needs no maps' height and width
     if drop_path:
         given["drop_path_rate"] = drop_path
+    default = weights is not None and weights.lower() == "default"
+    if default and not config.has_weights:
+        raise UserError(f"timm has no weights for {name}; give a file with --model.weights, or leave it out")
+    timm.models.set_pretrained_download_progress(True)
     bare = name.removeprefix(PREFIX)
     try:
-        model: nn.Module = timm.create_model(bare, **given)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        what = "stochastic depth, or " if drop_path else ""
+        model: nn.Module = timm.create_model(bare, pretrained=default, **given)
+    except Exception as error:  # of timm, of the hub's client, of HTTP: whatever stands between here and the file
+        if default and _can_be_built(bare, given):
+            raise UserError(
+                f"the weights of {name} cannot be downloaded ({type(error).__name__}); {_where(config)}"
+            ) from None
+        if drop_path and "drop_path_rate" in str(error):
+            raise UserError(f"{name} has no stochastic depth; set --model.drop_path 0") from None
         raise UserError(
-            f"{name} cannot be built for {what}pictures of {size}×{size} ({_line(error)}); give"
+            f"{name} cannot be built for pictures of {size}×{size} pixels ({_line(error)}); give"
             f" --input.image_size {config.input_size[-1]}, its own"
         ) from None
-    if weights is not None and weights.lower() == "default":
-        _download(name, config, model)
-    elif weights is not None:
+    if weights is not None and not default:
         _load(name, config, model, weights)
     return model
 
 
-def _download(name: str, config: Any, model: nn.Module) -> None:
-    from timm.models import load_pretrained, set_pretrained_download_progress
+def _can_be_built(bare: str, given: dict[str, Any]) -> bool:
+    import timm
 
-    if not config.has_weights:
-        raise UserError(f"timm has no weights for {name}; give a file with --model.weights, or leave it out")
-    set_pretrained_download_progress(True)
-    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        load_pretrained(model, num_classes=0, filter_fn=filter_fn)
-    except Exception as error:  # of timm, of the hub's client, of HTTP: whatever stands between here and the file
-        if config.hf_hub_id:
-            file = config.hf_hub_filename or "model.safetensors"
-            place = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}"
-        else:
-            place = file = str(config.url)
-        raise UserError(
-            f"the weights of {name} cannot be downloaded ({type(error).__name__}); download {place} where there is a"
-            f" network, copy {file.rpartition('/')[2]} to this machine and give --model.weights PATH of it"
-        ) from None
+        timm.create_model(bare, **given)
+    except Exception:
+        return False
+    return True
+
+
+def _where(config: Any) -> str:
+    """Say where the weights' file is, and what to do with it."""
+    if config.hf_hub_id:
+        file = config.hf_hub_filename or "model.safetensors"
+        place = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}"
+    else:
+        place = str(config.url)
+    return (
+        f"download {place} where there is a network, copy {place.rpartition('/')[2]} to this machine and give"
+        " --model.weights PATH of it"
+    )
 
 
 def _load(name: str, config: Any, model: nn.Module, weights: str) -> None:
@@ -287,13 +296,18 @@ def _check_features(name: str, model: nn.Module, size: int) -> int:
         raise UserError(f"{name} has no features for a classifier; choose another of timm's models")
     was_training = model.training
     model.eval()
+
+    def shape_of(images_BCHW: Tensor) -> tuple[int, ...]:
+        return tuple(model.forward_head(model.forward_features(images_BCHW), pre_logits=True).shape)
+
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            images_BCHW = fake.from_tensor(torch.zeros(2, 3, size, size))
-            features = model.forward_head(model.forward_features(images_BCHW), pre_logits=True)
-            shape = tuple(features.shape)
-    except Exception as error:
-        raise UserError(_cannot_take(name, model, size, error)) from None
+            shape = shape_of(fake.from_tensor(torch.zeros(2, 3, size, size)))
+    except Exception:  # some models look at the values
+        try:
+            shape = shape_of(torch.zeros(2, 3, size, size))
+        except Exception as error:
+            raise UserError(_cannot_take(name, model, size, error)) from None
     finally:
         model.train(was_training)
     if len(shape) != 2:
