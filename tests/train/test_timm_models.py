@@ -15,8 +15,9 @@ from shards.errors import UserError
 from train import afg, bbn, decouple, erm, export, predict, sdn
 from train.engine.launch import run
 from train.networks.batch_norm import StreamBatchNorm2d
+from train.networks.depths import part_of
 from train.networks.model_files import load_model, read_description, save_model
-from train.networks.networks import HiddenMix, build_network, part_of
+from train.networks.networks import HiddenMix, build_network
 
 # timm's own models for tests, a family each: batch norm, layer norm over channels, tokens.
 FAMILIES = {"resnet": "test_resnet", "convnext": "test_convnext", "vit": "test_vit"}
