@@ -9,11 +9,14 @@ came after it, on the frozen network of a finished run:
     lws            learnable weight scaling: W and b frozen, a scale per logit
     tau            rows of W divided by their norm's power τ
     ncm            the nearest class mean, by angle or by distance
-    mislas         scales and weights on balanced draws with label-aware smoothing (Zhong et al., CVPR 2021), without
-                   its shifted batch norm: features are those of the network as it was trained
+    mislas         scales and weights on balanced draws with label-aware smoothing, after batch norm was shifted
+                   (Zhong et al., CVPR 2021; train/features/shift.py, --input.shift_batch_norm false for without)
     adjusted       stage one less τ·log prior (Menon et al., ICLR 2021)
     oversampling   scales and weights on the real features, every class n_max times
     plain          the same on the real features as they are
+
+The first two and mislas also on the data as it is (--method.q 1), with class weights or without: how BBN's Figure 2
+re-trains classifiers. --input.branch conventional takes one branch of a BBN run (its Table 5).
 
 Rates, τ and the like are chosen on the val split where it has images enough. The code is that of the table which
 train/afg.py prints (train/features/candidates.py). Seconds on a CPU for features of some thousand images.
@@ -25,7 +28,8 @@ from typing import Any, Literal
 from jsonargparse.typing import PositiveFloat
 
 from shards.errors import UserError
-from train.features.candidates import RATES
+from train.engine.weights import make_weighting
+from train.features.candidates import RATES, REFERENCES
 from train.features.commands import Program, stage_parser
 from train.features.stage_two import Stage, close_stage, make_families, run_stage
 
@@ -49,11 +53,17 @@ class Settings:
 
     Attributes:
         classifier: see above; `--classifier` for short.
+        q: the sampler of crt, lws and mislas: 0, classes in balance; or 1, the data as it is, passed over until as many
+            images are seen.
+        weights: of classes in the loss of these three: none, inverse (of their images) or effective (number of
+            samples), such as "effective(beta=0.999)".
         rates: factors of the learning rate that the val split chooses from; extended while the largest or the smallest
             wins. The first is taken without a val split, and a single one is kept.
     """
 
     classifier: Literal["crt", "lws", "tau", "ncm", "mislas", "adjusted", "oversampling", "plain"] = "crt"
+    q: Literal[0, 1] = 0
+    weights: str = "none"
     rates: list[PositiveFloat] = field(default_factory=lambda: list(RATES))
 
 
@@ -61,7 +71,11 @@ def run(argv: list[str] | None = None) -> None:
     """Run the stage from its command line; exits with 2 for a user's mistake, told in one line."""
     parser = stage_parser("decouple", (__doc__ or "").split("\n")[0], Settings)
     parser.add_argument("--classifier", type=Literal[tuple(TITLES)] | None, help="short for --method.classifier")
-    run_stage(Program("decouple", "a second-stage classifier", parser, _check), train, argv)
+    run_stage(Program("decouple", "a second-stage classifier", parser, _check, shifts=_shifts), train, argv)
+
+
+def _shifts(config: Any) -> bool:
+    return bool(config.method.classifier == "mislas")
 
 
 def _check(config: Any) -> None:
@@ -69,15 +83,31 @@ def _check(config: Any) -> None:
         config.method.classifier = config.classifier
     if not config.method.rates:
         raise UserError("method.rates is empty; give at least one factor, such as [1.0]")
+    weighting = make_weighting(config.method.weights)
+    if TITLES[config.method.classifier][1] not in REFERENCES and (config.method.q or weighting):
+        named = "method.q=1" if config.method.q else f"method.weights={config.method.weights}"
+        raise UserError(
+            f"{named} is for classifier crt, lws or mislas, and it is {config.method.classifier}; leave one of them out"
+        )
+
+
+def title_of(settings: Settings, input: Any) -> str:
+    """Return what tables say of settings that are not the classifier's usual ones."""
+    weighting = make_weighting(settings.weights)
+    said = [f"q={settings.q}"] * (settings.q != 0) + [weighting.title] * (weighting is not None)
+    said += [f"{input.branch} branch"] * (input.branch != "both")
+    shifts = {None: [], True: ["shifted batch norm"], False: ["batch norm as it is"]}[input.shift_batch_norm]
+    return "".join(f", {one}" for one in said + shifts)
 
 
 def train(stage: Stage) -> None:
     """Make the candidates of the family, choose one, and leave a finished run folder."""
     settings = stage.config.method
     title, family = TITLES[settings.classifier]
-    families = make_families(stage, rates=settings.rates)
+    families = make_families(stage, rates=settings.rates, q=settings.q, weights=settings.weights)
     closed = settings.classifier in CLOSED
     best = stage.judge.best(families.closed(family) if closed else families.on_real_features(family)[family])
+    title += title_of(settings, stage.config.input)
     chosen = ", ".join(f"{name} {value}" for name, value in best.setting.items())
     stage.accelerator.print(f"{title}: {chosen}" + (" chosen on val" if stage.watched else ""))
     close_stage(stage, title, best, setting=best.setting, setting_selected_on=stage.watched)

@@ -15,7 +15,7 @@ from simple to complex. train/afg.py shows all but NCM beside itself; train/deco
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -39,6 +39,8 @@ RATES = (1.0, 0.25, 4.0)
 TAUS = (1.0, *(t / 10 for t in range(21) if t != 10))
 # A grid of rates whose end wins is extended by RATE_STEP, up to this factor of the first rate either way.
 RATE_STEP, RATE_BOUND = 4.0, 4.0**6
+# Families that are trained as their reference trains them, and the kind of their classifiers.
+REFERENCES: dict[str, Kind] = {"cRT": "linear", "LWS": "lws", "MiSLAS": "scaled"}
 # Images a class that the held-out split needs on average; with fewer, a choice among classifiers is mostly noise.
 IMAGES_TO_CHOOSE = 10
 
@@ -117,6 +119,9 @@ class Families:
         reference: of cRT, LWS and MiSLAS.
         kind: AFG's classifier.
         rates: factors of each rate that are tried; where there is one, it is kept.
+        q: the sampler of cRT, LWS and MiSLAS: 0, classes in balance; or 1, every feature once, over and over until as
+            many are seen.
+        weights: of classes, in the loss of these three; see `Recipe`.
     """
 
     stage_one: nn.Linear
@@ -127,6 +132,8 @@ class Families:
     reference: ReferenceOptim
     kind: Kind = "scaled"
     rates: Sequence[float] = RATES
+    q: Literal[0, 1] = 0
+    weights: str = "none"
     unit: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -150,17 +157,19 @@ class Families:
     def recipes(self, name: str) -> tuple[Source, list[Recipe]]:
         """Return what a trained family on real features sees, and its recipes at the first rate."""
         o, r = self.optim, self.reference
-        if name in ("cRT", "LWS", "MiSLAS"):
-            kind: Kind = {"cRT": "linear", "LWS": "lws", "MiSLAS": "scaled"}[name]  # type: ignore[assignment]
-            epochs = r.lws_epochs if name == "LWS" else r.crt_epochs
-            plain = Recipe(kind, epochs, r.lr, r.momentum, r.weight_decay, early_cosine=True)
+        if name in REFERENCES:
+            epochs, passes = r.lws_epochs if name == "LWS" else r.crt_epochs, 1.0
+            if self.q == 1:
+                counts_C = self.mixture.gaussians.counts_C
+                passes = len(counts_C) * int(counts_C.max()) / int(counts_C.sum())
+            plain = Recipe(REFERENCES[name], round(epochs * passes), r.lr, r.momentum, r.weight_decay, early_cosine=True)
+            plain = replace(plain, weights=self.weights)
+            source = Source("oversampled" if self.q == 0 else "each-once", r.batch_size)
             if name == "MiSLAS":
                 # ε of the largest and the smallest class, and the rate of W beside that of the scales.
                 plain = replace(plain, early_cosine=False, weight_rate=0.1)
-                return Source("oversampled", r.batch_size), [
-                    replace(plain, smoothing=ends) for ends in ((0.3, 0.0), (0.1, 0.0), (0.4, 0.1))
-                ]
-            return Source("oversampled", r.batch_size), [plain]
+                return source, [replace(plain, smoothing=ends) for ends in ((0.3, 0.0), (0.1, 0.0), (0.4, 0.1))]
+            return source, [plain]
         sampling: Sampling = "each-once" if name == "no generation" else "oversampled"
         recipe = Recipe(self.kind, o.epochs, o.lr, o.momentum, o.weight_decay, self.unit)
         return Source(sampling, o.batch_size), [recipe]

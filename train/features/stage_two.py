@@ -36,7 +36,10 @@ from train.features.classifiers import FEATURES_PER_BLOCK, measure
 from train.features.commands import Program, Stops, defaults
 from train.features.gaussians import find_support, fit, head_classes
 from train.features.mixing import Mixture
+from train.features.shift import FOLDER as SHIFTED
+from train.features.shift import batch_norms, shifted
 from train.networks.model_files import SELECTED_FILE, choose_weights, load_model, save_model, save_selected_model
+from train.networks.networks import BilateralNetwork
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Stage:
         started: when it began, by time.perf_counter.
         weights: which of the stage-one run's weights the network has: "last" or "selected".
         input: what the network sees.
+        home: the folder that keeps the network's features: that of stage one, or of the shifted network.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Stage:
     started: float
     weights: str
     input: Input
+    home: Path
 
     def average(self, gradient: Tensor) -> Tensor:
         """Return the mean of a gradient over all ranks."""
@@ -137,15 +142,20 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
     saved = runs.read_config(source)
     if not (source / "summary.json").exists():
         raise UserError(f"{source} is not finished; resume it: train/{saved['about']['method']}.py --resume")
-    dataset = find_dataset(asked.data or saved["about"]["data"])
+    dataset = find_dataset(asked.data or about.get("data") or saved["about"]["data"])
     settings = parse(parser, argv, saved_settings or defaults(program, dataset, asked.variant))
     config = parser.instantiate(settings)
     program.check(config)
 
     accelerator = make_accelerator(config.loop.precision)
     set_seed(config.loop.seed)
-    weights = choose_weights(source, asked.weights)
+    weights = choose_weights(source, asked.weights or about.get("weights"))
     network = load_model(source, weights)
+    if config.input.branch != "both" and not isinstance(network, BilateralNetwork):
+        raise UserError(
+            f"input.branch={config.input.branch} names a branch of a bilateral network, and {source} has one branch;"
+            " leave it out, or name a run of train/bbn.py with --from"
+        )
     if network.classifier.out_features != len(dataset.classes):
         raise UserError(
             f"{source} was trained for {network.classifier.out_features} classes, and {dataset.root} has"
@@ -174,13 +184,23 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
     network.to(accelerator.device)
     test, held_out = test_split(dataset), dataset.splits.get("val")
     watched = "val" if held_out and test.name != "val" else None
-    taken = vars(config.input)
-    views = taken.pop("views")
+    taken = dict(vars(config.input))
+    views, branch, shifts = (taken.pop(key) for key in ("views", "branch", "shift_batch_norm"))
     input = Input(**{key: saved["input"][key] for key in ("image_size", "augment", "eval_augment")}, **taken)
+    home, of = source, weights
+    if program.shifts(config) if shifts is None else shifts:
+        if batch_norms(network):
+            home, of = run_folder / SHIFTED, "last"
+            network = shifted(network, home, dataset, input, accelerator, config.loop.seed)
+        else:
+            accelerator.print(f"the network of {source} has no batch norm, so that there is nothing to shift")
 
     def bank(split: str) -> tuple[Tensor, Tensor]:
         seen = views if split == "train" else 0
-        return feature_bank(source, network, dataset, split, input, accelerator, seen, weights)
+        features_ND, labels_N = feature_bank(home, network, dataset, split, input, accelerator, seen, of)
+        if branch != "both":
+            features_ND = features_ND.chunk(2, dim=1)[branch == "rebalancing"]
+        return features_ND, labels_N
 
     features_ND, labels_N = bank("train")
     judge = Judge(bank(watched) if watched else None, bank(test.name), dataset.train_counts)
@@ -194,7 +214,7 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
         name,
         config,
         source,
-        network,
+        network if branch == "both" else network.single(branch).to(accelerator.device),
         dataset,
         run_folder,
         accelerator,
@@ -206,6 +226,7 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
         started,
         weights,
         input,
+        home,
     )
 
 
@@ -219,8 +240,10 @@ def make_families(
     head_above: int = 100,
     kind: Literal["scaled", "lws", "linear"] = "scaled",
     rates: list[float] | None = None,
+    q: Literal[0, 1] = 0,
+    weights: str = "none",
 ) -> Families:
-    """Fit the Gaussians, and return all that makes candidates; arguments as AFG's settings of the same names."""
+    """Fit the Gaussians, and return all that makes candidates; arguments as settings of the same names."""
     accelerator, seed = stage.accelerator, stage.config.loop.seed
     gaussians = fit(stage.features_ND, stage.labels_N, num_classes=len(stage.dataset.classes), lam=lam)
     # By images: several views of one make no class larger.
@@ -236,7 +259,8 @@ def make_families(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    salt = [lam, k, gamma, chunk, head_above, (stage.source / BANK / "train" / "bank.json").read_text()]
+    bank = (stage.home / BANK / "train" / "bank.json").read_text()
+    salt = [lam, k, gamma, chunk, head_above, stage.config.input.branch, bank]
     trainer = passes.Passes(
         stage.network.classifier,
         mixture,
@@ -249,7 +273,9 @@ def make_families(
         salt,
     )
     optim, reference = stage.config.optim, stage.config.reference
-    return Families(stage.network.classifier, mixture, stage.judge, trainer, optim, reference, kind, rates or RATES)
+    return Families(
+        stage.network.classifier, mixture, stage.judge, trainer, optim, reference, kind, rates or RATES, q, weights
+    )
 
 
 def close_stage(
@@ -311,7 +337,8 @@ def close_stage(
         for row in rows:
             runs.append_row(stage.run_folder, {**row, "seconds": seconds})
         write_results(stage.run_folder, summary, final, stage.dataset)
-        shutil.rmtree(stage.run_folder / passes.FOLDER, ignore_errors=True)
+        for folder in (passes.FOLDER, SHIFTED):
+            shutil.rmtree(stage.run_folder / folder, ignore_errors=True)
 
 
 @torch.no_grad()
@@ -321,7 +348,7 @@ def keep_predictions(stage: Stage, linear: nn.Linear) -> None:
     for name, bank in ((stage.tested, stage.judge.test), (stage.watched, stage.judge.watched)):
         if name is not None and bank is not None:
             collector = Collector(linear.out_features, logits=name != stage.tested)
-            ids_N = bank_ids(stage.source, stage.dataset.splits[name])
+            ids_N = bank_ids(stage.home, stage.dataset.splits[name])
             for ids_B, features_BD, labels_B in zip(
                 np.split(ids_N, range(FEATURES_PER_BLOCK, len(ids_N), FEATURES_PER_BLOCK)),
                 *(part.split(FEATURES_PER_BLOCK) for part in bank),

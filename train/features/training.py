@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from train.engine.objectives import gradual_weight
+from train.engine.weights import class_weights, make_weighting
 from train.features.classifiers import logit_adjusted
 
 Kind = Literal["scaled", "lws", "linear"]
@@ -44,6 +45,7 @@ class Recipe:
         teacher_tau: the teacher is stage one less τ·log prior.
         smoothing: label-aware smoothing (MiSLAS, Zhong et al., CVPR 2021, Eq. 3): ε of the largest and the smallest
             class; between them it follows a quarter of a sine.
+        weights: of classes, as train/erm.py's `method.weights`: the loss of a step is Σ w·l / Σ w.
         weight_rate: the rate of W and b as a share of that of the scales.
     """
 
@@ -59,6 +61,7 @@ class Recipe:
     distill_base: float = 2.0
     teacher_tau: float = 0.0
     smoothing: tuple[float, float] = (0.0, 0.0)
+    weights: str = "none"
     weight_rate: float = 1.0
 
     def rate(self, epoch: int) -> float:
@@ -130,6 +133,8 @@ class Stack:
         }
         self._smoothing_KC = torch.stack([_smoothing(recipe.smoothing, counts_C) for recipe in self.recipes]).to(device)
         self._smooths = bool(self._smoothing_KC.any())
+        self._weights_KC = torch.stack([_weights(recipe.weights, counts_C) for recipe in self.recipes]).to(device)
+        self._weighs = any(recipe.weights != "none" for recipe in self.recipes)
         self._rows: list[list[dict[str, Any]]] = [[] for _ in self.recipes]
         self._step = 0
 
@@ -144,7 +149,8 @@ class Stack:
         self._alphas = [
             gradual_weight(epoch, r.epochs, r.distill, r.distill_base) if r.distill > 0 else 0.0 for r in active
         ]
-        self._loss_K, self._seen = torch.zeros(self._active, device=device), 0
+        self._loss_K, self._mass_K = torch.zeros((2, self._active), device=device)
+        self._seen = 0
         self._started = time.perf_counter()
 
     @torch.no_grad()
@@ -163,6 +169,12 @@ class Stack:
             loss_BK = -(1 - epsilon_BK) * true_BK1[..., 0] - epsilon_BK * logs_BKC.mean(2)
         else:
             loss_BK = -true_BK1[..., 0]
+        if self._weighs:
+            weights_BK = self._weights_KC[:k].T[labels_B]
+            loss_BK *= weights_BK
+            self._mass_K += weights_BK.sum(0)
+        else:
+            self._mass_K += batch
         self._loss_K += loss_BK.sum(0)
         # From here on the gradient by the logits: what is predicted less what is true, and α times the same of the
         # teacher on head classes.
@@ -173,7 +185,11 @@ class Stack:
             errors_BKC -= epsilon_BK[..., None] / classes
         else:
             errors_BKC.scatter_add_(2, labels_BK1, torch.full_like(true_BK1, -1.0))
-        errors_BKC /= batch
+        if self._weighs:
+            # All ranks' weights together, so that the mean of the gradients is that of the whole batch.
+            errors_BKC *= (weights_BK / average(weights_BK.sum(0)))[..., None]
+        else:
+            errors_BKC /= batch
         moved_KCD, moved_KC, moved_scales_KC = (part[:k] for part in self._moved)
         momentum = self.recipes[0].momentum
         moved_scales_KC.mul_(momentum).add_((errors_BKC * raw_BKC).sum(0))
@@ -218,8 +234,8 @@ class Stack:
     def end_epoch(self) -> None:
         """Keep a row of numbers per classifier."""
         seconds = max(1e-9, time.perf_counter() - self._started)
-        for k, loss in enumerate(self._loss_K.tolist()):
-            row = {"epoch": self._epoch, "step": self._step, "loss": loss / max(1, self._seen), "lr": self._rates[k]}
+        for k, loss in enumerate((self._loss_K / self._mass_K.clamp(min=1e-12)).tolist()):
+            row = {"epoch": self._epoch, "step": self._step, "loss": loss, "lr": self._rates[k]}
             row |= {"distillation": self._alphas[k], "images_per_second": self._seen / seconds}
             if self.recipes[k].beta is not None:
                 row["beta"] = self.recipes[k].beta
@@ -248,6 +264,12 @@ def _start(stage_one: nn.Linear, recipe: Recipe, seed: int) -> tuple[Tensor, Ten
     torch.manual_seed(seed)
     fresh = nn.Linear(stage_one.in_features, stage_one.out_features).to(stage_one.weight.device)
     return fresh.weight.detach() / recipe.unit, fresh.bias.detach()
+
+
+def _weights(weights: str, counts_C: Tensor) -> Tensor:
+    """Return w per class, with a mean of 1."""
+    weighting = make_weighting(weights)
+    return torch.ones(len(counts_C)) if weighting is None else class_weights(weighting, counts_C.cpu().numpy())
 
 
 def _smoothing(smoothing: tuple[float, float], counts_C: Tensor) -> Tensor:
