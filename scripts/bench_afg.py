@@ -119,7 +119,8 @@ def bench(
             figures |= {key: results["second-stage"][key] for key in figures.keys() & results["second-stage"].keys()}
         if only in (None, "samplers"):
             tailcalib = fetch_tailcalib(Path(folder))
-            for name, counts, dim, share in (("cifar100-lt", cifar_C, 64, 1.0), ("imagenet-lt", imagenet_C, 512, peers)):
+            cases = (("cifar100-lt", cifar_C, 64, 1.0), ("imagenet-lt", imagenet_C, 512, peers))
+            for name, counts, dim, share in cases:
                 case = make_case(Path(folder), name, shrunk(counts, size), max(4, int(dim * size)))
                 results[name] = compare(case, tailcalib, share)
             for peer in ("cholesky", "tailcalib"):

@@ -33,8 +33,9 @@ from train.features.classifiers import measure
 from train.features.commands import Program, stage_parser
 from train.features.files import check_feature_file, write_features
 from train.features.passes import Passes, Source
+from train.features.results import close_stage
 from train.features.selection import select
-from train.features.stage_two import Stage, close_stage, make_families, run_stage
+from train.features.stage_two import Stage, make_families, run_stage
 from train.features.training import Recipe, Trained, train_together
 
 # Adaptive β: where it starts, how far a step goes, and the bound.
@@ -129,6 +130,7 @@ def choose_beta(families: Families, settings: Settings) -> Choice:
     judge, source = families.judge, Source("generated", families.optim.batch_size)
     wanted = settings.beta
     if isinstance(wanted, str) and not judge.chooses:
+        families.passes.say(f"β is {BETA_START}, the paper's, because nothing can choose it; or give --method.beta")
         wanted = BETA_START
     grid = {"select": settings.beta_grid, "adaptive": [0.0]}[wanted] if isinstance(wanted, str) else [wanted]
     found = families.search(source, {"AFG": recipes(settings, families, grid[0])})["AFG"]
@@ -200,11 +202,15 @@ def train_adaptive(passes: Passes, source: Source, recipe: Recipe, judge: Judge)
     return candidate
 
 
-def title(settings: Settings, on_held_out: bool = True) -> str:
-    """Return what tables call the stage: AFG, and where β, teacher or head are not the default's, how."""
-    beta = f", β={settings.beta}"
-    if isinstance(settings.beta, str):
-        beta = {"select": "", "adaptive": ", adaptive β"}[settings.beta] if on_held_out else f", β={BETA_START}"
+def title(settings: Settings, used: float | None = None) -> str:
+    """Return what tables call the stage: AFG, and where β, teacher or head are not the default's, how.
+
+    Args:
+        settings: of the generator.
+        used: β, where the val split did not decide.
+    """
+    chosen = {"select": "", "adaptive": ", adaptive β"}.get(str(settings.beta), f", β={settings.beta}")
+    beta = chosen if used is None else f", β={used:g}"
     teacher = {"select": "", "corrected": ", corrected teacher", "stage-one": ", teacher stage one"}[settings.teacher]
     distillation = ", no distillation" if settings.distill == 0 else teacher
     head = f", head above {settings.head_above}" if settings.head_above != MANY_ABOVE else ""
@@ -277,7 +283,7 @@ def train(stage: Stage) -> None:
             )
     close_stage(
         stage,
-        title(settings, choice.on_held_out),
+        title(settings, None if choice.on_held_out else best.setting["beta"]),
         best,
         selected,
         winner,

@@ -22,6 +22,8 @@ Rates, τ and the like are chosen on the val split where it has images enough. T
 train/afg.py prints (train/features/candidates.py). Seconds on a CPU for features of some thousand images.
 """
 
+import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,7 +33,8 @@ from shards.errors import UserError
 from train.engine.weights import make_weighting
 from train.features.candidates import RATES, REFERENCES
 from train.features.commands import Program, stage_parser
-from train.features.stage_two import Stage, close_stage, make_families, run_stage
+from train.features.results import close_stage
+from train.features.stage_two import Stage, make_families, run_stage
 
 # What tables call each, and its family of train/features/candidates.py.
 TITLES = {
@@ -67,11 +70,19 @@ class Settings:
     rates: list[PositiveFloat] = field(default_factory=lambda: list(RATES))
 
 
-def run(argv: list[str] | None = None) -> None:
-    """Run the stage from its command line; exits with 2 for a user's mistake, told in one line."""
+def program() -> Program:
+    """Return the launchable file's parser and checks."""
     parser = stage_parser("decouple", (__doc__ or "").split("\n")[0], Settings)
     parser.add_argument("--classifier", type=Literal[tuple(TITLES)] | None, help="short for --method.classifier")
-    run_stage(Program("decouple", "a second-stage classifier", parser, _check, shifts=_shifts), train, argv)
+    return Program("decouple", "a second-stage classifier", parser, _check, shifts=_shifts)
+
+
+def run(argv: list[str] | None = None) -> None:
+    """Run the stage from its command line; exits with 2 for a user's mistake, told in one line."""
+    given = sys.argv[1:] if argv is None else argv
+    # In full, so that the run's configuration has it.
+    words = [re.sub(r"^--classifier(?==|$)", "--method.classifier", word) for word in given]
+    run_stage(program(), train, words)
 
 
 def _shifts(config: Any) -> bool:
@@ -79,8 +90,6 @@ def _shifts(config: Any) -> bool:
 
 
 def _check(config: Any) -> None:
-    if config.classifier:
-        config.method.classifier = config.classifier
     if not config.method.rates:
         raise UserError("method.rates is empty; give at least one factor, such as [1.0]")
     weighting = make_weighting(config.method.weights)
@@ -93,9 +102,11 @@ def _check(config: Any) -> None:
 
 def title_of(settings: Settings, input: Any) -> str:
     """Return what tables say of settings that are not the classifier's usual ones."""
-    weighting = make_weighting(settings.weights)
-    said = [f"q={settings.q}"] * (settings.q != 0) + [weighting.title] * (weighting is not None)
-    said += [f"{input.branch} branch"] * (input.branch != "both")
+    said = [f"q={settings.q}"] * (settings.q != 0)
+    if weighting := make_weighting(settings.weights):
+        said.append(weighting.title)
+    if input.branch != "both":
+        said.append(f"{input.branch} branch")
     shifts = {None: [], True: ["shifted batch norm"], False: ["batch norm as it is"]}[input.shift_batch_norm]
     return "".join(f", {one}" for one in said + shifts)
 
@@ -104,7 +115,8 @@ def train(stage: Stage) -> None:
     """Make the candidates of the family, choose one, and leave a finished run folder."""
     settings = stage.config.method
     title, family = TITLES[settings.classifier]
-    families = make_families(stage, rates=settings.rates, q=settings.q, weights=settings.weights)
+    # λ = 1: no Gaussian is drawn from, and features may be negative.
+    families = make_families(stage, lam=1.0, rates=settings.rates, q=settings.q, weights=settings.weights)
     closed = settings.classifier in CLOSED
     best = stage.judge.best(families.closed(family) if closed else families.on_real_features(family)[family])
     title += title_of(settings, stage.config.input)

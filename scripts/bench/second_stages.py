@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.engine.objectives import gradual_weight
 from shards.progress import say
+from train.engine.objectives import gradual_weight
 from train.features.classifiers import ClassifierOptim, ReferenceOptim, logit_adjusted, measure
 from train.features.mixing import Batches, Mixture, real_epoch
 from train.features.passes import Passes, Source
@@ -100,7 +100,7 @@ def compare_trainings(mixture: Mixture, held_out: Bank, epochs: int, rounds: int
 def trained_stage_one(mixture: Mixture) -> nn.Linear:
     """Return a classifier trained on the real features as they are."""
     fresh = nn.Linear(mixture.features_ND.shape[1], len(mixture.targets_C))
-    recipe = Recipe("linear", 10, 0.1, unit=mixture.unit)
+    recipe = Recipe("linear", 10, 10.0, unit=mixture.unit)
     (one,) = Passes(fresh, mixture, 0).train(Source("each-once", 128), [recipe])
     assert one.linear is not None
     return one.linear

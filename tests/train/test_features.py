@@ -183,7 +183,7 @@ def test_after_a_kill_only_what_is_missing_is_taken(stage_one, digits, extracted
     input = Input(image_size=16, batch_size=16, loader="torch", threads=0)
     features, _ = bank(stage_one, digits, input=input)
     assert len(extracted) == len(features) - 4 * 16  # of five batches four were safe
-    assert "going on with the features of val" in capsys.readouterr().out
+    assert "resuming the features of val" in capsys.readouterr().out
     extracted.clear()
     shutil.rmtree(run / "features")
     whole, _ = bank(stage_one, digits, input=input)

@@ -162,8 +162,8 @@ class Families:
             if self.q == 1:
                 counts_C = self.mixture.gaussians.counts_C
                 passes = len(counts_C) * int(counts_C.max()) / int(counts_C.sum())
-            plain = Recipe(REFERENCES[name], round(epochs * passes), r.lr, r.momentum, r.weight_decay, early_cosine=True)
-            plain = replace(plain, weights=self.weights)
+            kind, epochs = REFERENCES[name], round(epochs * passes)
+            plain = Recipe(kind, epochs, r.lr, r.momentum, r.weight_decay, early_cosine=True, weights=self.weights)
             source = Source("oversampled" if self.q == 0 else "each-once", r.batch_size)
             if name == "MiSLAS":
                 # ε of the largest and the smallest class, and the rate of W beside that of the scales.

@@ -16,13 +16,13 @@ Where n_j > D, noise of length D meets the factor R_j instead. All mathematics i
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.budget import free_memory
 from shards.errors import UserError
 from shards.groups import MANY_ABOVE
 from train.features.gaussians import ClassGaussians, Support, find_support, fit, head_classes, inverse_tukey_
@@ -162,12 +162,11 @@ def _check_memory(rows: int, features_ND: Tensor) -> None:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Return the bytes that can be had on a device."""
+    """Return the free bytes of a device, with those that torch keeps for itself on a GPU."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(meminfo["MemAvailable"].split()[0]) * 1024
+        return free_memory(device) + kept
+    return free_memory(device)
 
 
 def take_turns(gaussians: ClassGaussians, numbers_C: Tensor, generator: torch.Generator) -> Tensor:

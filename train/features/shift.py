@@ -10,6 +10,7 @@ statistics are the plain mean over all its batches, and the classifier is traine
 the shifted network sees.
 """
 
+import hashlib
 from itertools import islice
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from torch import nn
 from tqdm import tqdm
 
 from pipeline.plan import Stream, TrainPlan
-from shards.index import Dataset
+from shards.index import MANIFEST, Dataset
 from train.engine.config import Input
-from train.networks.model_files import load_model, save_model
+from train.networks.model_files import SPEC_FILE, load_model, save_model
 from train.networks.networks import Network
 
 FOLDER = "shifted"
@@ -31,26 +32,31 @@ BATCHES = 16
 
 def shifted(
     network: Network, folder: Path, dataset: Dataset, input: Input, accelerator: Accelerator, seed: int
-) -> Network:
-    """Return the network with shifted statistics, from a folder where it was saved, else by a pass over the images.
+) -> tuple[Network, Path]:
+    """Return the network with shifted statistics, and where it is kept: read there, or made by a pass over images.
 
     Args:
         network: of stage one, on the accelerator's device; it is changed.
-        folder: where the shifted network is kept, as last weights.
+        folder: shifted networks lie in it, each in a folder of its own by what made it, as last weights.
         dataset: its train split is drawn from.
         input: how stage one showed images: its training recipe is used, as in the authors' code; and the batch size.
         accelerator: gives device, precision and ranks, which share the images.
         seed: of the draws.
     """
-    kept = folder / "model.json"
-    there = kept.exists()
+    digest = hashlib.sha256((dataset.root / MANIFEST).read_bytes())
+    for tensor in network.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    shown = (input.augment, input.image_size, input.batch_size, seed)
+    digest.update(repr((*shown, accelerator.num_processes, accelerator.mixed_precision)).encode())
+    home = folder / digest.hexdigest()[:16]
+    kept = (home / SPEC_FILE).exists()
     accelerator.wait_for_everyone()  # all have looked
-    if not there:
+    if not kept:
         shift(network, dataset, input, accelerator, seed)
         if accelerator.is_main_process:
-            save_model(network, folder)
+            save_model(network, home)
         accelerator.wait_for_everyone()
-    return load_model(folder).to(accelerator.device)
+    return load_model(home).to(accelerator.device), home
 
 
 @torch.no_grad()

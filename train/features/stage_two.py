@@ -2,10 +2,9 @@
 
 finished run of stage one ─ open_stage ─> Stage: frozen network, features of train, val and test
                                              │  (the launchable file trains a linear classifier)
-                                        close_stage ─> run folder: model, rows, summary
+                           close_stage (train/features/results.py) ─> run folder: model, rows, summary
 """
 
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -13,32 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
-from torch import Tensor, nn
+from torch import Tensor
 
-from analysis.metrics import summarize
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset
 from train.engine import runs
 from train.engine.config import Input, find_dataset, parse, peek, plain_sections
-from train.engine.evaluation import collect_faults, describe, device_name, test_split, write_results
+from train.engine.evaluation import test_split
 from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.launch import make_accelerator
-from train.engine.predictions import Collector, write_predictions
 from train.features import passes
 from train.features.bank import FOLDER as BANK
-from train.features.bank import bank_ids, feature_bank
-from train.features.candidates import IMAGES_TO_CHOOSE, RATES, Candidate, Families, Judge
-from train.features.classifiers import FEATURES_PER_BLOCK, measure
+from train.features.bank import feature_bank
+from train.features.candidates import IMAGES_TO_CHOOSE, RATES, Families, Judge
 from train.features.commands import Program, Stops, defaults
 from train.features.gaussians import find_support, fit, head_classes
 from train.features.mixing import Mixture
 from train.features.shift import FOLDER as SHIFTED
 from train.features.shift import batch_norms, shifted
-from train.networks.model_files import SELECTED_FILE, choose_weights, load_model, save_model, save_selected_model
+from train.networks.model_files import choose_weights, load_model, read_description
 from train.networks.networks import BilateralNetwork
 
 
@@ -136,6 +131,7 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
         if (resumed / "summary.json").exists():
             print(f"{resumed} is finished")
             return None
+        _check_resumed(resumed, asked, about)
     wanted = find_dataset(asked.data).name if asked.data else None
     place = asked["from"] or about.get("from")
     source = Path(place) if place else runs.newest_run({1}, dataset=wanted)
@@ -160,6 +156,13 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
         raise UserError(
             f"{source} was trained for {network.classifier.out_features} classes, and {dataset.root} has"
             f" {len(dataset.classes)}; name the dataset it was trained on with --data"
+        )
+    described = read_description(source)
+    if described is not None and described.classes != list(dataset.classes):
+        first = next(pair for pair in zip(described.classes, dataset.classes, strict=True) if pair[0] != pair[1])
+        raise UserError(
+            f"{source} was trained for other classes than {dataset.root} has: {first[0]!r} is {first[1]!r} there; name"
+            " the dataset it was trained on with --data"
         )
     folder: list[Path | None] = [None]
     if accelerator.is_main_process:
@@ -190,8 +193,8 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
     home, of = source, weights
     if program.shifts(config) if shifts is None else shifts:
         if batch_norms(network):
-            home, of = run_folder / SHIFTED, "last"
-            network = shifted(network, home, dataset, input, accelerator, config.loop.seed)
+            network, home = shifted(network, run_folder / SHIFTED, dataset, input, accelerator, config.loop.seed)
+            of = "last"
         else:
             accelerator.print(f"the network of {source} has no batch norm, so that there is nothing to shift")
 
@@ -205,10 +208,13 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
     features_ND, labels_N = bank("train")
     judge = Judge(bank(watched) if watched else None, bank(test.name), dataset.train_counts)
     if not judge.chooses:
-        held = f"val has {judge.images_per_class:.1f} images a class" if watched else "there is no val split"
+        held = f"val has {judge.images_per_class:.1f} images a class, and a choice needs {IMAGES_TO_CHOOSE}"
+        if not watched:
+            held = "results are reported on val, for lack of a test split" if held_out else "there is no val split"
+        remedy = "--test-fraction" if held_out and not watched else "a larger --val-fraction"
         accelerator.print(
-            f"{held}, and a choice needs {IMAGES_TO_CHOOSE}: nothing is selected: β is the paper's, and every"
-            " other setting the first of its grid; build the dataset with a larger --val-fraction to have them chosen"
+            f"{held}: nothing is chosen or selected, and each setting is the first of its grid; build the dataset with"
+            f" {remedy} to have them chosen"
         )
     return Stage(
         name,
@@ -228,6 +234,23 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
         input,
         home,
     )
+
+
+def _check_resumed(run: Path, asked: Any, about: dict[str, Any]) -> None:
+    """Refuse to resume a run from something else than it began with: what it kept would not fit.
+
+    Raises:
+        UserError: --from, --weights, --data or --variant differ.
+    """
+    if asked.variant:
+        raise UserError(f"--variant {asked.variant} comes too late for {run}, which has its settings; leave it out")
+    begun = {"from": about.get("from"), "weights": about.get("weights"), "data": about.get("data")}
+    for key, value in begun.items():
+        given = asked[key]
+        if None in (given, value) or given == value:
+            continue
+        if key == "weights" or Path(given).resolve() != Path(value).resolve():
+            raise UserError(f"{run} began with --{key} {value}, not {given}; leave --{key} out, or begin another run")
 
 
 def make_families(
@@ -276,84 +299,3 @@ def make_families(
     return Families(
         stage.network.classifier, mixture, stage.judge, trainer, optim, reference, kind, rates or RATES, q, weights
     )
-
-
-def close_stage(
-    stage: Stage,
-    title: str,
-    last: Candidate,
-    selected: dict[str, Any] | None = None,
-    winner: nn.Linear | None = None,
-    **more: Any,
-) -> None:
-    """Evaluate the classifier on the test split and leave a finished run folder.
-
-    Args:
-        stage: from `open_stage`.
-        title: what tables call the stage; stage one's title comes before it.
-        last: the stage's own classifier, which takes the place of stage one's.
-        selected: what is said of the selected one, whose figures and file are added.
-        winner: the selected classifier.
-        more: further keys of summary.json.
-    """
-    rows = last.trained.rows if last.trained else []
-    final, _ = measure(last.linear, stage.judge.test)
-    if selected is not None and winner is not None:
-        selected |= {"file": SELECTED_FILE, **stage.judge.report(winner)}
-    seconds = time.perf_counter() - stage.started
-    summary = {
-        "method": stage.name,
-        "title": f"{runs.read_summary(stage.source)['title']} + {title}",
-        "stage": 2,
-        "from": stage.source.resolve().name,
-        "from_weights": stage.weights,
-        "dataset": stage.dataset.name,
-        "seed": stage.config.loop.seed,
-        "epochs": len(rows),
-        "last": summarize(final, stage.dataset.train_counts),
-        "selected": selected,
-        "selected_on": stage.watched if selected else None,
-        "held_out_images_per_class": stage.judge.images_per_class,
-        "evaluated_on": stage.tested,
-        **more,
-        "images_per_second": sum(row["images_per_second"] for row in rows) / len(rows) if rows else None,
-        "seconds": seconds,
-        "faults": collect_faults(stage.dataset, stage.accelerator),
-        "environment": runs.environment(device_name(stage.accelerator.device), stage.accelerator.num_processes),
-        "command": runs.command(),
-    }
-    if stage.accelerator.is_main_process:
-        stage.network.classifier = last.linear
-        save_model(stage.network, stage.run_folder)
-        epochs = {"last": len(rows)}
-        if winner is not None:
-            stage.network.classifier = winner
-            save_selected_model(stage.network, stage.run_folder)
-            stage.network.classifier = last.linear
-            epochs["selected"] = len(rows)
-        describe(stage.run_folder, stage.network, stage.dataset, stage.input, summary, epochs)
-        keep_predictions(stage, last.linear)
-        (stage.run_folder / "metrics.jsonl").touch()
-        for row in rows:
-            runs.append_row(stage.run_folder, {**row, "seconds": seconds})
-        write_results(stage.run_folder, summary, final, stage.dataset)
-        for folder in (passes.FOLDER, SHIFTED):
-            shutil.rmtree(stage.run_folder / folder, ignore_errors=True)
-
-
-@torch.no_grad()
-def keep_predictions(stage: Stage, linear: nn.Linear) -> None:
-    """Write predictions.npz: what a classifier says of the features of test, and of val where there is one."""
-    kept = {}
-    for name, bank in ((stage.tested, stage.judge.test), (stage.watched, stage.judge.watched)):
-        if name is not None and bank is not None:
-            collector = Collector(linear.out_features, logits=name != stage.tested)
-            ids_N = bank_ids(stage.home, stage.dataset.splits[name])
-            for ids_B, features_BD, labels_B in zip(
-                np.split(ids_N, range(FEATURES_PER_BLOCK, len(ids_N), FEATURES_PER_BLOCK)),
-                *(part.split(FEATURES_PER_BLOCK) for part in bank),
-                strict=True,
-            ):
-                collector.add(ids_B, labels_B, linear(features_BD.float()))
-            kept[name] = collector.gather()
-    write_predictions(stage.run_folder, kept)
