@@ -42,7 +42,7 @@ def mixed(mixture, beta, batch_size, generator):
     """A mixed epoch at one β as plain batches."""
     for views, labels in mixed_epoch(mixture, [beta], batch_size, generator):
         (features,) = views
-        yield features, labels
+        yield features.clone(), labels
 
 
 def joined(batches) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +76,7 @@ def test_generated_features_live_for_a_chunk_only(monkeypatch):
         for features, labels in generated(self, *arguments):
             alive.append(weakref.ref(features))
             assert sum(chunk() is not None for chunk in alive) <= 2
-            yield features, labels
+            yield features.clone(), labels
             del features
 
     monkeypatch.setattr(Mixture, "generated", watched)
@@ -170,7 +170,8 @@ def test_a_stack_equals_autograd_one_by_one(recipe):
         return (([features], labels) for features, labels in batches())
 
     # Beside others, one of which trains longer: a neighbour has no effect.
-    others = [replace(recipe, lr=recipe.lr * 3, epochs=recipe.epochs + 2), replace(recipe, kind="scaled")]
+    kind = "lws" if recipe.kind == "lws" else "scaled"
+    others = [replace(recipe, lr=recipe.lr * 3, epochs=recipe.epochs + 2), replace(recipe, kind=kind)]
     stack = Stack(first, [others[0], recipe, others[1]], counts, head, seed=0)
     generator = seeded()
     ((_, found, _),) = train_together([stack], views, 6, "")

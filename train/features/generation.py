@@ -42,6 +42,7 @@ def generate_chunks(
     chunk: int = 65536,
     rank: int = 0,
     world_size: int = 1,
+    memory: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Generate features, shuffled over classes, in chunks; nothing is kept (GLAG Eq. 8 and 9).
 
@@ -63,6 +64,7 @@ def generate_chunks(
             the more samples share a product: thousands of classes want tens of thousands of rows.
         rank: this process's number.
         world_size: how many processes share the samples.
+        memory: (M, D), float32, in which every chunk lies, so that the one before it is lost; None: new for each.
 
     Yields:
         features_MD, float32, and labels_M, int64; the last chunk may be shorter.
@@ -86,7 +88,8 @@ def generate_chunks(
 
     def chunks() -> Iterator[tuple[Tensor, Tensor]]:
         for parents_M, noise in _parents(gaussians, targets_C, generator, chunk, rank, world_size):
-            samples_MD = _sample(gaussians, support, parents_M, beta_C, noise)
+            place = None if memory is None else memory[: len(parents_M)]
+            samples_MD = _sample(gaussians, support, parents_M, beta_C, noise, place)
             _add_noise(samples_MD, gamma, noise)
             inverse_tukey_(samples_MD, gaussians.lam)
             yield samples_MD, gaussians.labels_N[parents_M]
@@ -106,12 +109,13 @@ def generate_parts(
     chunk: int = 65536,
     rank: int = 0,
     world_size: int = 1,
+    memory: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Generate as `generate_chunks` does, from the same parents, but for any number of β at once.
 
     The sample at β is inverse_tukey(own + β·lent): one noise serves every β, which are compared by pairs.
 
-    Args: as those of `generate_chunks`.
+    Args: as those of `generate_chunks`; memory has room for both parts.
 
     Yields:
         own_MD and lent_MD (what is borrowed less the own part; 0 in rows that borrow nothing), float32, in Tukey space,
@@ -120,7 +124,6 @@ def generate_parts(
     """
     rows = max(1, chunk // 2)
     _check_memory(2 * min(rows, int(targets_C.sum())), gaussians.features_ND)
-    memory = None
     for parents_M, noise in _parents(gaussians, targets_C, generator, rows, rank, world_size):
         if memory is None:  # the first chunk is the largest
             memory = gaussians.features_ND.new_empty(2 * len(parents_M), gaussians.features_ND.shape[1])
