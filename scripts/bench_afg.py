@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 from bench.common import header, read_counts, reason, uv, write_results
 from bench.measuring import watched_memory
-from bench.second_stages import compare_trainings
+from bench.second_stages import compare_trainings, take_some_steps
 from shards.cli import run_commands
 from shards.errors import UserError
 from shards.groups import MANY_ABOVE
@@ -355,6 +355,10 @@ def at_scale(case: Case, chunks: int) -> dict[str, Any]:
             return sum(len(labels) for _, labels in itertools.islice(stream, chunks))
 
         seconds, samples = cpu_seconds(generated)
+        stream.close()  # its chunk is gone
+        take_some_steps(
+            Mixture(case.features_ND, case.labels_N, gaussians, support, case.targets_C, chunk=chunk), chunks=2
+        )
     own_mb = [mb for _, mb in memory]
     # What the matrix products of a sample take: 2·D operations per number of noise, of its own class and its support.
     lengths_C = torch.tensor([noise_length(gaussians, c) for c in range(classes)]).double()

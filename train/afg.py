@@ -262,10 +262,11 @@ def train(stage: Stage) -> None:
 
     shown, selected, winner, chosen = [], None, None, {}
     if settings.baselines:
-        by_name = {name: families.closed(name) for name in ("stage one", "logit adjustment", "tau-normalized")}
-        by_name |= families.on_real_features("LWS", "cRT", "no generation", "oversampling")
         # From simple to complex: the order in which a selection prefers them.
-        rivals = {name: judge.best(candidates) for name, candidates in by_name.items()}
+        closed = ("stage one", "logit adjustment", "tau-normalized")
+        trained = ("LWS", "cRT", "no generation", "oversampling")
+        rivals = {name: judge.best(families.closed(name)) for name in closed}
+        rivals |= {name: judge.best(candidates) for name, candidates in families.on_real_features(*trained).items()}
         if choice.own is not None:
             rivals["own Gaussian"] = choice.own
         shown = [{"name": n, "setting": c.setting, **judge.report(c.linear)} for n, c in rivals.items()]

@@ -9,6 +9,7 @@ Both ways train the same recipes. They draw different numbers, so their figures 
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from statistics import mean, median
 from typing import Any
 
@@ -95,6 +96,24 @@ def compare_trainings(mixture: Mixture, held_out: Bank, epochs: int, rounds: int
         "difference_of_ways": float(np.abs((together_RF - alone_RF).mean(0)).max()),
         "difference_of_rounds": mean(np.ptp(way_RF, axis=0).max() for way_RF in (together_RF, alone_RF)),
     }
+
+
+def take_some_steps(mixture: Mixture, chunks: int) -> None:
+    """Train as many classifiers as one pass may, each at its own β, on every sixteenth batch of some chunks."""
+    stage_one = nn.Linear(mixture.features_ND.shape[1], len(mixture.targets_C))
+    passes = Passes(stage_one, mixture, 0)
+    recipe = Recipe("scaled", 1, 0.1, distill=1.0)
+    stacks, _ = passes.stacks([replace(recipe, beta=beta) for beta in BETAS[: passes.at_once]])
+    batches, steps = passes.epochs(
+        Source("generated", ClassifierOptim().batch_size), [s.recipes[0].beta for s in stacks]
+    )
+    for stack in stacks:
+        stack.begin_epoch(1)
+    per_chunk = max(1, steps * mixture.chunk // 2 // max(1, int(mixture.targets_C.sum())))
+    for number, (views, labels_B) in enumerate(islice(batches(), chunks * per_chunk + 1)):
+        if number % 16 == 0:
+            for stack, features_BD in zip(stacks, views, strict=True):
+                stack.step(features_BD, labels_B)
 
 
 def trained_stage_one(mixture: Mixture) -> nn.Linear:

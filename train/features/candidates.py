@@ -13,7 +13,7 @@
 from simple to complex. train/afg.py shows all but NCM beside itself; train/decouple.py makes one of them a run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -97,9 +97,9 @@ class Judge:
         """Return the candidate with its score."""
         return replace(candidate, score=self.score(candidate.linear))
 
-    def best(self, candidates: Sequence[Candidate]) -> Candidate:
+    def best(self, candidates: Iterable[Candidate]) -> Candidate:
         """Return the candidate of the highest score; the first where nothing can be chosen."""
-        return max(candidates, key=lambda one: one.score) if self.chooses else candidates[0]
+        return max(candidates, key=lambda one: one.score) if self.chooses else next(iter(candidates))
 
     def report(self, linear: nn.Linear) -> dict[str, float | None]:
         """Return the figures on the test split."""
@@ -139,20 +139,21 @@ class Families:
     def __post_init__(self) -> None:
         self.unit = self.mixture.unit
 
-    def closed(self, name: str) -> list[Candidate]:
-        """Return the candidates of a family that needs no training."""
+    def closed(self, name: str) -> Iterator[Candidate]:
+        """Yield the candidates of a family that needs no training: with thousands of classes each takes memory."""
         first, counts_C = self.stage_one, self.mixture.gaussians.counts_C
+        made: Iterator[Candidate]
         if name == "stage one":
-            made = [Candidate({}, first)]
+            made = iter([Candidate({}, first)])
         elif name == "logit adjustment":
-            made = [Candidate({"tau": t}, logit_adjusted(first, counts_C, t)) for t in TAUS]
+            made = (Candidate({"tau": t}, logit_adjusted(first, counts_C, t)) for t in TAUS)
         elif name == "tau-normalized":
-            made = [Candidate({"tau": t}, tau_normalized(first, t)) for t in TAUS]
+            made = (Candidate({"tau": t}, tau_normalized(first, t)) for t in TAUS)
         else:
             assert name == "NCM", name
             bank = (self.mixture.features_ND, self.mixture.labels_N, len(counts_C))
-            made = [Candidate({"by": by}, nearest_means(*bank, by == "angle")) for by in ("angle", "distance")]
-        return [self.judge.scored(one) for one in made]
+            made = (Candidate({"by": by}, nearest_means(*bank, by == "angle")) for by in ("angle", "distance"))
+        yield from map(self.judge.scored, made)
 
     def recipes(self, name: str) -> tuple[Source, list[Recipe]]:
         """Return what a trained family on real features sees, and its recipes at the first rate."""

@@ -62,12 +62,16 @@ class Passes:
     writes: bool = True
     salt: Any = field(default_factory=dict)
 
+    @property
+    def at_once(self) -> int:
+        """How many classifiers a pass may train."""
+        return max(1, PASS_VALUES // (3 * self.stage_one.weight.numel()))
+
     def train(self, source: Source, recipes: Sequence[Recipe]) -> list[Trained]:
         """Train a classifier per recipe, in as few passes as memory allows; or find those of a finished pass."""
-        at_once = max(1, PASS_VALUES // (3 * self.stage_one.weight.numel()))
         found: list[Trained] = []
-        for start in range(0, len(recipes), at_once):
-            together = list(recipes[start : start + at_once])
+        for start in range(0, len(recipes), self.at_once):
+            together = list(recipes[start : start + self.at_once])
             kept = self._read(source, together)
             if kept is None:
                 kept = self._train(source, together)

@@ -75,7 +75,9 @@ def close_stage(
             stage.network.classifier = last.linear
             epochs["selected"] = len(rows)
         describe(stage.run_folder, stage.network, stage.dataset, stage.input, summary, epochs)
-        keep_predictions(stage, last.linear)
+        keep_predictions(stage, last.linear, "last")
+        if winner is not None:
+            keep_predictions(stage, winner, "selected")
         (stage.run_folder / "metrics.jsonl").touch()
         for row in rows:
             runs.append_row(stage.run_folder, {**row, "seconds": seconds})
@@ -85,11 +87,11 @@ def close_stage(
 
 
 @torch.no_grad()
-def keep_predictions(stage: Stage, linear: nn.Linear) -> None:
-    """Write predictions.npz: what a classifier says of the features of test, and of val where there is one."""
+def keep_predictions(stage: Stage, linear: nn.Linear, weights: str) -> None:
+    """Write what a classifier says of the features of test, and of val where there is one beside it."""
     kept = {}
-    for name, bank in ((stage.tested, stage.judge.test), (stage.watched, stage.judge.watched)):
-        if name is not None and bank is not None:
+    for name, bank in ((stage.tested, stage.judge.test), ("val", stage.judge.watched)):
+        if bank is not None:
             collector = Collector(linear.out_features, logits=name != stage.tested)
             ids_N = bank_ids(stage.home, stage.dataset.splits[name])
             for ids_B, features_BD, labels_B in zip(
@@ -99,4 +101,4 @@ def keep_predictions(stage: Stage, linear: nn.Linear) -> None:
             ):
                 collector.add(ids_B, labels_B, linear(features_BD.float()))
             kept[name] = collector.gather()
-    write_predictions(stage.run_folder, kept)
+    write_predictions(stage.run_folder, kept, weights)
