@@ -126,6 +126,13 @@ def test_tables_tell_runs_of_other_settings_apart(settings, expected):
     assert afg.title(afg.Settings(), used=0.6) == "AFG, β=0.6"
 
 
+def test_the_only_beta_of_a_grid_is_the_one_that_is_named(here):
+    quick = ["--optim.epochs", "1", "--method.baselines", "false", "--method.rates", "[1.0]"]
+    run([*quick, "--run", "runs/afg", "--method.beta_grid", "[0.4]"])
+    summary = json.loads((here / "runs/afg/summary.json").read_text())
+    assert (summary["title"], summary["beta"]["used"]) == ("CE + AFG, β=0.4", 0.4)
+
+
 def test_adaptive_beta_runs_beside_its_control(here, capsys):
     run([*SHORT, "--run", "runs/afg", "--method.beta", "adaptive", "--method.baselines", "false"])
     rows = [json.loads(line) for line in (here / "runs/afg/metrics.jsonl").read_text().splitlines()]

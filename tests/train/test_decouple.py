@@ -11,11 +11,12 @@ from accelerate import Accelerator
 from analysis.runs import read_run
 from pipeline.plan import EvalPlan, Stream, TrainPlan
 from shards.index import open_dataset
-from train import decouple
+from train import afg, calibrate, decouple
 from train.bbn import BBN
 from train.engine.config import Input
 from train.engine.launch import run as run_stage_one
 from train.engine.predictions import read_predictions
+from train.features import stage_two
 from train.features.passes import Passes
 from train.features.shift import shift
 from train.networks.model_files import load_model
@@ -106,6 +107,54 @@ def assert_predictions_are_the_models(run: str) -> None:
     scores, labels = logits_NC.softmax(1).sort(descending=True)
     np.testing.assert_allclose(kept_scores_NK, scores, atol=5e-3)  # features are kept in half precision
     assert (kept_labels_NK[:, 0] == labels[:, 0].numpy()).mean() > 0.99
+
+
+def test_features_of_any_sign_are_classified(here, monkeypatch):
+    """Nothing is generated here, so that no power is taken of them."""
+    taken = stage_two.feature_bank
+
+    def centred(*arguments):
+        features, labels = taken(*arguments)
+        return features - features.float().mean().half(), labels
+
+    monkeypatch.setattr(stage_two, "feature_bank", centred)
+    decouple.run(["--classifier", "ncm", "--run", "runs/ncm"])
+    assert summary_of("runs/ncm")["last"]["balanced_accuracy"] > 0.1
+
+
+def test_a_run_is_resumed_from_what_it_began_with(here, capsys, monkeypatch):
+    """The classifier that was asked for in short, the weights and the run; another is refused."""
+    real = Passes._train
+    monkeypatch.setattr(Passes, "_train", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        decouple.run([*QUICK, "--classifier", "lws", "--weights", "last", "--from", "runs/ce", "--run", "runs/cut"])
+    monkeypatch.setattr(Passes, "_train", real)
+    again = ["--run", "runs/cut", "--resume"]
+    assert "runs/cut began with --weights last, not selected; leave --weights out" in fails_with(
+        capsys, *again, "--weights", "selected"
+    )
+    assert "runs/cut began with --from runs/ce, not runs/other" in fails_with(capsys, *again, "--from", "runs/other")
+    assert "--variant ldam comes too late for runs/cut" in fails_with(capsys, *again, "--variant", "ldam")
+    decouple.run([*again, "--from", "./runs/ce"])
+    summary = summary_of("runs/cut")
+    assert (summary["title"], summary["from_weights"]) == ("CE + LWS", "last")
+
+
+def test_a_dataset_of_other_classes_in_the_same_number_is_refused(here, capsys):
+    described = json.loads(Path("runs/ce/model.json").read_text())
+    described["classes"] = [*described["classes"][:8], *described["classes"][:7:-1]]
+    Path("runs/ce/model.json").write_text(json.dumps(described))
+    message = fails_with(capsys, "--classifier", "ncm")
+    assert "runs/ce was trained for other classes than" in message
+    assert "'9' is '8' there" in message
+
+
+def test_both_models_of_a_second_stage_can_be_calibrated(here, capsys):
+    afg.run(["--optim.epochs", "2", "--reference.crt_epochs", "1", "--run", "runs/afg", "--method.rates", "[1.0]"])
+    calibrate.main(["--run", "runs/afg"])
+    said = capsys.readouterr().out
+    assert "last weights, 136 images of val" in said
+    assert "selected weights, 136 images of val" in said
 
 
 def test_shifted_statistics_are_the_means_over_balanced_batches(here):

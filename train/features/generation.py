@@ -113,13 +113,13 @@ def generate_parts(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Generate as `generate_chunks` does, from the same parents, but for any number of β at once.
 
-    The sample at β is inverse_tukey(own + β·lent): one noise serves every β, which are compared by pairs.
+    The sample at β is inverse_tukey((1−β)·own + β·lent): one noise serves every β, which are compared by pairs.
 
     Args: as those of `generate_chunks`; memory has room for both parts.
 
     Yields:
-        own_MD and lent_MD (what is borrowed less the own part; 0 in rows that borrow nothing), float32, in Tukey space,
-        γ's noise in the first; and labels_M, int64. A chunk has half as many rows, for two parts; the next one takes
+        own_MD and lent_MD (what is borrowed; the own part again in rows that borrow nothing), float32, in Tukey space,
+        γ's noise in both; and labels_M, int64. A chunk has half as many rows, for two parts; the next one takes
         the same memory.
     """
     rows = max(1, chunk // 2)
@@ -129,9 +129,13 @@ def generate_parts(
             memory = gaussians.features_ND.new_empty(2 * len(parents_M), gaussians.features_ND.shape[1])
         parts_PD = _sample(gaussians, support, parents_M, None, noise, memory[: 2 * len(parents_M)])
         own_MD, lent_MD = parts_PD.chunk(2)
-        lent_MD -= own_MD
-        lent_MD *= support.weights_NK[parents_M].any(1)[:, None]
-        _add_noise(own_MD, gamma, noise)
+        alone_R = (~support.weights_NK[parents_M].any(1)).nonzero().flatten()
+        lent_MD[alone_R] = own_MD[alone_R]
+        if gamma:
+            added_MD = _noise(len(parents_M), own_MD.shape[1], noise).mul_(gamma**0.5)
+            own_MD += added_MD
+            lent_MD += added_MD
+            del added_MD
         yield own_MD, lent_MD, gaussians.labels_N[parents_M]
 
 

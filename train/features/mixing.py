@@ -152,9 +152,9 @@ def _views(
         if len(parts) == 2:
             own_BD, lent_BD = parts
             if isinstance(beta, Tensor):
-                torch.addcmul(own_BD, lent_BD, beta[labels_B, None], out=new_BD)
+                torch.lerp(own_BD, lent_BD, beta[labels_B, None], out=new_BD)
             else:
-                torch.add(own_BD, lent_BD, alpha=beta, out=new_BD)
+                torch.lerp(own_BD, lent_BD, beta, out=new_BD)
             inverse_tukey_(new_BD, mixture.gaussians.lam)
         elif parts:
             new_BD.copy_(parts[0])
