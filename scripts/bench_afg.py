@@ -129,14 +129,14 @@ def bench(
             case = make_case(Path(folder), "inat2018", shrunk(inat_C, size), max(4, int(2048 * size)))
             results["inat2018"] = at_scale(case, chunks)
             figures |= {key: results["inat2018"][key] for key in figures.keys() & results["inat2018"].keys()}
-    told = header(threads=1, torch=torch.__version__) | {
+    content = header(threads=1, torch=torch.__version__) | {
         "size": size,
         "results": results,
         "figures": figures,
         "bars": [bar | {"measured": figures[bar["figure"]], "reached": reached(bar, figures)} for bar in BARS],
     }
-    write_results(json, told)
-    for bar in told["bars"]:
+    write_results(json, content)
+    for bar in content["bars"]:
         say(f"{ {True: 'reached', False: 'NOT REACHED', None: 'not measured'}[bar['reached']] }: {bar}")
 
 

@@ -25,16 +25,16 @@ train/afg.py prints (train/features/candidates.py). Seconds on a CPU for feature
 import re
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import PositiveFloat
 
 from shards.errors import UserError
-from train.engine.weights import make_weighting
-from train.features.candidates import RATES, REFERENCES
-from train.features.commands import Program, stage_parser
-from train.features.results import close_stage
-from train.features.stage_two import Stage, make_families, run_stage
+from train.features.commands import RATES, Program, stage_parser
+from train.features.launch import run_stage
+
+if TYPE_CHECKING:  # torch comes with the run: see train/engine/launch.py
+    from train.features.stage_two import Stage
 
 # What tables call each, and its family of train/features/candidates.py.
 TITLES = {
@@ -48,6 +48,8 @@ TITLES = {
     "plain": ("no generation", "no generation"),
 }
 CLOSED = ("tau", "ncm", "adjusted")
+# Those whose sampler and class weights can be chosen.
+MANNERS = ("crt", "lws", "mislas")
 
 
 @dataclass
@@ -74,7 +76,7 @@ def program() -> Program:
     """Return the launchable file's parser and checks."""
     parser = stage_parser("decouple", (__doc__ or "").split("\n")[0], Settings)
     parser.add_argument("--classifier", type=Literal[tuple(TITLES)] | None, help="short for --method.classifier")
-    return Program("decouple", "a second-stage classifier", parser, _check, shifts=_shifts)
+    return Program("decouple", "a second-stage classifier", parser, _check, _classifiers, shifts=_shifts)
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -85,6 +87,12 @@ def run(argv: list[str] | None = None) -> None:
     run_stage(program(), train, words)
 
 
+def _classifiers(config: Any, chooses: bool) -> int:
+    if config.method.classifier in CLOSED:
+        return 0
+    return len(config.method.rates) if chooses else 1
+
+
 def _shifts(config: Any) -> bool:
     return bool(config.method.classifier == "mislas")
 
@@ -92,8 +100,10 @@ def _shifts(config: Any) -> bool:
 def _check(config: Any) -> None:
     if not config.method.rates:
         raise UserError("method.rates is empty; give at least one factor, such as [1.0]")
+    from train.engine.weights import make_weighting
+
     weighting = make_weighting(config.method.weights)
-    if TITLES[config.method.classifier][1] not in REFERENCES and (config.method.q or weighting):
+    if config.method.classifier not in MANNERS and (config.method.q or weighting):
         named = "method.q=1" if config.method.q else f"method.weights={config.method.weights}"
         raise UserError(
             f"{named} is for classifier crt, lws or mislas, and it is {config.method.classifier}; leave one of them out"
@@ -102,6 +112,8 @@ def _check(config: Any) -> None:
 
 def title_of(settings: Settings, input: Any) -> str:
     """Return what tables say of settings that are not the classifier's usual ones."""
+    from train.engine.weights import make_weighting
+
     said = [f"q={settings.q}"] * (settings.q != 0)
     if weighting := make_weighting(settings.weights):
         said.append(weighting.title)
@@ -111,8 +123,11 @@ def title_of(settings: Settings, input: Any) -> str:
     return "".join(f", {one}" for one in said + shifts)
 
 
-def train(stage: Stage) -> None:
+def train(stage: "Stage") -> None:
     """Make the candidates of the family, choose one, and leave a finished run folder."""
+    from train.features.results import close_stage
+    from train.features.stage_two import make_families
+
     settings = stage.config.method
     title, family = TITLES[settings.classifier]
     # λ = 1: no Gaussian is drawn from, and features may be negative.

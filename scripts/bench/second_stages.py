@@ -23,7 +23,7 @@ from train.engine.objectives import gradual_weight
 from train.features.classifiers import ClassifierOptim, ReferenceOptim, logit_adjusted, measure
 from train.features.mixing import Batches, Mixture, real_epoch
 from train.features.passes import Passes, Source
-from train.features.training import Recipe
+from train.features.recipes import Recipe
 
 BETAS, RATES = (0.0, 0.2, 0.4, 0.6, 0.8), (1.0, 0.25, 4.0)
 Bank = tuple[Tensor, Tensor]

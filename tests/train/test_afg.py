@@ -19,19 +19,21 @@ from shards.build import build
 from shards.errors import UserError
 from shards.index import open_dataset
 from train import afg
-from train.afg import BETA_MOST, BETA_START, Settings, choose_beta, run, train_adaptive
+from train.afg import Settings, run
 from train.engine.config import PRESETS
 from train.engine.launch import run as run_stage_one
 from train.engine.predictions import read_predictions
 from train.erm import ERM
 from train.features import stage_two
+from train.features.beta import BETA_MOST, choose_beta, train_adaptive
 from train.features.candidates import Families, Judge
-from train.features.classifiers import ClassifierOptim, ReferenceOptim, measure
+from train.features.classifiers import measure
+from train.features.commands import BETA_START, ClassifierOptim, ReferenceOptim
 from train.features.files import write_features
 from train.features.gaussians import find_support, fit, head_classes
 from train.features.mixing import Mixture
 from train.features.passes import Passes, Source
-from train.features.training import Recipe
+from train.features.recipes import Recipe
 from train.networks.model_files import load_model
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +61,11 @@ def test_stage_two_needs_no_arguments_and_leaves_a_whole_folder(here):
     assert list(summary["beta"]["tried"]) == ["0", "0.2", "0.4", "0.6", "0.8"]
     best = max(summary["beta"]["tried"].values())
     assert summary["beta"]["tried"][f"{summary['beta']['used']:g}"] == best
+    with np.load(folder / "diagnostics.npz") as kept:
+        assert set(kept) == {"norms"}  # its features are stage one's
+    with np.load(here / "runs/ce/diagnostics.npz") as kept:
+        assert set(kept) == {"norms", "distances"}
+        assert ((kept["distances"] > 0) & (kept["distances"] < 2**0.5)).all()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["distillation"] == pytest.approx(summary["setting"]["distill"])
@@ -331,7 +338,9 @@ def test_mistakes_are_told_in_one_line(here, capsys, photos):
     assert "already holds a run" in fails_with(capsys, "--run", "runs/ce")
     (here / "runs/ce/summary.json").unlink()
     assert "no finished stage-one run under runs" in fails_with(capsys)
-    assert "is not finished; resume it: train/erm.py" in fails_with(capsys, "--from", "runs/ce")
+    assert "is not finished; resume it: tailstream train erm --run runs/ce --resume" in fails_with(
+        capsys, "--from", "runs/ce"
+    )
     assert sorted(p.name for p in (here / "runs").iterdir()) == ["ce"]
 
 

@@ -10,19 +10,14 @@ from torch.nn import functional as F
 
 from shards.errors import UserError
 from train.features.candidates import RATES, TAUS, Candidate, Families, Judge, table
-from train.features.classifiers import (
-    ClassifierOptim,
-    ReferenceOptim,
-    logit_adjusted,
-    measure,
-    nearest_means,
-    tau_normalized,
-)
+from train.features.classifiers import logit_adjusted, measure, nearest_means, tau_normalized
+from train.features.commands import ClassifierOptim, ReferenceOptim
 from train.features.gaussians import find_support, fit, head_classes
 from train.features.mixing import Mixture, mixed_epoch, real_epoch
 from train.features.passes import Passes, Source
+from train.features.recipes import Recipe
 from train.features.selection import select
-from train.features.training import Recipe, Stack, train_together
+from train.features.training import Stack, train_together
 
 
 def make_mixture(counts=(200, 30, 5), **options) -> Mixture:

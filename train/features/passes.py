@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from shards.atomic import partial_folder
 from train.features.mixing import Mixture, Sampling, mixed_epoch, real_epoch
-from train.features.training import PASS_VALUES, Recipe, Stack, Trained, Views, train_together
+from train.features.recipes import Recipe, Trained
+from train.features.training import PASS_VALUES, Stack, Views, train_together
 
 FOLDER = "candidates"
 SEEN = {

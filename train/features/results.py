@@ -10,6 +10,7 @@ from torch import nn
 
 from analysis.metrics import summarize
 from train.engine import runs
+from train.engine.diagnostics import write_diagnostics
 from train.engine.evaluation import collect_faults, describe, device_name, write_results
 from train.engine.predictions import Collector, write_predictions
 from train.features import passes
@@ -78,6 +79,7 @@ def close_stage(
         keep_predictions(stage, last.linear, "last")
         if winner is not None:
             keep_predictions(stage, winner, "selected")
+        write_diagnostics(stage.run_folder, stage.network, beta=last.trained and last.trained.beta_C)
         (stage.run_folder / "metrics.jsonl").touch()
         for row in rows:
             runs.append_row(stage.run_folder, {**row, "seconds": seconds})

@@ -7,7 +7,6 @@ finished run of stage one ─ open_stage ─> Stage: frozen network, features of
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,21 +14,22 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from jsonargparse import Namespace
 from torch import Tensor
 
-from shards.errors import UserError, user_errors_exit_2
+from shards.errors import UserError
 from shards.index import Dataset
 from train.engine import runs
-from train.engine.config import Input, find_dataset, parse, peek, plain_sections
+from train.engine.config import Input, find_dataset, find_dataset_of, parse, plain_sections
 from train.engine.evaluation import test_split
-from train.engine.interrupts import EXIT_STATUS, Interrupted
-from train.engine.launch import make_accelerator
+from train.engine.machine import make_accelerator
 from train.features import passes
 from train.features.bank import FOLDER as BANK
 from train.features.bank import feature_bank
-from train.features.candidates import IMAGES_TO_CHOOSE, RATES, Families, Judge
-from train.features.commands import Program, Stops, defaults
-from train.features.gaussians import find_support, fit, head_classes
+from train.features.candidates import IMAGES_TO_CHOOSE, Families, Judge
+from train.features.commands import RATES, Program, defaults
+from train.features.estimate import estimate_lines
+from train.features.gaussians import find_support, fit, fitting_lambda, head_classes
 from train.features.mixing import Mixture
 from train.features.shift import FOLDER as SHIFTED
 from train.features.shift import batch_norms, shifted
@@ -84,30 +84,15 @@ class Stage:
         return mean
 
 
-def run_stage(program: Program, train: Callable[[Stage], None], argv: list[str] | None) -> None:
-    """Run a second stage from its command line; exits with 2 for a user's mistake, with 75 after a signal."""
-    begun: list[Path] = []
-    with user_errors_exit_2(f"train/{program.name}.py"):
-        try:
-            with Stops():
-                stage = open_stage(program, argv, begun)
-                if stage is not None:
-                    train(stage)
-        except Interrupted as interrupted:
-            again = f"resume with: python train/{program.name}.py --run {begun[0]} --resume" if begun else "start again"
-            print(
-                f"stopped by {interrupted.signal}; features and classifiers that were finished are kept; {again}",
-                flush=True,
-            )
-            sys.exit(EXIT_STATUS)
-
-
-def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | None = None) -> Stage | None:
+def open_stage(
+    program: Program, argv: list[str] | None, asked: Namespace, begun: list[Path] | None = None
+) -> Stage | None:
     """Read the command line, open the run that is named or the newest one, and take or find its features.
 
     Args:
         program: the launchable file.
         argv: the command line.
+        asked: what `peek` found there.
         begun: takes the run's folder as soon as there is one.
 
     Returns:
@@ -117,7 +102,6 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
         UserError: no finished run, a dataset of other classes, or what the loader raises.
     """
     name, parser = program.name, program.parser
-    asked = peek(parser, argv)
     resumed = None
     if asked.resume:
         resumed = Path(asked.run) if asked.run else runs.newest_run({2}, method=name, finished=False)
@@ -137,8 +121,9 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
     source = Path(place) if place else runs.newest_run({1}, dataset=wanted)
     saved = runs.read_config(source)
     if not (source / "summary.json").exists():
-        raise UserError(f"{source} is not finished; resume it: train/{saved['about']['method']}.py --resume")
-    dataset = find_dataset(asked.data or about.get("data") or saved["about"]["data"])
+        again = f"tailstream train {saved['about']['method']} {runs.resuming(source)}"
+        raise UserError(f"{source} is not finished; resume it: {again}")
+    dataset = find_dataset_of(source, about if "data" in about else saved["about"], asked.data)
     settings = parse(parser, argv, saved_settings or defaults(program, dataset, asked.variant))
     config = parser.instantiate(settings)
     program.check(config)
@@ -164,6 +149,29 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
             f"{source} was trained for other classes than {dataset.root} has: {first[0]!r} is {first[1]!r} there; name"
             " the dataset it was trained on with --data"
         )
+    test, held_out = test_split(dataset), dataset.splits.get("val")
+    watched = "val" if held_out and test.name != "val" else None
+    taken = dict(vars(config.input))
+    views, branch, shifts = (taken.pop(key) for key in ("views", "branch", "shift_batch_norm"))
+    input = Input(**{key: saved["input"][key] for key in ("image_size", "augment", "eval_augment")}, **taken)
+    network.to(accelerator.device)
+    if asked.dry_run:
+        chooses = watched is not None and len(dataset.splits["val"]) >= IMAGES_TO_CHOOSE * len(dataset.classes)
+        accelerator.print(f"{program.title} on the {weights} weights of {source} ({dataset.name})")
+        for line in estimate_lines(
+            source,
+            network,
+            dataset,
+            input,
+            accelerator,
+            config.optim,
+            views=views,
+            weights=weights,
+            classifiers=program.classifiers(config, chooses),
+        ):
+            accelerator.print(line)
+        accelerator.print("nothing was written (--dry-run)")
+        return None
     folder: list[Path | None] = [None]
     if accelerator.is_main_process:
         named = resumed or (Path(asked.run) if asked.run else None)
@@ -184,12 +192,6 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
     )
 
     started = time.perf_counter()
-    network.to(accelerator.device)
-    test, held_out = test_split(dataset), dataset.splits.get("val")
-    watched = "val" if held_out and test.name != "val" else None
-    taken = dict(vars(config.input))
-    views, branch, shifts = (taken.pop(key) for key in ("views", "branch", "shift_batch_norm"))
-    input = Input(**{key: saved["input"][key] for key in ("image_size", "augment", "eval_augment")}, **taken)
     home, of = source, weights
     if program.shifts(config) if shifts is None else shifts:
         if batch_norms(network):
@@ -237,20 +239,20 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
 
 
 def _check_resumed(run: Path, asked: Any, about: dict[str, Any]) -> None:
-    """Refuse to resume a run from something else than it began with: what it kept would not fit.
+    """Refuse to resume a run from something else than it began with; stage one's folder may have moved.
 
     Raises:
-        UserError: --from, --weights, --data or --variant differ.
+        UserError: --from, --weights or --variant differ.
     """
     if asked.variant:
         raise UserError(f"--variant {asked.variant} comes too late for {run}, which has its settings; leave it out")
-    begun = {"from": about.get("from"), "weights": about.get("weights"), "data": about.get("data")}
-    for key, value in begun.items():
-        given = asked[key]
-        if None in (given, value) or given == value:
-            continue
-        if key == "weights" or Path(given).resolve() != Path(value).resolve():
-            raise UserError(f"{run} began with --{key} {value}, not {given}; leave --{key} out, or begin another run")
+    for key in ("from", "weights"):
+        begun, given = about.get(key), asked[key]
+        same = None in (begun, given) or given == begun
+        if not same and key == "from":
+            same = Path(given).resolve() == Path(begun).resolve() or not Path(begun).exists()
+        if not same:
+            raise UserError(f"{run} began with --{key} {begun}, not {given}; leave --{key} out, or begin another run")
 
 
 def make_families(
@@ -266,8 +268,12 @@ def make_families(
     q: Literal[0, 1] = 0,
     weights: str = "none",
 ) -> Families:
-    """Fit the Gaussians, and return all that makes candidates; arguments as settings of the same names."""
+    """Fit the Gaussians, and return all that makes candidates; arguments as settings of the same names.
+
+    λ is 1 where features are negative.
+    """
     accelerator, seed = stage.accelerator, stage.config.loop.seed
+    lam = fitting_lambda(stage.features_ND, lam)
     gaussians = fit(stage.features_ND, stage.labels_N, num_classes=len(stage.dataset.classes), lam=lam)
     # By images: several views of one make no class larger.
     images_C = torch.from_numpy(stage.dataset.train_counts).to(stage.labels_N.device)
