@@ -259,6 +259,7 @@ def close_stage(
     last: Candidate,
     selected: dict[str, Any] | None = None,
     winner: nn.Linear | None = None,
+    beta_C: Tensor | None = None,
     **more: Any,
 ) -> None:
     """Evaluate the classifier on the test split and leave a finished run folder.
@@ -269,6 +270,7 @@ def close_stage(
         last: the stage's own classifier, which takes the place of stage one's.
         selected: what is said of the selected one, whose figures and file are added.
         winner: the selected classifier.
+        beta_C: β of each class, where there are several; nan for head classes, which borrow nothing.
         more: further keys of summary.json.
     """
     rows = last.trained.rows if last.trained else []
@@ -308,7 +310,7 @@ def close_stage(
             epochs["selected"] = len(rows)
         describe(stage.run_folder, stage.network, stage.dataset, stage.input, summary, epochs)
         keep_predictions(stage, last.linear)
-        write_diagnostics(stage.run_folder, stage.network, beta=last.trained and last.trained.beta_C)
+        write_diagnostics(stage.run_folder, stage.network, beta=beta_C)
         (stage.run_folder / "metrics.jsonl").touch()
         for row in rows:
             runs.append_row(stage.run_folder, {**row, "seconds": seconds})
