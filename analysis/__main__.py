@@ -11,7 +11,7 @@ from analysis.predictions import differences
 from analysis.runs import read_finished_runs, read_run
 from analysis.settings import unknown_stage_ones
 from analysis.tables import FORMATS, blocks, json_text
-from shards.cli import Parser
+from shards.cli import Parser, program_name
 from shards.errors import user_errors_exit_2
 
 # As in analysis.gallery, which loads slowly.
@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     averaging = Parser(description="Average the probabilities of several runs and show what that recognises.")
     averaging.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
 
-    parser = Parser(prog="python -m analysis", description="Tables and reports from the files of runs.")
+    program = program_name("python -m analysis")
+    parser = Parser(prog=program, description="Tables and reports from the files of runs.")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("compare", comparing)
     commands.add_subcommand("report", reporting)
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     commands.add_subcommand("ensemble", averaging)
     options = parser.parse_args(argv)
 
-    with user_errors_exit_2("python -m analysis"):
+    with user_errors_exit_2(program):
         if options.command == "ensemble":
             print(ensemble_table([read_run(path) for path in options.ensemble.runs]))
             return

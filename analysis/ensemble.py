@@ -29,7 +29,7 @@ def ensemble(runs: Sequence[Run]) -> dict[str, float | None]:
         if found.topk_labels_NK.shape[1] < len(run.classes):
             raise UserError(
                 f"{run.name} kept {found.topk_labels_NK.shape[1]} of {len(run.classes)} classes' probabilities; average"
-                " the networks themselves: python -m train.predict --run RUN --run RUN …"
+                " the networks themselves: tailstream predict --run RUN --run RUN …"
             )
         if total_NC is None:
             ids_N, labels_N = found.ids_N, found.labels_N

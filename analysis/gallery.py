@@ -58,7 +58,7 @@ def check_colours(entries: Sequence[Entry]) -> None:
     if len(entries) > MAX_ENTRIES:
         raise UserError(
             f"{len(entries)} titles on {entries[0].dataset} are too many for one report or figure; name runs of at most"
-            f" {MAX_ENTRIES}, or tabulate all with: python -m analysis compare --format html"
+            f" {MAX_ENTRIES}, or tabulate all with: tailstream compare --format html"
         )
 
 

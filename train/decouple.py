@@ -20,14 +20,16 @@ train/afg.py prints (train/features/candidates.py). Seconds on a CPU for feature
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import PositiveFloat
 
 from shards.errors import UserError
-from train.features.candidates import RATES
-from train.features.commands import Program, stage_parser
-from train.features.stage_two import Stage, close_stage, make_families, run_stage
+from train.features.commands import RATES, Program, stage_parser
+from train.features.launch import run_stage
+
+if TYPE_CHECKING:  # torch comes with the run: see train/engine/launch.py
+    from train.features.stage_two import Stage
 
 # What tables call each, and its family of train/features/candidates.py.
 TITLES = {
@@ -61,7 +63,13 @@ def run(argv: list[str] | None = None) -> None:
     """Run the stage from its command line; exits with 2 for a user's mistake, told in one line."""
     parser = stage_parser("decouple", (__doc__ or "").split("\n")[0], Settings)
     parser.add_argument("--classifier", type=Literal[tuple(TITLES)] | None, help="short for --method.classifier")
-    run_stage(Program("decouple", "a second-stage classifier", parser, _check), train, argv)
+    run_stage(Program("decouple", "a second-stage classifier", parser, _check, _classifiers), train, argv)
+
+
+def _classifiers(config: Any, chooses: bool) -> int:
+    if (config.classifier or config.method.classifier) in CLOSED:
+        return 0
+    return len(config.method.rates) if chooses else 1
 
 
 def _check(config: Any) -> None:
@@ -71,8 +79,10 @@ def _check(config: Any) -> None:
         raise UserError("method.rates is empty; give at least one factor, such as [1.0]")
 
 
-def train(stage: Stage) -> None:
+def train(stage: "Stage") -> None:
     """Make the candidates of the family, choose one, and leave a finished run folder."""
+    from train.features.stage_two import close_stage, make_families
+
     settings = stage.config.method
     title, family = TITLES[settings.classifier]
     families = make_families(stage, rates=settings.rates)

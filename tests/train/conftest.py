@@ -1,14 +1,17 @@
 import multiprocessing
 from multiprocessing import forkserver
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from train.engine.config import Config, Input, Loop, Model, Optim
+
 # Processes of tests are forked from a server that has imported everything. A session has one such server, so it starts
 # before a loader starts it with less.
-multiprocessing.set_forkserver_preload(["train.bbn", "train.erm", "pipeline.dali_loader", "pipeline.torch_loader"])
+multiprocessing.set_forkserver_preload(
+    ["train.bbn", "train.erm", "train.engine.session", "pipeline.dali_loader", "pipeline.torch_loader"]
+)
 forkserver.ensure_running()
 
 
@@ -32,13 +35,9 @@ def workplace(tmp_path, monkeypatch, digits):
 def make_method():
     """Make a method with settings of its own for small images: make_method(BBN, train_counts_C, q=0.0)."""
 
-    def make(method_class, train_counts_C, **settings):
+    def make(method_class, train_counts_C, model=None, **settings):
         torch.manual_seed(0)
-        config = SimpleNamespace(
-            input=SimpleNamespace(augment="cifar"),
-            model=SimpleNamespace(backbone="resnet32", weights=None),
-            method=method_class.Settings(**settings),
-        )
+        config = Config(Input(), Model(**(model or {})), method_class.Settings(**settings), Optim(), Loop())
         return method_class(config, train_counts_C)
 
     return make

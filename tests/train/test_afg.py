@@ -20,14 +20,16 @@ from shards.build import build
 from shards.errors import UserError
 from shards.index import open_dataset
 from train import afg, decouple
-from train.afg import BETA_MOST, BETA_START, Settings, choose_beta, run, train_adaptive
+from train.afg import Settings, run
 from train.engine.config import PRESETS
 from train.engine.launch import run as run_stage_one
 from train.engine.predictions import read_predictions
 from train.erm import ERM
 from train.features import stage_two
+from train.features.beta import BETA_MOST, choose_beta, train_adaptive
 from train.features.candidates import Families, Judge
-from train.features.classifiers import ClassifierOptim, ReferenceOptim, measure
+from train.features.classifiers import measure
+from train.features.commands import BETA_START, ClassifierOptim, ReferenceOptim
 from train.features.files import write_features
 from train.features.gaussians import find_support, fit, head_classes
 from train.features.mixing import Mixture
@@ -356,7 +358,9 @@ def test_mistakes_are_told_in_one_line(here, capsys, photos):
     assert "already holds a run" in fails_with(capsys, "--run", "runs/ce")
     (here / "runs/ce/summary.json").unlink()
     assert "no finished stage-one run under runs" in fails_with(capsys)
-    assert "is not finished; resume it: train/erm.py" in fails_with(capsys, "--from", "runs/ce")
+    assert "is not finished; resume it: tailstream train erm --run runs/ce --resume" in fails_with(
+        capsys, "--from", "runs/ce"
+    )
     assert sorted(p.name for p in (here / "runs").iterdir()) == ["ce"]
 
 

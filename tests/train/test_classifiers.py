@@ -10,14 +10,8 @@ from torch.nn import functional as F
 
 from shards.errors import UserError
 from train.features.candidates import RATES, TAUS, Candidate, Families, Judge, table
-from train.features.classifiers import (
-    ClassifierOptim,
-    ReferenceOptim,
-    logit_adjusted,
-    measure,
-    nearest_means,
-    tau_normalized,
-)
+from train.features.classifiers import logit_adjusted, measure, nearest_means, tau_normalized
+from train.features.commands import ClassifierOptim, ReferenceOptim
 from train.features.gaussians import find_support, fit, head_classes
 from train.features.mixing import Mixture, mixed_epoch, real_epoch
 from train.features.passes import Passes, Source

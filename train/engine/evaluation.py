@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from analysis.metrics import Tally, percent, summarize, tally
 from pipeline.augment import find_recipe
 from pipeline.faults import faults_of
+from pipeline.pictures import FILTER_NAMES
 from pipeline.plan import EvalPlan
 from shards.atomic import write_json
 from shards.errors import UserError
@@ -169,7 +170,7 @@ def describe(
         summary: the run's figures.
         epochs: for "last", and "selected" where there is one: the epoch of these weights.
     """
-    options = dataset.manifest["options"]
+    options, recipe = dataset.manifest["options"], find_recipe(input.eval_augment)
     weights = {name: {"file": FILES[name], "epoch": epoch, "figures": summary[name]} for name, epoch in epochs.items()}
     describe_model(
         run_folder,
@@ -178,7 +179,8 @@ def describe(
             train_counts=dataset.train_counts.tolist(),
             image_size=input.image_size,
             eval_augment=input.eval_augment,
-            crop_share=find_recipe(input.eval_augment).centre_share,
+            crop_share=recipe.centre_share,
+            interpolation=FILTER_NAMES[recipe.interpolation],
             mean=network.normalize.mean.flatten().tolist(),
             std=network.normalize.std.flatten().tolist(),
             shorter_side=options.get("shorter_side"),
@@ -217,7 +219,7 @@ def write_results(run_folder: Path, summary: dict[str, Any], final: Tally, datas
         chosen = summary["selected"].get("name") or f"{summary['title']}, epoch {summary['selected']['epoch']}"
         told = f"{chosen}, which {summary['selected_on']} chose"
         print(f"{told}, on {summary['evaluated_on']}: {accuracy_line(summary['selected'])}")
-    print(f"wrote {run_folder}/summary.json; for a page with figures: python -m analysis report {run_folder}")
+    print(f"wrote {run_folder}/summary.json; for a page with figures: tailstream report {run_folder}")
 
 
 def collect_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str, Any]]:
@@ -231,7 +233,7 @@ def collect_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str,
     if found:
         accelerator.print(
             f"{len(found)} images did not decode and were replaced or left out, {times.total()} times in all:"
-            f" see summary.json, and run: python -m shards verify {dataset.place}"
+            f" see summary.json, and run: tailstream verify {dataset.place}"
         )
     return [row | {"times": times[image]} for image, row in sorted(found.items())]
 

@@ -29,6 +29,7 @@ from typing import Any, TextIO
 import yaml
 
 from shards.atomic import write_text
+from shards.cli import program_name
 from shards.errors import UserError
 
 RUNS = Path("runs")
@@ -239,4 +240,4 @@ def resuming(run: Path, data: str | None = None) -> str:
 
 def command() -> str:
     """Return the command line of this process, as one would type it."""
-    return shlex.join([Path(sys.argv[0]).name if not sys.argv[0] else os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    return shlex.join([program_name(os.path.relpath(sys.argv[0]) if sys.argv[0] else ""), *sys.argv[1:]])

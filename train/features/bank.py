@@ -69,7 +69,7 @@ class ViewPlan:
     def recipes(self) -> tuple[Recipe, ...]:
         """The recipe as far as it draws windows and mirrors: what else it may do to pictures is left out."""
         recipe = find_recipe(self.augment)
-        return (Recipe(recipe.name, recipe.draw, recipe.pads),)
+        return (Recipe(recipe.name, recipe.draw, recipe.pads, interpolation=recipe.interpolation),)
 
     @property
     def rank_batch(self) -> int:  # noqa: D102
@@ -83,7 +83,7 @@ class ViewPlan:
         """Return the one Draw of a step counted from 0."""
         ids_B = self.ids_R[step * self.batch_size : (step + 1) * self.batch_size]
         windows_N4, flips_N = self.shown
-        return [Draw(ids_B, windows_N4[ids_B], flips_N[ids_B])]
+        return [Draw(ids_B, windows_N4[ids_B], flips_N[ids_B], interpolation=self.recipes[0].interpolation)]
 
 
 def feature_bank(
@@ -110,25 +110,14 @@ def feature_bank(
         weights: which of the run's weights the network has: "last" or "selected".
 
     Returns:
-        features_RD, float16, >= 0, and labels_R, int64, ascending: R = images × max(1, views), less those that do not
+        features_RD, float16, and labels_R, int64, ascending: R = images × max(1, views), less those that do not
         decode. On a CPU the features are memory-mapped; else both are on the accelerator's device.
 
     Raises:
         UserError: the disk is full, or what the loader raises.
     """
     folder = run / FOLDER / split
-    wanted = {
-        "split": split,
-        "network": run.resolve().name,
-        "weights": _digest(run / FILES[weights]),
-        "dataset": _digest(dataset.root / MANIFEST),
-        "recipe": input.augment if views else input.eval_augment,
-        "image_size": input.image_size,
-        "views": views,
-        "precision": accelerator.mixed_precision,
-        "class_counts": (dataset.splits[split].class_counts * max(1, views)).tolist(),
-        "dimensions": network.classifier.in_features,
-    }
+    wanted = _wanted(run, network, dataset, split, input, accelerator, views, weights)
     told = _read(folder)
     if told != wanted | {"complete": True}:
         accelerator.wait_for_everyone()  # all have looked
@@ -150,6 +139,53 @@ def feature_bank(
     if not seen_R.all():
         features_RD, labels_R = features_RD[seen_R], labels_R[seen_R]
     return torch.from_numpy(features_RD).to(accelerator.device), torch.from_numpy(labels_R).to(accelerator.device)
+
+
+def _wanted(
+    run: Path,
+    network: PlainNetwork | BilateralNetwork,
+    dataset: Dataset,
+    split: str,
+    input: Input,
+    accelerator: Accelerator,
+    views: int,
+    weights: str,
+) -> dict[str, Any]:
+    """Return what bank.json says of such a bank; arguments as for `feature_bank`."""
+    return {
+        "split": split,
+        "network": run.resolve().name,
+        "weights": _digest(run / FILES[weights]),
+        "dataset": _digest(dataset.root / MANIFEST),
+        "recipe": input.augment if views else input.eval_augment,
+        "image_size": input.image_size,
+        "views": views,
+        "precision": accelerator.mixed_precision,
+        "class_counts": (dataset.splits[split].class_counts * max(1, views)).tolist(),
+        "dimensions": network.classifier.in_features,
+    }
+
+
+def has_bank(
+    run: Path,
+    network: PlainNetwork | BilateralNetwork,
+    dataset: Dataset,
+    split: str,
+    input: Input,
+    accelerator: Accelerator,
+    views: int = 0,
+    weights: str = "last",
+) -> bool:
+    """Return whether the run keeps such a bank, whole; arguments as for `feature_bank`."""
+    wanted = _wanted(run, network, dataset, split, input, accelerator, views, weights)
+    return _read(run / FOLDER / split) == wanted | {"complete": True}
+
+
+def keep_bank(run: Path, split: str, weights: str = "last") -> None:
+    """Say that a finished bank fits the run's weights as they are now: their classifier alone has changed."""
+    folder = run / FOLDER / split
+    known = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
+    write_json(folder / "bank.json", known | {"weights": _digest(run / FILES[weights])})
 
 
 def bank_ids(run: Path, split: Split) -> NDArray[np.int64]:

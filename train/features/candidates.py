@@ -21,21 +21,14 @@ from torch import Tensor, nn
 
 from analysis.metrics import percent, summarize
 from shards.errors import UserError
-from train.features.classifiers import (
-    ClassifierOptim,
-    ReferenceOptim,
-    logit_adjusted,
-    measure,
-    nearest_means,
-    tau_normalized,
-)
+from train.features.classifiers import logit_adjusted, measure, nearest_means, tau_normalized
+from train.features.commands import RATES, ClassifierOptim, ReferenceOptim
 from train.features.mixing import Mixture, Sampling
 from train.features.passes import Passes, Source
 from train.features.training import Kind, Recipe, Trained
 
 Bank = tuple[Tensor, Tensor]
-# Factors of a learning rate, and τ: what the held-out split chooses from. The first is taken where nothing chooses.
-RATES = (1.0, 0.25, 4.0)
+# Values of τ that the held-out split chooses from. The first is taken where nothing chooses.
 TAUS = (1.0, *(t / 10 for t in range(21) if t != 10))
 # A grid of rates whose end wins is extended by RATE_STEP, up to this factor of the first rate either way.
 RATE_STEP, RATE_BOUND = 4.0, 4.0**6

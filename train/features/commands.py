@@ -1,19 +1,21 @@
-"""The command line of second stages: common settings, presets and variants, and signals that end them."""
+"""The settings of second stages: what all of them share, presets and variants."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from pipeline.loader import LoaderKind
+from pipeline.kinds import LoaderKind
 from shards.errors import UserError
 from shards.index import Dataset
 from train.engine.config import make_parser, preset
-from train.engine.interrupts import Interrupted, Interrupts
-from train.features.classifiers import ClassifierOptim, ReferenceOptim
+
+# Factors of a learning rate that the held-out split chooses from. The first is taken where nothing chooses.
+RATES = (1.0, 0.25, 4.0)
+# AFG's β in its paper, where the adaptive one starts.
+BETA_START = 0.6
 
 
 @dataclass
@@ -31,6 +33,46 @@ class Extraction:
     batch_size: PositiveInt = 256
     loader: LoaderKind = "auto"
     threads: PositiveInt = 2
+
+
+@dataclass
+class ClassifierOptim:
+    """SGD with a cosine from `lr` to 0.
+
+    Attributes:
+        epochs: generation epochs; each draws new features.
+        batch_size: features per step, over all processes.
+        lr: the learning rate at the start.
+        momentum: of SGD.
+        weight_decay: L2.
+    """
+
+    epochs: PositiveInt = 40
+    batch_size: PositiveInt = 512
+    lr: PositiveFloat = 0.1
+    momentum: ClosedUnitInterval = 0.9
+    weight_decay: NonNegativeFloat = 5e-4
+
+
+@dataclass
+class ReferenceOptim:
+    """cRT and LWS as their reference trains them (Kang et al., ICLR 2020): a cosine whose last epoch has rate 0.
+
+    Attributes:
+        crt_epochs: epochs of cRT; each holds n_max draws of every class.
+        lws_epochs: epochs of LWS.
+        batch_size: features per step, over all processes.
+        lr: the learning rate, on features as they are; the held-out split may choose another.
+        momentum: of SGD.
+        weight_decay: L2.
+    """
+
+    crt_epochs: PositiveInt = 10
+    lws_epochs: PositiveInt = 5
+    batch_size: PositiveInt = 512
+    lr: PositiveFloat = 0.2
+    momentum: ClosedUnitInterval = 0.9
+    weight_decay: NonNegativeFloat = 5e-4
 
 
 @dataclass
@@ -65,15 +107,8 @@ def stage_parser(name: str, description: str, settings: type) -> ArgumentParser:
     )
     parser.add_argument("--resume", action="store_true", help="resume --run, or the newest unfinished run")
     parser.add_argument("--variant", type=str | None, help="of the settings, such as paper")
+    parser.add_argument("--dry-run", action="store_true", help="say what the stage takes, write nothing, and end")
     return parser
-
-
-class Stops(Interrupts):
-    """Raises Interrupted where the program is: files appear whole or not at all, so that nothing has to be finished."""
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        super()._receive(number, frame)
-        raise Interrupted(number)
 
 
 @dataclass
@@ -85,6 +120,7 @@ class Program:
         title: what the first line calls the stage.
         parser: from `stage_parser`.
         check: raises UserError for settings that cannot be used together, before anything is made.
+        classifiers: how many classifiers the settings train, where the val split chooses among them or not.
         variants: settings by the name of a variant, for every dataset: {variant: {section: {key: value}}}.
     """
 
@@ -92,6 +128,7 @@ class Program:
     title: str
     parser: ArgumentParser
     check: Callable[[Any], None] = lambda config: None
+    classifiers: Callable[[Any, bool], int] = lambda config, chooses: 1
     variants: Mapping[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
 

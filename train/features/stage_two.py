@@ -8,7 +8,6 @@ finished run of stage one ─ open_stage ─> Stage: frozen network, features of
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,25 +16,26 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from jsonargparse import Namespace
 from torch import Tensor, nn
 
 from analysis.metrics import summarize
-from shards.errors import UserError, user_errors_exit_2
+from shards.errors import UserError
 from shards.index import Dataset
 from train.engine import runs
-from train.engine.config import Input, find_dataset, parse, peek, plain_sections
+from train.engine.config import Input, find_dataset, find_dataset_of, parse, plain_sections
 from train.engine.diagnostics import write_diagnostics
 from train.engine.evaluation import collect_faults, describe, device_name, test_split, write_results
-from train.engine.interrupts import EXIT_STATUS, Interrupted
-from train.engine.launch import make_accelerator
+from train.engine.machine import make_accelerator
 from train.engine.predictions import Collector, write_predictions
 from train.features import passes
 from train.features.bank import FOLDER as BANK
 from train.features.bank import bank_ids, feature_bank
-from train.features.candidates import IMAGES_TO_CHOOSE, RATES, Candidate, Families, Judge
+from train.features.candidates import IMAGES_TO_CHOOSE, Candidate, Families, Judge
 from train.features.classifiers import FEATURES_PER_BLOCK, measure
-from train.features.commands import Program, Stops, defaults
-from train.features.gaussians import find_support, fit, head_classes
+from train.features.commands import RATES, Program, defaults
+from train.features.estimate import estimate_lines
+from train.features.gaussians import find_support, fit, fitting_lambda, head_classes
 from train.features.mixing import Mixture
 from train.networks.model_files import SELECTED_FILE, choose_weights, load_model, save_model, save_selected_model
 
@@ -85,30 +85,15 @@ class Stage:
         return mean
 
 
-def run_stage(program: Program, train: Callable[[Stage], None], argv: list[str] | None) -> None:
-    """Run a second stage from its command line; exits with 2 for a user's mistake, with 75 after a signal."""
-    begun: list[Path] = []
-    with user_errors_exit_2(f"train/{program.name}.py"):
-        try:
-            with Stops():
-                stage = open_stage(program, argv, begun)
-                if stage is not None:
-                    train(stage)
-        except Interrupted as interrupted:
-            again = f"resume with: python train/{program.name}.py --run {begun[0]} --resume" if begun else "start again"
-            print(
-                f"stopped by {interrupted.signal}; features and classifiers that were finished are kept; {again}",
-                flush=True,
-            )
-            sys.exit(EXIT_STATUS)
-
-
-def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | None = None) -> Stage | None:
+def open_stage(
+    program: Program, argv: list[str] | None, asked: Namespace, begun: list[Path] | None = None
+) -> Stage | None:
     """Read the command line, open the run that is named or the newest one, and take or find its features.
 
     Args:
         program: the launchable file.
         argv: the command line.
+        asked: what `peek` found there.
         begun: takes the run's folder as soon as there is one.
 
     Returns:
@@ -118,7 +103,6 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
         UserError: no finished run, a dataset of other classes, or what the loader raises.
     """
     name, parser = program.name, program.parser
-    asked = peek(parser, argv)
     resumed = None
     if asked.resume:
         resumed = Path(asked.run) if asked.run else runs.newest_run({2}, method=name, finished=False)
@@ -137,8 +121,9 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
     source = Path(place) if place else runs.newest_run({1}, dataset=wanted)
     saved = runs.read_config(source)
     if not (source / "summary.json").exists():
-        raise UserError(f"{source} is not finished; resume it: train/{saved['about']['method']}.py --resume")
-    dataset = find_dataset(asked.data or saved["about"]["data"])
+        again = f"tailstream train {saved['about']['method']} {runs.resuming(source)}"
+        raise UserError(f"{source} is not finished; resume it: {again}")
+    dataset = find_dataset_of(source, saved["about"], asked.data)
     settings = parse(parser, argv, saved_settings or defaults(program, dataset, asked.variant))
     config = parser.instantiate(settings)
     program.check(config)
@@ -152,6 +137,29 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
             f"{source} was trained for {network.classifier.out_features} classes, and {dataset.root} has"
             f" {len(dataset.classes)}; name the dataset it was trained on with --data"
         )
+    test, held_out = test_split(dataset), dataset.splits.get("val")
+    watched = "val" if held_out and test.name != "val" else None
+    taken = vars(config.input)
+    views = taken.pop("views")
+    input = Input(**{key: saved["input"][key] for key in ("image_size", "augment", "eval_augment")}, **taken)
+    network.to(accelerator.device)
+    if asked.dry_run:
+        chooses = watched is not None and len(dataset.splits["val"]) >= IMAGES_TO_CHOOSE * len(dataset.classes)
+        accelerator.print(f"{program.title} on the {weights} weights of {source} ({dataset.name})")
+        for line in estimate_lines(
+            source,
+            network,
+            dataset,
+            input,
+            accelerator,
+            config.optim,
+            views=views,
+            weights=weights,
+            classifiers=program.classifiers(config, chooses),
+        ):
+            accelerator.print(line)
+        accelerator.print("nothing was written (--dry-run)")
+        return None
     folder: list[Path | None] = [None]
     if accelerator.is_main_process:
         named = resumed or (Path(asked.run) if asked.run else None)
@@ -172,12 +180,6 @@ def open_stage(program: Program, argv: list[str] | None, begun: list[Path] | Non
     )
 
     started = time.perf_counter()
-    network.to(accelerator.device)
-    test, held_out = test_split(dataset), dataset.splits.get("val")
-    watched = "val" if held_out and test.name != "val" else None
-    taken = vars(config.input)
-    views = taken.pop("views")
-    input = Input(**{key: saved["input"][key] for key in ("image_size", "augment", "eval_augment")}, **taken)
 
     def bank(split: str) -> tuple[Tensor, Tensor]:
         seen = views if split == "train" else 0
@@ -221,8 +223,12 @@ def make_families(
     kind: Literal["scaled", "lws", "linear"] = "scaled",
     rates: list[float] | None = None,
 ) -> Families:
-    """Fit the Gaussians, and return all that makes candidates; arguments as AFG's settings of the same names."""
+    """Fit the Gaussians, and return all that makes candidates; arguments as AFG's settings of the same names.
+
+    λ is 1 where features are negative.
+    """
     accelerator, seed = stage.accelerator, stage.config.loop.seed
+    lam = fitting_lambda(stage.features_ND, lam)
     gaussians = fit(stage.features_ND, stage.labels_N, num_classes=len(stage.dataset.classes), lam=lam)
     # By images: several views of one make no class larger.
     images_C = torch.from_numpy(stage.dataset.train_counts).to(stage.labels_N.device)
