@@ -193,6 +193,7 @@ def train(stage: "Stage") -> None:
         best,
         selected,
         winner,
+        beta.masked_fill(mixture.support.head_C, torch.nan).cpu() if isinstance(beta, torch.Tensor) else None,
         beta={
             "used": best.setting["beta"],
             "tried": choice.tried,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from analysis.metrics import summarize
 from train.engine import runs
@@ -28,6 +28,7 @@ def close_stage(
     last: Candidate,
     selected: dict[str, Any] | None = None,
     winner: nn.Linear | None = None,
+    beta_C: Tensor | None = None,
     **more: Any,
 ) -> None:
     """Evaluate the classifier on the test split and leave a finished run folder.
@@ -38,6 +39,7 @@ def close_stage(
         last: the stage's own classifier, which takes the place of stage one's.
         selected: what is said of the selected one, whose figures and file are added.
         winner: the selected classifier.
+        beta_C: β of each class, where there are several; nan for head classes, which borrow nothing.
         more: further keys of summary.json.
     """
     rows = last.trained.rows if last.trained else []
@@ -79,7 +81,7 @@ def close_stage(
         keep_predictions(stage, last.linear, "last")
         if winner is not None:
             keep_predictions(stage, winner, "selected")
-        write_diagnostics(stage.run_folder, stage.network, beta=last.trained and last.trained.beta_C)
+        write_diagnostics(stage.run_folder, stage.network, beta=beta_C)
         (stage.run_folder / "metrics.jsonl").touch()
         for row in rows:
             runs.append_row(stage.run_folder, {**row, "seconds": seconds})
