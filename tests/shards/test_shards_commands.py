@@ -92,11 +92,11 @@ def test_verify_exits_1_on_a_problem_and_2_on_no_dataset(tmp_path, image_folder,
         (["build", "digits", "--bogus", "1"], "unrecognized arguments: --bogus 1; see --help"),
         (
             ["build", "digits", "--factor", "9"],
-            "unrecognized arguments: --factor 9 (did you mean --imbalance-factor?); see --help",
+            "unrecognized arguments: --factor 9; did you mean --imbalance-factor? (see --help)",
         ),
         (
             ["inspect", "x", "--duplicate"],
-            "unrecognized arguments: --duplicate (did you mean --duplicates?); see --help",
+            "unrecognized arguments: --duplicate; did you mean --duplicates? (see --help)",
         ),
         (["build", "digits", "--workers", "many"], "--workers cannot be 'many'; see --help"),
         (["build", "digits", "--seed", "x"], "--seed cannot be 'x'; see --help"),
