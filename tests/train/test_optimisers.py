@@ -17,6 +17,7 @@ from shards.errors import UserError
 from train.bbn import BBN
 from train.engine.config import Config, Input, Loop, Model, Optim
 from train.engine.launch import run
+from train.engine.loop import Training
 from train.engine.optimisers import check_settings, lr_factor, make_optimizer, parameter_groups, warnings_about
 from train.erm import ERM
 from train.networks.backbones import _OWN_RESNETS
@@ -179,13 +180,14 @@ def test_rates_that_will_hardly_do_are_warned_of():
 
 def test_every_step_has_its_rate(workplace, monkeypatch):
     seen = []
-    original = torch.optim.AdamW.step
+    original = Training._step
 
-    def step(self, *arguments, **options):
-        seen.append({group["lr"] for group in self.param_groups})
-        return original(self, *arguments, **options)
+    def step(self, *arguments):
+        loss = original(self, *arguments)
+        seen.append({group["lr"] for group in self._optimizer.param_groups})
+        return loss
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(Training, "_step", step)
     run(ERM, [*BRIEF, *TUNE, "--run", "runs/a"])
     optim = Optim(epochs=2, warmup_steps=4, schedule="cosine")
     assert len(seen) == 16
@@ -201,7 +203,8 @@ def test_every_step_has_its_rate(workplace, monkeypatch):
     "settings",
     [
         [*TUNE, "--model.drop_path", "0.3", "--loop.grad_checkpointing", "true", "--optim.ema", "0.9"],
-        [*TUNE[:4], *FREEZE, "--optim.accumulate", "2"],
+        [*TUNE[:4], *FREEZE, "--optim.accumulate", "2", "--optim.betas", "[0.8,0.99]"],
+        ["--optim.momentum", "0.8", "--optim.weight_decay", "0.001"],  # given, they are of the command line's types
     ],
 )
 def test_a_tuned_run_resumes_to_the_same_bits(pretrained, monkeypatch, settings):

@@ -166,15 +166,13 @@ def make_optimizer(method: "Method", optim: Optim) -> "torch.optim.Optimizer":
     import torch
 
     groups = parameter_groups(method, optim)
+    # Plain numbers: a checkpoint holds them, and is loaded as plain data, without the command line's own types.
+    common = {"lr": float(optim.lr), "weight_decay": float(optim.weight_decay)}
     if optim.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
-    return torch.optim.SGD(
-        groups,
-        lr=optim.lr,
-        momentum=optim.momentum,
-        nesterov=optim.nesterov and optim.momentum > 0,
-        weight_decay=optim.weight_decay,
-    )
+        first, second = map(float, optim.betas)
+        return torch.optim.AdamW(groups, betas=(first, second), **common)
+    momentum = float(optim.momentum)
+    return torch.optim.SGD(groups, momentum=momentum, nesterov=optim.nesterov and momentum > 0, **common)
 
 
 def parameter_groups(method: "Method", optim: Optim) -> list[dict[str, Any]]:
