@@ -98,7 +98,15 @@ def run(argv: list[str] | None = None) -> None:
         type=Path | None,
         help="write an epoch's generated features and labels, too: FILE.safetensors, or FILE.npy and FILE.labels.npy",
     )
-    run_stage(Program("afg", "AFG", parser, _check, VARIANTS), train, argv)
+    run_stage(Program("afg", "AFG", parser, _check, _classifiers, VARIANTS), train, argv)
+
+
+def _classifiers(config: Any, chooses: bool) -> int:
+    settings = config.method
+    teachers = 2 if settings.teacher == "select" and settings.distill else 1
+    betas = len(settings.beta_grid) - 1 if settings.beta == "select" else 1
+    ours = len(settings.rates) * teachers + betas if chooses else 1
+    return ours + (4 * (len(settings.rates) if chooses else 1) if settings.baselines else 0)
 
 
 def _check(config: Any) -> None:

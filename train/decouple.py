@@ -63,7 +63,13 @@ def run(argv: list[str] | None = None) -> None:
     """Run the stage from its command line; exits with 2 for a user's mistake, told in one line."""
     parser = stage_parser("decouple", (__doc__ or "").split("\n")[0], Settings)
     parser.add_argument("--classifier", type=Literal[tuple(TITLES)] | None, help="short for --method.classifier")
-    run_stage(Program("decouple", "a second-stage classifier", parser, _check), train, argv)
+    run_stage(Program("decouple", "a second-stage classifier", parser, _check, _classifiers), train, argv)
+
+
+def _classifiers(config: Any, chooses: bool) -> int:
+    if (config.classifier or config.method.classifier) in CLOSED:
+        return 0
+    return len(config.method.rates) if chooses else 1
 
 
 def _check(config: Any) -> None:

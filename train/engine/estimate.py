@@ -10,10 +10,7 @@ Nothing of what is measured is used afterwards, so that the run itself gives the
 batches are measured in part: what does not fit the memory is found out before it is tried.
 """
 
-import gc
-import math
 import os
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +19,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from pipeline.batch import Loader, Shown
 from pipeline.budget import free_memory
 from pipeline.plan import TrainPlan
-from shards.errors import UserError
 from shards.index import Dataset
 from train.engine.config import Config
 from train.engine.evaluation import test_split
@@ -42,8 +37,6 @@ FIRST_IMAGES = 4
 LONG_STEP, LONGEST = 0.5, 6.0
 # Buffers that the backward pass fills beside what was kept for it, in sizes of the largest tensor that was kept.
 BUFFERS = 3
-# Longer than this, in seconds, a run is worth a warning: a day on a CPU, two weeks on GPUs.
-SENSIBLE = {"cpu": 86_400.0, "cuda": 14 * 86_400.0}
 
 
 class NoiseLoader(Loader):
@@ -100,22 +93,6 @@ class Estimate:
         images = evaluations * len(watched) + 2 * sum(len(s) for name, s in dataset.splits.items() if name != "train")
         return steps * self.step_seconds + images * self.predict_seconds
 
-    def lines(self, config: Config, plan: TrainPlan, dataset: Dataset, steps: int, device: torch.device) -> list[str]:
-        """Return what is said of a run with so many steps to go."""
-        seconds, images = self.seconds(config, plan, dataset, steps), plan.rank_batch // config.optim.accumulate
-        measured = f"{self.steps} step{'s' * (self.steps > 1)} of {self.images} of {plan.rank_batch} images per stream"
-        lines = [
-            f"{self.parameters / 1e6:.3g} M parameters, about {said_bytes(self.peak(images, device))} of memory,"
-            f" {said_time(self.step_seconds)} a step: about {said_time(seconds)} for {steps:,} steps and evaluations"
-            f" (measured: {measured})"
-        ]
-        if seconds > SENSIBLE[device.type]:
-            lines.append(
-                f"warning: that is long for {'a CPU' if device.type == 'cpu' else 'a GPU'}: --loop.budget 8h fits the"
-                " epochs into a time; a smaller --input.image_size or --model.backbone takes less for each"
-            )
-        return lines
-
     def peak(self, images: int, device: torch.device) -> int:
         """Return the bytes of the whole process, on a CPU, or of those on the GPU."""
         return self.memory(images) + (self.process_bytes if device.type == "cpu" else 0)
@@ -135,7 +112,7 @@ def measure(
         load: whether to measure with the images themselves, and their loading.
     """
     device, part = accelerator.device, plan.rank_batch // config.optim.accumulate
-    held = _resident_bytes()
+    held = resident_bytes()
     method.network.to(device)
     # Processes measure each on its own, and compiling takes longer than measuring.
     prepare_method(method, replace(config, loop=replace(config.loop, sync_batch_norm=False, compile=False)))
@@ -242,7 +219,7 @@ def _fixed_bytes(method: Method, optimizer: torch.optim.Optimizer, config: Confi
     return sum(tensor.nbytes for tensor in (*weights, *gradients, *state, *averages))
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     """Return the memory that this process holds."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
@@ -251,127 +228,3 @@ def _resident_bytes() -> int:
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def estimate_run(
-    method_class: type[Method],
-    plan: TrainPlan,
-    config: Config,
-    dataset: Dataset,
-    accelerator: Accelerator,
-    *,
-    thorough: bool,
-) -> Estimate:
-    """Measure what a run takes, the same on every process; torch's generators stay as they are.
-
-    Args:
-        method_class: makes the method that is measured, and not used afterwards.
-        plan: the run's.
-        config: its settings.
-        dataset: what it is trained on.
-        accelerator: gives device and precision.
-        thorough: ten steps with the images themselves, else a few on noise.
-
-    Raises:
-        UserError: it does not fit the memory.
-    """
-    device = accelerator.device
-    free = free_memory(device) // (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        method = method_class(config, dataset.train_counts)
-        estimate = measure(
-            method, plan, config, accelerator, 10 if thorough else 3, thorough or bool(config.loop.budget)
-        )
-    del method
-    gc.collect()
-    every = gather_object([(estimate, free)])
-    free = min(room for _, room in every)
-    slowest = max((one for one, _ in every), key=lambda one: one.step_seconds)
-    if config.loop.estimate:
-        check_memory(slowest, config, plan, free)
-    return slowest
-
-
-def check_memory(estimate: Estimate, config: Config, plan: TrainPlan, free: int) -> None:
-    """Refuse a run that does not fit the memory.
-
-    Args:
-        estimate: of the run.
-        config: its settings.
-        plan: its plan.
-        free: bytes, when nothing of the run was there.
-
-    Raises:
-        UserError: names settings that would fit.
-    """
-    images = plan.rank_batch // config.optim.accumulate
-    if (need := estimate.memory(images)) <= free:
-        return
-    fitting = [f"{setting} ({said_bytes(size)})" for setting, size in _smaller(estimate, config, plan, free)]
-    what = f"; settings that fit: {', '.join(fitting)}" if fitting else "; choose a smaller --model.backbone"
-    raise UserError(
-        f"a step needs about {said_bytes(need)} of memory, and {said_bytes(free)} are free{what};"
-        " --loop.estimate false tries it all the same"
-    )
-
-
-def _smaller(estimate: Estimate, config: Config, plan: TrainPlan, free: int) -> Iterator[tuple[str, int]]:
-    """Yield settings, each for itself, under which a step fits, and the bytes that it needs then."""
-    batch, parts = plan.rank_batch, config.optim.accumulate
-    most = int((free - estimate.fixed_bytes) / estimate.image_bytes)  # images of each stream
-    if most < 1:
-        return
-    for more in range(parts + 1, batch + 1):
-        if batch % more == 0 and batch // more <= most and (batch // more) % 2 == 0:
-            yield f"--optim.accumulate {more}", estimate.memory(batch // more)
-            break
-    share = min(most, batch // parts) * parts * plan.world_size
-    power = 1 << (share.bit_length() - 1)
-    if power >= 2 * plan.world_size * parts:
-        yield f"--input.batch_size {power}", estimate.memory(power // plan.world_size // parts)
-    size = int(config.input.image_size * math.sqrt(most / (batch // parts))) // 32 * 32
-    if size >= 64:
-        smaller = replace(estimate, image_bytes=estimate.image_bytes * (size / config.input.image_size) ** 2)
-        yield f"--input.image_size {size}", smaller.memory(batch // parts)
-
-
-def within_budget(config: Config, plan: TrainPlan, dataset: Dataset, estimate: Estimate) -> Config:
-    """Return the settings with as many epochs as loop.budget allows, at most those that they have.
-
-    Raises:
-        UserError: it allows not one.
-    """
-    assert config.loop.budget is not None
-    budget, optim = seconds_in(config.loop.budget), config.optim
-    first = estimate.seconds(config, plan, dataset, plan.steps_per_epoch)
-    another = estimate.seconds(config, plan, dataset, 2 * plan.steps_per_epoch) - first
-    if first > budget:
-        raise UserError(
-            f"loop.budget={config.loop.budget} is too short for one epoch, which takes about {said_time(first)};"
-            " a smaller --input.image_size or --model.backbone takes less"
-        )
-    epochs = min(optim.epochs, 1 + int((budget - first) / another))
-    warmup = round(optim.warmup_epochs * epochs / optim.epochs)
-    return replace(config, optim=replace(optim, epochs=epochs, warmup_epochs=warmup))
-
-
-def seconds_in(duration: str) -> float:
-    """Return the seconds of a duration such as 1h30m."""
-    units = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
-    return float(sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([dhms])", duration)))
-
-
-def said_time(seconds: float) -> str:
-    """Return a time to two digits, such as 45 s, 12 minutes, 3.5 hours, 2.1 days."""
-    if seconds < 90:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    for unit, length, most in (("minutes", 60, 90), ("hours", 3600, 48)):
-        if seconds / length < most:
-            amount = seconds / length
-            return f"{amount:.1f} {unit}" if amount < 10 else f"{amount:.0f} {unit}"
-    return f"{seconds / 86_400:.1f} days"
-
-
-def said_bytes(size: float) -> str:
-    """Return bytes as GB, or MB where there are few."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

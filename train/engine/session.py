@@ -21,10 +21,10 @@ from shards.index import Dataset
 from train.engine import runs
 from train.engine.checkpoints import Counters, has_checkpoint, load_checkpoint
 from train.engine.config import Config, changed_settings, find_dataset, plain_sections
-from train.engine.estimate import estimate_run, within_budget
 from train.engine.evaluation import finish, test_split
 from train.engine.guards import told_in_one_line
 from train.engine.interrupts import EXIT_STATUS, Interrupted
+from train.engine.limits import enlarged, estimate_run, said, within_budget
 from train.engine.loop import Training
 from train.engine.machine import launched_by, make_accelerator, usable_gpu
 from train.engine.method import Method
@@ -171,6 +171,8 @@ def _train_and_finish(
             f" process one of step {first_step}; put the run on a file system that all machines share"
         )
     config.input.settle_loader(dataset, accelerator)
+    if note := enlarged(dataset, config.input.image_size):
+        accelerator.print(note)
     if config.loop.estimate or config.loop.budget or asked.dry_run:
         left = config.optim.epochs * plan.steps_per_epoch - counters.step
         estimate = estimate_run(method_class, plan, config, dataset, accelerator, thorough=asked.dry_run)
@@ -179,7 +181,7 @@ def _train_and_finish(
             sections["optim"] |= {key: getattr(config.optim, key) for key in sections["optim"]}
             method, plan = _make(method_class, config, dataset, accelerator)
             left = config.optim.epochs * plan.steps_per_epoch
-        for line in estimate.lines(config, plan, dataset, left, accelerator.device):
+        for line in said(estimate, config, plan, dataset, left, accelerator.device):
             accelerator.print(line)
     if asked.dry_run:
         accelerator.print("nothing was written (--dry-run)")

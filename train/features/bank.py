@@ -117,18 +117,7 @@ def feature_bank(
         UserError: the disk is full, or what the loader raises.
     """
     folder = run / FOLDER / split
-    wanted = {
-        "split": split,
-        "network": run.resolve().name,
-        "weights": _digest(run / FILES[weights]),
-        "dataset": _digest(dataset.root / MANIFEST),
-        "recipe": input.augment if views else input.eval_augment,
-        "image_size": input.image_size,
-        "views": views,
-        "precision": accelerator.mixed_precision,
-        "class_counts": (dataset.splits[split].class_counts * max(1, views)).tolist(),
-        "dimensions": network.classifier.in_features,
-    }
+    wanted = _wanted(run, network, dataset, split, input, accelerator, views, weights)
     told = _read(folder)
     if told != wanted | {"complete": True}:
         accelerator.wait_for_everyone()  # all have looked
@@ -150,6 +139,46 @@ def feature_bank(
     if not seen_R.all():
         features_RD, labels_R = features_RD[seen_R], labels_R[seen_R]
     return torch.from_numpy(features_RD).to(accelerator.device), torch.from_numpy(labels_R).to(accelerator.device)
+
+
+def _wanted(
+    run: Path,
+    network: PlainNetwork | BilateralNetwork,
+    dataset: Dataset,
+    split: str,
+    input: Input,
+    accelerator: Accelerator,
+    views: int,
+    weights: str,
+) -> dict[str, Any]:
+    """Return what bank.json says of such a bank; arguments as for `feature_bank`."""
+    return {
+        "split": split,
+        "network": run.resolve().name,
+        "weights": _digest(run / FILES[weights]),
+        "dataset": _digest(dataset.root / MANIFEST),
+        "recipe": input.augment if views else input.eval_augment,
+        "image_size": input.image_size,
+        "views": views,
+        "precision": accelerator.mixed_precision,
+        "class_counts": (dataset.splits[split].class_counts * max(1, views)).tolist(),
+        "dimensions": network.classifier.in_features,
+    }
+
+
+def has_bank(
+    run: Path,
+    network: PlainNetwork | BilateralNetwork,
+    dataset: Dataset,
+    split: str,
+    input: Input,
+    accelerator: Accelerator,
+    views: int = 0,
+    weights: str = "last",
+) -> bool:
+    """Return whether the run keeps such a bank, whole; arguments as for `feature_bank`."""
+    wanted = _wanted(run, network, dataset, split, input, accelerator, views, weights)
+    return _read(run / FOLDER / split) == wanted | {"complete": True}
 
 
 def bank_ids(run: Path, split: Split) -> NDArray[np.int64]:

@@ -107,6 +107,7 @@ def stage_parser(name: str, description: str, settings: type) -> ArgumentParser:
     )
     parser.add_argument("--resume", action="store_true", help="resume --run, or the newest unfinished run")
     parser.add_argument("--variant", type=str | None, help="of the settings, such as paper")
+    parser.add_argument("--dry-run", action="store_true", help="say what the stage takes, write nothing, and end")
     return parser
 
 
@@ -119,6 +120,7 @@ class Program:
         title: what the first line calls the stage.
         parser: from `stage_parser`.
         check: raises UserError for settings that cannot be used together, before anything is made.
+        classifiers: how many classifiers the settings train, where the val split chooses among them or not.
         variants: settings by the name of a variant, for every dataset: {variant: {section: {key: value}}}.
     """
 
@@ -126,6 +128,7 @@ class Program:
     title: str
     parser: ArgumentParser
     check: Callable[[Any], None] = lambda config: None
+    classifiers: Callable[[Any, bool], int] = lambda config, chooses: 1
     variants: Mapping[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
 

@@ -33,6 +33,7 @@ from train.features.bank import bank_ids, feature_bank
 from train.features.candidates import IMAGES_TO_CHOOSE, Candidate, Families, Judge
 from train.features.classifiers import FEATURES_PER_BLOCK, measure
 from train.features.commands import RATES, Program, defaults
+from train.features.estimate import estimate_lines
 from train.features.gaussians import find_support, fit, fitting_lambda, head_classes
 from train.features.mixing import Mixture
 from train.networks.model_files import SELECTED_FILE, choose_weights, load_model, save_model, save_selected_model
@@ -134,6 +135,29 @@ def open_stage(
             f"{source} was trained for {network.classifier.out_features} classes, and {dataset.root} has"
             f" {len(dataset.classes)}; name the dataset it was trained on with --data"
         )
+    test, held_out = test_split(dataset), dataset.splits.get("val")
+    watched = "val" if held_out and test.name != "val" else None
+    taken = vars(config.input)
+    views = taken.pop("views")
+    input = Input(**{key: saved["input"][key] for key in ("image_size", "augment", "eval_augment")}, **taken)
+    network.to(accelerator.device)
+    if asked.dry_run:
+        chooses = watched is not None and len(dataset.splits["val"]) >= IMAGES_TO_CHOOSE * len(dataset.classes)
+        accelerator.print(f"{program.title} on the {weights} weights of {source} ({dataset.name})")
+        for line in estimate_lines(
+            source,
+            network,
+            dataset,
+            input,
+            accelerator,
+            config.optim,
+            views=views,
+            weights=weights,
+            classifiers=program.classifiers(config, chooses),
+        ):
+            accelerator.print(line)
+        accelerator.print("nothing was written (--dry-run)")
+        return None
     folder: list[Path | None] = [None]
     if accelerator.is_main_process:
         named = resumed or (Path(asked.run) if asked.run else None)
@@ -154,12 +178,6 @@ def open_stage(
     )
 
     started = time.perf_counter()
-    network.to(accelerator.device)
-    test, held_out = test_split(dataset), dataset.splits.get("val")
-    watched = "val" if held_out and test.name != "val" else None
-    taken = vars(config.input)
-    views = taken.pop("views")
-    input = Input(**{key: saved["input"][key] for key in ("image_size", "augment", "eval_augment")}, **taken)
 
     def bank(split: str) -> tuple[Tensor, Tensor]:
         seen = views if split == "train" else 0
