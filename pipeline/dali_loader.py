@@ -28,6 +28,7 @@ from pipeline.faults import faults_of
 from pipeline.plan import Draw, Plan
 from pipeline.reader import ShardReader
 from pipeline.windows import Buffers, cut_window, cut_windows, mirror, resize_windows
+from shards.errors import UserError
 
 # Batches that wait in DALI, and resized ones that wait on a CPU; more cost memory and gain nothing.
 DECODED_AHEAD = 2
@@ -72,7 +73,9 @@ def build_pipeline(
     """
     whole = recipe.pads or decode == "whole"
     used = 4 if gpu is not None else 1 if whole else 3
-    options = {"device": "cpu" if gpu is None else "mixed", "output_type": types.RGB, **decoder_options}
+    # What is stored lies upright. DALI's own reading of EXIF blocks may differ from PIL's, and would turn it.
+    options = {"output_type": types.RGB, "adjust_orientation": False, **decoder_options}
+    options["device"] = "cpu" if gpu is None else "mixed"
     pipeline = Pipeline(
         batch_size=batch_size,
         num_threads=threads,
@@ -189,9 +192,12 @@ class _Stream:
         images_BHWC, shown = self._faults.rescue(self._plan, self._reader, draw)
         if shown is draw:  # nothing was wrong with the images
             self._unexplained += 1
-            if self._unexplained > self._faults.limit:
-                raise error
             reason = next((line for line in str(error).splitlines() if "rror" in line), str(error))
+            if self._unexplained > self._faults.limit:
+                raise UserError(
+                    f"DALI fails on batch after batch that PIL decodes ({reason}); run: python -m shards verify"
+                    f" {self._plan.split.shard_paths[0].parent}, or use --input.loader torch"
+                ) from error
             print(f"warning: DALI failed on a batch that PIL decodes, and PIL's was taken ({reason})", file=sys.stderr)
         return images_BHWC, shown
 

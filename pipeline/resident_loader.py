@@ -165,8 +165,8 @@ def decoded_of(split: Split, device: torch.device, gigabytes: float | None) -> D
     size, room = room_for([split], device, gigabytes)
     if size > room:
         raise TooLargeError(
-            f"the images of {split.name} take {size / 1e9:.3g} GB decoded and the resident loader may set"
-            f" {max(0, room) / 1e9:.3g} GB aside on {device}; give it more with --input.resident_gb, or use"
+            f"the images of {split.name} take {size / 1e9:.3g} GB decoded and the resident loader may use"
+            f" {max(0, room) / 1e9:.3g} GB on {device}; give it more with --input.resident_gb, or use"
             " --input.loader dali"
         )
     return set_aside(split, device)
@@ -178,7 +178,7 @@ def room_for(splits: Sequence[Split], device: torch.device, gigabytes: float | N
     Args:
         splits: those whose images are set aside there already count nothing.
         device: where they shall lie.
-        gigabytes: what this process may set aside on the device for all splits; None for `SHARE` of what was free
+        gigabytes: what this process may use on the device for all splits; None for `SHARE` of what was free
             before any was set aside, on a CPU divided by the processes of this machine. Never more than is free.
     """
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
@@ -235,7 +235,7 @@ class ResidentLoader(Loader):
     def _next_step(self) -> list[Shown]:
         for step in itertools.islice(self._steps, 1 + STEPS_AHEAD - len(self._coming)):
             draws = self._plan.draws(step)
-            shown_B = np.concatenate([self.faults.mend(self._plan, draw).ids_B for draw in draws])
+            shown_B = np.concatenate([self.faults.replace(self._plan, draw).ids_B for draw in draws])
             self._coming.append(_Coming(draws, self._decode(self._images.lacking(shown_B))))
         if not self._coming:
             raise StopIteration
@@ -259,10 +259,10 @@ class ResidentLoader(Loader):
                     self._images.put(*picture)
 
     def _show(self, draw: Draw) -> Shown:
-        shown = self.faults.mend(self._plan, draw)
+        shown = self.faults.replace(self._plan, draw)
         while lacking := self._images.lacking(shown.ids_B):  # what takes a bad image's place was not asked for
             self._keep(self._decode(lacking))
-            shown = self.faults.mend(self._plan, draw)
+            shown = self.faults.replace(self._plan, draw)
         self.faults.count(draw)
         return Shown(self._cut(shown), shown)
 

@@ -107,14 +107,14 @@ def bench(
         "times_tailcalib_at_512": results["imagenet-lt"]["times_slower"].get("tailcalib"),
         **{bar["figure"]: results["inat2018"][bar["figure"]] for bar in BARS[2:]},
     }
-    told = header(threads=1, torch=torch.__version__) | {
+    content = header(threads=1, torch=torch.__version__) | {
         "size": size,
         "results": results,
         "figures": figures,
         "bars": [bar | {"measured": figures[bar["figure"]], "reached": reached(bar, figures)} for bar in BARS],
     }
-    write_results(json, told)
-    for bar in told["bars"]:
+    write_results(json, content)
+    for bar in content["bars"]:
         say(f"{'reached' if bar['reached'] else 'NOT REACHED'}: {bar}")
 
 

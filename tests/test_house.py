@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def test_no_module_imports_itself_over_others():
 
 
 def test_train_shows_launchable_files_first():
-    entries = {path.name for path in (ROOT / "train").iterdir()} - {"__init__.py", "__pycache__"}
+    entries = {path.name for path in (ROOT / "train").iterdir()} - {"README.md", "__init__.py", "__pycache__"}
     launchable = {path.name for path in (ROOT / "train").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
     assert entries == launchable | {"presets", *TRAIN_ORDER}
 
@@ -94,18 +95,35 @@ def test_nothing_tracked_is_large():
             assert path.stat().st_size < 1_000_000, path
 
 
-def test_the_readmes_file_tree_is_the_disks():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = text.split("## The house\n\n```\n")[1].split("\n```")[0].splitlines()
+def listed_files(readme: Path, title: str) -> set[str]:
+    """Return the names of a README's tree, folders with a slash behind them."""
+    (lines,) = re.findall(
+        rf"^## {title}\n\n```\n(.*?)\n```$", readme.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     listed, folders = set(), {-1: ""}
-    for line in lines:
+    for line in lines.splitlines():
         depth, name = (len(line) - len(line.lstrip())) // 4, line.split()[0]
+        assert folders[depth - 1] + name not in listed, f"{readme}: {name} is there twice"
         listed.add(folders[depth - 1] + name)
         folders[depth] = folders[depth - 1] + name
+    return listed
+
+
+def files_in(folder: Path, prefix: str = "") -> set[str]:
     unnamed = {"__init__.py", "__main__.py", "__pycache__"}
-    found = {f"{room}/" for room in (*ROOMS, "scripts", "tests")}
-    for folder in (*ROOMS, "scripts", *(f"train/{room}" for room in TRAIN_ORDER)):
-        for path in (ROOT / folder).iterdir():
-            if path.name not in unnamed and path.suffix in ("", ".py", ".sh", ".yaml"):
-                found.add(f"{folder}/{path.name}" + "/" * path.is_dir())
-    assert listed == found
+    entries = [
+        path for path in folder.iterdir() if path.name not in unnamed and path.suffix in ("", ".py", ".sh", ".yaml")
+    ]
+    return {f"{prefix}{path.name}" + "/" * path.is_dir() for path in entries}
+
+
+def test_the_readme_has_the_rooms():
+    assert listed_files(ROOT / "README.md", "The house") == {f"{room}/" for room in (*ROOMS, "scripts", "tests")}
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "scripts", "tests"])
+def test_a_rooms_readme_has_its_files(room):
+    found = files_in(ROOT / room)
+    for inner in TRAIN_ORDER if room == "train" else ():
+        found |= files_in(ROOT / room / inner, f"{inner}/")
+    assert listed_files(ROOT / room / "README.md", "Files") == found

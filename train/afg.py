@@ -127,6 +127,7 @@ def train(stage: "Stage") -> None:
     from train.features.beta import choose_beta
     from train.features.candidates import table
     from train.features.files import write_features
+    from train.features.sample import write_sample
     from train.features.selection import select
     from train.features.stage_two import close_stage, make_families
 
@@ -177,6 +178,9 @@ def train(stage: "Stage") -> None:
             accelerator.print(
                 f"selected on val: {name}, the simplest within a standard error of the best there ({chosen['best']})"
             )
+    beta = best.setting["beta"] if best.trained is None or best.trained.beta_C is None else best.trained.beta_C
+    if accelerator.is_main_process:
+        write_sample(stage.run_folder, mixture, beta, stage.config.loop.seed)
     close_stage(
         stage,
         title(settings, choice.on_held_out),
@@ -196,7 +200,6 @@ def train(stage: "Stage") -> None:
     if stage.config.export and accelerator.is_main_process:
         alone = replace(mixture, rank=0, world_size=1)
         rows = int(mixture.targets_C.sum())
-        beta = best.setting["beta"] if best.trained is None or best.trained.beta_C is None else best.trained.beta_C
         chunks = alone.generated(beta, torch.Generator().manual_seed(stage.config.loop.seed))
         write_features(stage.config.export, chunks, rows, stage.features_ND.shape[1])
         print(f"wrote {rows:,} generated features to {stage.config.export}")

@@ -20,7 +20,7 @@ import yaml
 
 from analysis.metrics import percent
 from shards.atomic import write_text
-from shards.cli import Parser
+from shards.cli import Parser, program_name
 from shards.errors import UserError, user_errors_exit_2
 from shards.groups import GROUPS, class_groups
 from train.engine import runs
@@ -144,7 +144,7 @@ def card(models: Sequence[Model]) -> str:
         "",
         "## Use",
         "",
-        f"```bash\npython -m train.predict --run {name} PICTURES…\n```",
+        f"```bash\ntailstream predict --run {name} PICTURES…\n```",
         "",
         f"The network sees {told.image_size}×{told.image_size} pixels: {recipe}. {honest}{error}",
         "",
@@ -192,14 +192,15 @@ def _how(model: Model) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Write a card as the command line says; a user's mistake exits with status 2."""
-    parser = Parser(prog="python -m train.card", description=(__doc__ or "").split("\n")[0])
+    program = program_name("python -m train.card", "card")
+    parser = Parser(prog=program, description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="a run's folder")
     parser.add_argument(
         "--seed-run", action="append", metavar="RUN", help="the same with another seed; may be repeated"
     )
     parser.add_argument("--out", type=Path | None, metavar="FILE", help="default: README.md in the run")
     asked = parser.parse_args(argv)
-    with user_errors_exit_2("python -m train.card"):
+    with user_errors_exit_2(program):
         out = asked.out or asked.run / "README.md"
         check_new(out)
         models = [open_model(Path(run)) for run in (asked.run, *(asked.seed_run or []))]

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from pipeline.augment import find_recipe
 from shards.atomic import partial_file
-from shards.cli import Parser
+from shards.cli import Parser, program_name
 from shards.errors import UserError, user_errors_exit_2
 from train.engine.calibration import Calibration
 from train.engine.inference import Model, open_model
@@ -265,7 +265,8 @@ def _shown(model: Model, image: Image.Image) -> NDArray[np.uint8]:
 
 def main(argv: list[str] | None = None) -> None:
     """Export as the command line says; a user's mistake exits with status 2."""
-    parser = Parser(prog="python -m train.export", description=(__doc__ or "").split("\n")[0])
+    program = program_name("python -m train.export", "export")
+    parser = Parser(prog=program, description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="a run's folder")
     parser.add_argument("--format", type=Literal["onnx", "pt2"], default="onnx", help="of the file")
     parser.add_argument("--out", type=Path | None, metavar="FILE", help="default: model.onnx or model.pt2 in the run")
@@ -277,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         "--weights", type=Literal["last", "selected"] | None, help="default: those that val chose, where it chose"
     )
     asked = parser.parse_args(argv)
-    with user_errors_exit_2("python -m train.export"):
+    with user_errors_exit_2(program):
         model = open_model(asked.run, asked.weights)
         out = asked.out or asked.run / f"model.{asked.format}"
         check_new(out)

@@ -45,7 +45,7 @@ class FileReader:
         except OSError:
             raise UserError(
                 f"{folder} was there when the images were listed and is not any more ({error.strerror}); bring it back,"
-                " and the same command goes on"
+                " and give the same command again to resume"
             ) from None
 
 
@@ -162,7 +162,7 @@ def listed_source(
         UserError: an image with two labels, a name that leads out of the folder, no image there at all, a class
             whose training images are all missing, or fewer than two classes.
     """
-    told = list(skipped)
+    notes = list(skipped)
     splits = {}
     label_of: dict[str, int] = {}
     repeated: list[str] = []
@@ -185,10 +185,10 @@ def listed_source(
             labels.append(label)
         splits[split] = look_at(root, names, labels)
     if repeated:
-        told.append(f"images that are listed again are left out: {some(repeated)}")
+        notes.append(f"images that are listed again are left out: {some(repeated)}")
 
-    _check_files(root, splits, classes, told)
-    splits, kept = _without_untrained(splits, classes, told)
+    _check_files(root, splits, classes, notes)
+    splits, kept = _without_untrained(splits, classes, notes)
     names_C = _distinct([classes[j] for j in kept], kept)
     if len(names_C) < 2:
         raise UserError(f"{root}: classes with training images: {len(names_C)}; a dataset needs at least two")
@@ -201,12 +201,12 @@ def listed_source(
         fingerprint(names_C, splits),
         peek=reader.peek,
         notes=tuple(escaped_note(splits)),
-        skipped=tuple(told),
+        skipped=tuple(notes),
         **attributes,
     )
 
 
-def _check_files(root: Path, splits: dict[str, Listing], classes: Sequence[str], told: list[str]) -> None:
+def _check_files(root: Path, splits: dict[str, Listing], classes: Sequence[str], notes: list[str]) -> None:
     """Tell of files that are missing; UserError where nothing could be built without them."""
     missing = []
     for split, listing in splits.items():
@@ -217,7 +217,7 @@ def _check_files(root: Path, splits: dict[str, Listing], classes: Sequence[str],
                 f"none of the {len(listing):,} {split} images is there: {root / listing.names[0]} is missing"
             )
     if missing:
-        told.append(f"files that are listed and not there: {some(missing)}")
+        notes.append(f"files that are listed and not there: {some(missing)}")
     train = splits["train"]
     listed_C = train.class_counts(len(classes))
     there_C = np.bincount(train.labels[_sizes(train) >= 0], minlength=len(classes))
@@ -230,20 +230,20 @@ def _check_files(root: Path, splits: dict[str, Listing], classes: Sequence[str],
 
 
 def _without_untrained(
-    splits: dict[str, Listing], classes: Sequence[str], told: list[str]
+    splits: dict[str, Listing], classes: Sequence[str], notes: list[str]
 ) -> tuple[dict[str, Listing], list[int]]:
     """Leave out classes without a training image; return the splits with labels that count what is kept."""
     trained_C = splits["train"].class_counts(len(classes)) > 0
     if trained_C.all():
         return splits, list(range(len(classes)))
     untrained = [classes[j] for j in np.flatnonzero(~trained_C).tolist()]
-    told.append(f"classes without a training image are left out: {some(untrained)}")
+    notes.append(f"classes without a training image are left out: {some(untrained)}")
     new_label_C = np.cumsum(trained_C) - 1
     kept_splits = {}
     for split, listing in splits.items():
         kept = listing[np.flatnonzero(trained_C[listing.labels])]
         if len(kept) < len(listing):
-            told.append(f"{split} images of such classes are left out: {len(listing) - len(kept)}")
+            notes.append(f"{split} images of such classes are left out: {len(listing) - len(kept)}")
         kept_splits[split] = replace(kept, labels=new_label_C[kept.labels])
     return kept_splits, np.flatnonzero(trained_C).tolist()
 

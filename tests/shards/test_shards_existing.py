@@ -90,12 +90,12 @@ def test_another_encoder_is_no_change_of_the_images(tmp_path, pets, monkeypatch)
     build("folder", source=pets, out=out, workers=1)
 
 
-def test_photographs_given_as_data_are_told_how_to_become_it(pets):
+def test_photographs_given_as_data_are_refused_with_a_command(pets):
     with pytest.raises(UserError) as error:
         open_dataset(pets)
     assert str(error.value) == (
         f"{pets} has no dataset.json, but images; build a dataset from them with:"
-        f" scripts/build_shards.sh folder --source {pets} --out data/pets"
+        f" tailstream build folder --source {pets} --out data/pets"
     )
 
 
@@ -106,7 +106,7 @@ def test_a_folder_of_datasets_and_one_of_something_else(tmp_path, digits):
         open_dataset(tmp_path / "data")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
-    with pytest.raises(UserError, match=r"so it is not a dataset; give a folder that scripts/build_shards\.sh made"):
+    with pytest.raises(UserError, match=r"so it is not a dataset; give a folder that .tailstream build. made"):
         open_dataset(tmp_path / "thesis")
     with pytest.raises(UserError, match=r"chapter1\.tex is a file"):
         open_dataset(tmp_path / "thesis" / "chapter1.tex")
@@ -119,7 +119,7 @@ def test_photographs_given_as_out_are_left_alone(tmp_path, pets, overwrite):
         build("digits", out=pets, workers=1, overwrite=overwrite)
     assert str(error.value) == (
         f"{pets} holds images and no dataset, and is left alone; to build from them:"
-        f" scripts/build_shards.sh folder --source {pets} --out data/pets"
+        f" tailstream build folder --source {pets} --out data/pets"
     )
     assert sorted(pets.rglob("*")) == before
 
@@ -149,11 +149,11 @@ def test_a_csv_file_may_lie_above_its_dataset(tmp_path, pets):
     build("csv", source=tmp_path / "list.csv", out=tmp_path / "data" / "csv", workers=1)
 
 
-def test_the_factor_that_was_reached_is_told(tmp_path, image_folder, capsys):
+def test_the_factor_that_was_reached_is_reported(tmp_path, image_folder, capsys):
     source = image_folder(tmp_path / "source", {"a": 30, "b": 30, "c": 2})
     options = {"source": source, "workers": 1, "profile": "exp", "test_fraction": 0, "val_fraction": 0}
     build("folder", out=tmp_path / "4", **options, imbalance_factor=4)
-    assert "note: imbalance factor 15 is reached, of 4 that was asked for\n" in capsys.readouterr().err
+    assert "note: the imbalance factor is 15, not the 4 that was asked for\n" in capsys.readouterr().err
     assert open_dataset(tmp_path / "4").train_counts.tolist() == [30, 15, 2]
     build("folder", out=tmp_path / "15", **options, imbalance_factor=15)
     assert "factor" not in capsys.readouterr().err

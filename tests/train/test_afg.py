@@ -79,6 +79,11 @@ def test_stage_two_needs_no_arguments_and_leaves_a_whole_folder(here):
     assert list(summary["beta"]["tried"]) == ["0", "0.2", "0.4", "0.6", "0.8"]
     best = max(summary["beta"]["tried"].values())
     assert summary["beta"]["tried"][f"{summary['beta']['used']:g}"] == best
+    with np.load(folder / "diagnostics.npz") as kept:
+        assert set(kept) == {"norms"}  # its features are stage one's
+    with np.load(here / "runs/ce/diagnostics.npz") as kept:
+        assert set(kept) == {"norms", "distances"}
+        assert ((kept["distances"] > 0) & (kept["distances"] < 2**0.5)).all()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["distillation"] == pytest.approx(summary["setting"]["distill"])
@@ -353,7 +358,9 @@ def test_mistakes_are_told_in_one_line(here, capsys, photos):
     assert "already holds a run" in fails_with(capsys, "--run", "runs/ce")
     (here / "runs/ce/summary.json").unlink()
     assert "no finished stage-one run under runs" in fails_with(capsys)
-    assert "is not finished; resume it: train/erm.py" in fails_with(capsys, "--from", "runs/ce")
+    assert "is not finished; resume it: tailstream train erm --run runs/ce --resume" in fails_with(
+        capsys, "--from", "runs/ce"
+    )
     assert sorted(p.name for p in (here / "runs").iterdir()) == ["ce"]
 
 

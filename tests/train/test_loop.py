@@ -211,7 +211,7 @@ def test_data_must_be_one_or_named(workplace, capsys, photos):
     assert "choose one: --data data/digits | data/photos" in message
     for path in (workplace / "data").iterdir():
         path.unlink()
-    assert "scripts/build_shards.sh digits" in fails_with(capsys, BBN)
+    assert "tailstream build digits" in fails_with(capsys, BBN)
 
 
 def test_a_diverging_run_stops_and_says_where(workplace, capsys):

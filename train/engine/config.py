@@ -122,7 +122,7 @@ class Loop:
         checkpoint_minutes: also after so many minutes without one.
         keep_checkpoints: how many to keep; from two on, a damaged one is skipped for the one before.
         stall_minutes: how long to wait for a batch before the run ends with a message.
-        track: tensorboard, or none.
+        track: where curves can be watched: tensorboard, wandb, mlflow, trackio, or none.
         budget: the longest that the run may take, such as 15m or 1h30m: it lowers optim.epochs, and the schedule with
             them. A resumed run keeps its epochs.
         estimate: whether to say before the first step what the run takes, measured on a few, and to refuse what does
@@ -199,8 +199,18 @@ def find_dataset(data: str | None) -> Dataset:
     if len(found) == 1:
         return open_dataset(found[0])
     if not found:
-        raise UserError("there is no dataset under data/; build one: scripts/build_shards.sh digits")
+        raise UserError("there is no dataset under data/; build one: tailstream build digits")
     raise UserError(f"several datasets lie under data/; choose one: --data {' | '.join(map(str, found))}")
+
+
+def find_dataset_of(run: Path, about: dict[str, Any], data: str | None) -> Dataset:
+    """Open the dataset that a run was trained on, which may lie elsewhere now: `data` says where."""
+    try:
+        return find_dataset(data or about["data"])
+    except UserError as error:
+        if data:
+            raise
+        raise UserError(f"{error}; {run} was trained on it: if it has moved, name its new place with --data") from None
 
 
 def preset(dataset: Dataset, *parts: str, variant: str | None = None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from shards.index import MANIFEST, Dataset, Split
 from train.engine import runs
 from train.engine.checkpoints import Counters, read_selected
 from train.engine.config import Config, Input
+from train.engine.diagnostics import Compactness, write_diagnostics
 from train.engine.method import Method, unwrapped
 from train.engine.predictions import Collector, write_predictions
 from train.networks.model_files import (
@@ -47,7 +48,12 @@ def test_split(dataset: Dataset) -> Split:
 
 @torch.inference_mode()
 def evaluate(
-    method: Method, split: Split, input: Input, accelerator: Accelerator, collector: Collector | None = None
+    method: Method,
+    split: Split,
+    input: Input,
+    accelerator: Accelerator,
+    collector: Collector | None = None,
+    compactness: Compactness | None = None,
 ) -> Tally:
     """Evaluate `method.predict` on every image of a split exactly once over all ranks; `collector` takes the logits.
 
@@ -79,6 +85,8 @@ def evaluate(
                 raise UserError(f"on {split.name}, {error}") from None
             if collector is not None:
                 collector.add(batch["eval"].ids_B, batch["eval"].labels_B, logits_BC)
+            if compactness is not None:
+                compactness.add(batch["eval"].labels_B)
     network.train(was_training)
     # Through float64, which the counts fit exactly.
     vector = torch.from_numpy(total.to_vector()).to(accelerator.device)
@@ -91,20 +99,24 @@ def finish(
     """Evaluate the last and the selected weights on the test split and write the run's results."""
     network, test = method.model, test_split(dataset)
 
-    def measure(weights: str) -> Tally:
+    def measure(weights: str, compactness: Compactness | None = None) -> Tally:
         tallies, kept = {}, {}
         # What results are reported on comes first. Calibration needs a split beside it.
         for split in dict.fromkeys([test.name, *held_out_beside(test, dataset)]):
             collector = Collector(len(dataset.classes), logits=split != test.name)
-            tallies[split] = evaluate(method, dataset.splits[split], config.input, accelerator, collector)
+            watching = compactness if split == test.name else None
+            tallies[split] = evaluate(method, dataset.splits[split], config.input, accelerator, collector, watching)
             kept[split] = collector.gather(accelerator)
         if accelerator.is_main_process:
             write_predictions(run_folder, kept, weights)
         return tallies[test.name]
 
-    final = measure("last")
+    with Compactness(network, len(dataset.classes)) as compactness:
+        final = measure("last", compactness)
     last, selected = summarize(final, dataset.train_counts), None
+    distances_C = compactness.distances(accelerator)
     if accelerator.is_main_process:
+        write_diagnostics(run_folder, network, distances=distances_C)
         (run_folder / runs.CALIBRATION).unlink(missing_ok=True)  # of weights that are replaced now
         save_model(network, run_folder)
     epochs = {"last": config.optim.epochs}
@@ -207,7 +219,7 @@ def write_results(run_folder: Path, summary: dict[str, Any], final: Tally, datas
         chosen = summary["selected"].get("name") or f"{summary['title']}, epoch {summary['selected']['epoch']}"
         told = f"{chosen}, which {summary['selected_on']} chose"
         print(f"{told}, on {summary['evaluated_on']}: {accuracy_line(summary['selected'])}")
-    print(f"wrote {run_folder}/summary.json; for a page with figures: python -m analysis report {run_folder}")
+    print(f"wrote {run_folder}/summary.json; for a page with figures: tailstream report {run_folder}")
 
 
 def collect_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str, Any]]:
@@ -221,7 +233,7 @@ def collect_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str,
     if found:
         accelerator.print(
             f"{len(found)} images did not decode and were replaced or left out, {times.total()} times in all:"
-            f" see summary.json, and run: python -m shards verify {dataset.place}"
+            f" see summary.json, and run: tailstream verify {dataset.place}"
         )
     return [row | {"times": times[image]} for image, row in sorted(found.items())]
 

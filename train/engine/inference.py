@@ -11,7 +11,7 @@ import os
 import tarfile
 import threading
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from pipeline.augment import find_recipe
 from pipeline.pictures import FILTER_NAMES, FILTERS
-from shards.encode import EXTENSIONS, BadImageError, decode
+from shards.encode import EXTENSIONS, UNREAD_EXTENSIONS, BadImageError, decode, unread
 from shards.errors import UserError
 from train.engine import runs
 from train.engine.calibration import Calibration, probabilities, read_calibration
@@ -213,13 +213,21 @@ def find_images(paths: Sequence[str], listed: Sequence[str] = ()) -> list[Item]:
             raise UserError(f"{path!r} does not exist; give images, folders or .tar shards")
         found = list(_images_at(path))
         if not found:
-            raise UserError(f"{path!r} holds no images; give images, folders or .tar shards")
+            why = f" ({unread(others)})" if (others := left_out(path)) else ""
+            raise UserError(f"{path!r} holds no images{why}; give images, folders or .tar shards")
         items += found
     for path in listed:
         items += _images_at(path)
     if not items:
         raise UserError("there are no images to look at; give images, folders, .tar shards, or - and a list of them")
     return items
+
+
+def left_out(folder: str) -> Counter[str]:
+    """Return how many pictures lie in or below a folder that this PIL does not read, by their extension."""
+    names = (name for _, _, files in os.walk(folder, followlinks=True) for name in files)
+    ends = (Path(name).suffix.lower() for name in names if not name.startswith("."))
+    return Counter(end for end in ends if end in UNREAD_EXTENSIONS)
 
 
 def _images_at(path: str) -> Iterator[Item]:

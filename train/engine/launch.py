@@ -13,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+from shards.cli import program_name
 from shards.errors import user_errors_exit_2
 from train.engine import runs
 from train.engine.config import Input, Loop, Model, Optim, make_parser, peek
@@ -29,7 +30,9 @@ def run(method_class: type[Method], argv: list[str] | None = None) -> None:
     ours = Path(source).parent == Path(__file__).parents[1]
     # From Python, with a command line of its own, the method's file is what would be started.
     script = sys.argv[0] if argv is None else os.path.relpath(source)
-    program = f"train/{method_class.name}.py" if ours else Path(script).name
+    usual = f"train/{method_class.name}.py" if ours else Path(script).name
+    program = program_name(usual, f"train {method_class.name}")
+    words = [script] if program == usual else program.split()
     parser = make_parser(
         program,
         (module.__doc__ or "").split("\n")[0],
@@ -47,6 +50,6 @@ def run(method_class: type[Method], argv: list[str] | None = None) -> None:
         from train.engine.session import train
 
         try:
-            train(method_class, parser, argv, asked, script)
+            train(method_class, parser, argv, asked, words)
         finally:
             runs.unlock()

@@ -133,9 +133,10 @@ def _is_launched(environment: Mapping[str, str]) -> bool:
 def launched_by(script: str) -> list[str]:
     """Return the words before the script on the command line that started this process, as one would type them.
 
-    Such as python, or accelerate launch with its options; a launcher is the parent process.
+    Such as python, or accelerate launch with its options; a launcher is the parent process. A command that is no Python
+    file, such as tailstream, needs no word before it.
     """
-    words = [sys.executable]
+    words = [sys.executable] if script.endswith(".py") else []
     if _is_launched(os.environ):
         try:
             line = (PROC / str(os.getppid()) / "cmdline").read_bytes().decode().split("\0")[:-1]
@@ -145,7 +146,7 @@ def launched_by(script: str) -> list[str]:
             words = line[: line.index(script, 1)]
     if len(words) > 1 and _is_on_path(words[1]):
         words = [Path(words[1]).name, *words[2:]]
-    elif _is_on_path(words[0]):
+    elif words and _is_on_path(words[0]):
         words = [Path(words[0]).name, *words[1:]]
     return words
 

@@ -20,7 +20,7 @@ from shards.errors import UserError
 from shards.index import Dataset
 from train.engine import runs
 from train.engine.checkpoints import Counters, has_checkpoint, load_checkpoint
-from train.engine.config import Config, changed_settings, find_dataset, plain_sections
+from train.engine.config import Config, changed_settings, find_dataset, find_dataset_of, plain_sections
 from train.engine.evaluation import finish, test_split
 from train.engine.guards import told_in_one_line
 from train.engine.interrupts import EXIT_STATUS, Interrupted
@@ -38,7 +38,7 @@ SEEN_WITHIN_S = 30.0
 
 
 def train(
-    method_class: type[Method], parser: ArgumentParser, argv: list[str] | None, asked: Namespace, script: str
+    method_class: type[Method], parser: ArgumentParser, argv: list[str] | None, asked: Namespace, words: list[str]
 ) -> None:
     """Train a method, or resume it.
 
@@ -47,7 +47,7 @@ def train(
         parser: of its command line.
         argv: the command line; None for that of this process.
         asked: what `peek` found there.
-        script: the launchable file, as it was started.
+        words: what starts the program, such as train/bbn.py.
 
     Raises:
         UserError: a mistake in the settings, the data or the run that is to be resumed.
@@ -87,7 +87,7 @@ def train(
         if resumed is not None and (resumed / "config.yaml").exists():
             check_resumed(config.optim, saved.get("optim", {}), resumed)
         asked.preset = {"parts": choice.parts, "fitted": choice.fitted}
-        command = shlex.join([*launched_by(script), script])
+        command = shlex.join([*launched_by(words[0]), *words])
         _train_and_finish(method_class, config, dataset, resumed, asked, sections, accelerator, command)
 
 
@@ -108,13 +108,8 @@ def _missing_weights(config: Config, accelerator: Accelerator) -> str | None:
 
 
 def _dataset_of(run: Path, about: dict[str, Any], data: str | None) -> Dataset:
-    """Open the dataset that a run was trained on, which may lie elsewhere now."""
-    try:
-        dataset = find_dataset(data or about["data"])
-    except UserError as error:
-        if data:
-            raise
-        raise UserError(f"{error}; {run} was trained on it: if it has moved, name its new place with --data") from None
+    """Open the dataset that a run was trained on, and see that it is still the same."""
+    dataset = find_dataset_of(run, about, data)
     if about.get("fingerprint", _fingerprint(dataset)) != _fingerprint(dataset):
         raise UserError(
             f"{dataset.place} does not hold the images that {run} was trained on; name that dataset with --data, or"
@@ -196,12 +191,12 @@ def _train_and_finish(
     (run_folder,) = broadcast_object_list(folder)
     assert run_folder is not None
     if accelerator.is_main_process:
+        tracking.open(run_folder, counters.step, dataset.name, sections)  # first: it may not start
         about = {"method": method.name, "dataset": dataset.name, "data": dataset.place, "changed": asked.changed}
         about |= {"fingerprint": _fingerprint(dataset), "variant": asked.variant, "preset": asked.preset}
         runs.write_config(run_folder, {"about": about, **sections})
         runs.truncate_rows(run_folder, counters.epochs)
         (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
-        tracking.open(run_folder, counters.step)
     accelerator.wait_for_everyone()
     _wait_to_see(run_folder, accelerator.process_index)
     if restored:

@@ -23,7 +23,8 @@ from analysis.metrics import summarize
 from shards.errors import UserError
 from shards.index import Dataset
 from train.engine import runs
-from train.engine.config import Input, find_dataset, parse, plain_sections
+from train.engine.config import Input, find_dataset, find_dataset_of, parse, plain_sections
+from train.engine.diagnostics import write_diagnostics
 from train.engine.evaluation import collect_faults, describe, device_name, test_split, write_results
 from train.engine.machine import make_accelerator
 from train.engine.predictions import Collector, write_predictions
@@ -120,8 +121,9 @@ def open_stage(
     source = Path(place) if place else runs.newest_run({1}, dataset=wanted)
     saved = runs.read_config(source)
     if not (source / "summary.json").exists():
-        raise UserError(f"{source} is not finished; resume it: train/{saved['about']['method']}.py --resume")
-    dataset = find_dataset(asked.data or saved["about"]["data"])
+        again = f"tailstream train {saved['about']['method']} {runs.resuming(source)}"
+        raise UserError(f"{source} is not finished; resume it: {again}")
+    dataset = find_dataset_of(source, saved["about"], asked.data)
     settings = parse(parser, argv, saved_settings or defaults(program, dataset, asked.variant))
     config = parser.instantiate(settings)
     program.check(config)
@@ -312,6 +314,7 @@ def close_stage(
             epochs["selected"] = len(rows)
         describe(stage.run_folder, stage.network, stage.dataset, stage.input, summary, epochs)
         keep_predictions(stage, last.linear)
+        write_diagnostics(stage.run_folder, stage.network, beta=last.trained and last.trained.beta_C)
         (stage.run_folder / "metrics.jsonl").touch()
         for row in rows:
             runs.append_row(stage.run_folder, {**row, "seconds": seconds})
