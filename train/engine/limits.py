@@ -155,8 +155,12 @@ def within_budget(config: Config, plan: TrainPlan, dataset: Dataset, estimate: E
             " a smaller --input.image_size or --model.backbone takes less"
         )
     epochs = min(optim.epochs, 1 + int((budget - first) / another))
-    warmup = round(optim.warmup_epochs * epochs / optim.epochs)
-    return replace(config, optim=replace(optim, epochs=epochs, warmup_epochs=warmup))
+    warmup = {
+        name: round(length * epochs / optim.epochs)
+        for name in ("warmup_epochs", "warmup_steps")
+        if (length := getattr(optim, name)) is not None
+    }
+    return replace(config, optim=replace(optim, epochs=epochs, **warmup))
 
 
 def seconds_in(duration: str) -> float:
