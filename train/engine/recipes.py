@@ -150,9 +150,7 @@ def _fit(
         shares = 2 * int(os.environ.get("WORLD_SIZE", "1")) * settings.optim.accumulate
         while images // batch < fit["steps_per_epoch"] and batch // 2 >= LEAST_BATCH and batch // 2 % shares == 0:
             batch //= 2
-        # Fine-tuning has a rate of its own, which is that of its own batch.
-        meant = settings.input.batch_size if "finetune" in choice.parts else full["input"]["batch_size"]
-        scale = batch / meant
+        scale = batch / full["input"]["batch_size"]
         if batch != settings.input.batch_size:
             choice.fitted.setdefault("input", {})["batch_size"] = batch
         if scale != 1 and "optim.lr" not in given:
