@@ -181,6 +181,13 @@ def has_bank(
     return _read(run / FOLDER / split) == wanted | {"complete": True}
 
 
+def keep_bank(run: Path, split: str, weights: str = "last") -> None:
+    """Say that a finished bank fits the run's weights as they are now: their classifier alone has changed."""
+    folder = run / FOLDER / split
+    known = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
+    write_json(folder / "bank.json", known | {"weights": _digest(run / FILES[weights])})
+
+
 def bank_ids(run: Path, split: Split) -> NDArray[np.int64]:
     """Return the samples that a finished bank of one view holds, row by row: ids_R, int64."""
     seen_R = np.load(run / FOLDER / split.name / "seen.npy")
