@@ -156,6 +156,7 @@ def test_the_script_takes_paths_from_where_it_is_called(tmp_path, image_folder):
     if not (REPOSITORY / ".venv" / "bin" / "python").exists():
         pytest.skip("the script would set up .venv first")
     image_folder(tmp_path / "pets", {"a": 2, "b": 2})
+    (tmp_path / "shards").mkdir()  # as people call what they keep
     script = REPOSITORY / "scripts" / "build_shards.sh"
     subprocess.run([script, "folder", "--source", "pets", "--out", "here/pets"], cwd=tmp_path, check=True)
     assert open_dataset(tmp_path / "here" / "pets").name == "pets"

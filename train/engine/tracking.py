@@ -13,15 +13,15 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from shards.atomic import write_json
 from shards.errors import UserError
+from train.engine.config import Tracker
 
-Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
 FILE = "tracking.json"
 
 
