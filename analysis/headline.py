@@ -112,7 +112,7 @@ def _cautions(first: Entry, other: Entry, gain: float, versus: dict[str, Interva
         cautions.append(f"The difference {and_join(list(dict.fromkeys(unsure)))} is within the spread of the seeds.")
     single = [entry.title for entry in (first, other) if len(entry.replicates) == 1]
     if single:
-        whose = "Both have" if len(single) == 2 else f"{single[0]} has"
+        whose = f"{and_join(single)} {'have' if len(single) == 2 else 'has'}"
         cautions.append(f"{whose} a single seed, and another may turn out differently: train two more to be sure.")
     return cautions
 
