@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from train.networks.networks import build_network, part_of
+from train.networks.depths import part_of
+from train.networks.networks import build_network
 
 KINDS = ["plain", "bilateral"]
 BLOCKS = {"resnet32": 14, "resnet10": 3, "resnet50": 15}  # of the trunk

@@ -20,6 +20,8 @@ from train.engine.config import Config
 from train.engine.estimate import Estimate, measure
 from train.engine.method import Method
 
+# Settings of the optimiser that a budget shortens; what else its schedule says are shares of the epochs.
+SCHEDULE = ("epochs", "warmup_epochs", "warmup_steps")
 # Longer than this, in seconds, a run is worth a warning: a day on a CPU, two weeks on GPUs.
 SENSIBLE = {"cpu": 86_400.0, "cuda": 14 * 86_400.0}
 
@@ -155,8 +157,14 @@ def within_budget(config: Config, plan: TrainPlan, dataset: Dataset, estimate: E
             " a smaller --input.image_size or --model.backbone takes less"
         )
     epochs = min(optim.epochs, 1 + int((budget - first) / another))
-    warmup = round(optim.warmup_epochs * epochs / optim.epochs)
-    return replace(config, optim=replace(optim, epochs=epochs, warmup_epochs=warmup))
+    share = epochs / optim.epochs
+    shorter = replace(
+        optim,
+        epochs=epochs,
+        warmup_epochs=round(optim.warmup_epochs * share),
+        warmup_steps=None if optim.warmup_steps is None else round(optim.warmup_steps * share),
+    )
+    return replace(config, optim=shorter)
 
 
 def seconds_in(duration: str) -> float:
@@ -178,4 +186,4 @@ def said_time(seconds: float) -> str:
 
 def said_bytes(size: float) -> str:
     """Return bytes as GB, or MB where there are few."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

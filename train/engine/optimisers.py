@@ -28,7 +28,8 @@ if TYPE_CHECKING:  # torch would be what --help waits for
 
     from train.engine.config import Config
     from train.engine.method import Method
-    from train.networks.networks import Network, Part
+    from train.networks.depths import Part
+    from train.networks.networks import Network
 
 
 @dataclass
@@ -226,7 +227,7 @@ class Place(NamedTuple):
 
 def parameter_places(model: "Network") -> "dict[torch.nn.Parameter, Place]":
     """Return where each of a network's parameters stands; see the picture above."""
-    from train.networks.networks import part_of
+    from train.networks.depths import part_of
 
     exempt = {
         f"{prefix}.{name}"

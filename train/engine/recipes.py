@@ -98,16 +98,21 @@ def choose(
     view = with_own_view({"input": before}, settings.model.backbone)["input"]
     if changed := {key: value for key, value in view.items() if value != before.get(key)}:
         choice.fitted["input"] = changed
+        choice.notes.append(
+            f"{settings.model.backbone} was pretrained on pictures of {view['image_size']}×{view['image_size']} pixels,"
+            f" shown as {view['eval_augment']}: so are yours, where the settings say nothing else"
+        )
     if not gpu and (said := _changed_by("cpu", dataset, parts, variant, given)):
         choice.notes.append(f"no GPU: {said}")
     if fit:
-        _fit(choice, settings, fit, full, given, images=len(dataset.splits["train"]))
+        recipe = preset(dataset, *(part for part in parts if part != "cpu"), variant=variant)
+        _fit(choice, settings, fit, recipe["input"]["batch_size"], given, images=len(dataset.splits["train"]))
     choice.settings = parse(parser, argv, choice.usual(dataset, variant))
     if missing:
         backbone, images = choice.settings.model.backbone, len(dataset.splits["train"])
         choice.notes.append(
-            f"warning: {backbone} starts from random weights, since its pretrained ones are out of reach ({missing});"
-            f" {images:,} images teach it much less that way, in many times the steps"
+            f"warning: {backbone} starts from random weights, which take many times the steps and learn less from"
+            f" {images:,} images, because its pretrained ones are out of reach: {missing}"
         )
     return choice
 
@@ -142,17 +147,16 @@ def _changed_by(part: str, dataset: Dataset, parts: list[str], variant: str | No
 
 
 def _fit(
-    choice: Choice, settings: Namespace, fit: dict[str, int], full: Sections, given: dict[str, Any], images: int
+    choice: Choice, settings: Namespace, fit: dict[str, int], usual_batch: int, given: dict[str, Any], images: int
 ) -> None:
-    """Choose batch, rate and epochs that fit the number of images."""
+    """Choose batch, rate and epochs that fit the number of images; the rate is meant for batches of `usual_batch`."""
     batch, epochs = settings.input.batch_size, settings.optim.epochs
     if "input.batch_size" not in given:
         shares = 2 * int(os.environ.get("WORLD_SIZE", "1")) * settings.optim.accumulate
         while images // batch < fit["steps_per_epoch"] and batch // 2 >= LEAST_BATCH and batch // 2 % shares == 0:
             batch //= 2
-        # Fine-tuning has a rate of its own, which is that of its own batch.
-        meant = settings.input.batch_size if "finetune" in choice.parts else full["input"]["batch_size"]
-        scale = batch / meant
+        # In proportion for SGD (Goyal et al. 2017), by the root for adaptive methods (Malladi et al. 2022).
+        scale = (batch / usual_batch) ** (0.5 if settings.optim.optimizer == "adamw" else 1)
         if batch != settings.input.batch_size:
             choice.fitted.setdefault("input", {})["batch_size"] = batch
         if scale != 1 and "optim.lr" not in given:
@@ -165,7 +169,7 @@ def _fit(
     of = f"{images:,} images: {epochs} epochs of {steps} steps of {batch} images, {epochs * steps:,} steps in all"
     choice.notes.append(of)
     noise = "finetune" not in choice.parts
-    if noise and epochs * steps < fit["steps"]:
+    if noise and "model" not in choice.fitted and epochs * steps < fit["steps"]:
         choice.notes.append(
             f"warning: {images:,} images are few to learn from random weights: {fit['steps']:,} steps are sensible;"
             " start from pretrained ones (--model.weights default, or a file)"

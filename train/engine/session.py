@@ -24,7 +24,7 @@ from train.engine.config import Config, changed_settings, find_dataset, find_dat
 from train.engine.evaluation import finish, test_split
 from train.engine.guards import told_in_one_line
 from train.engine.interrupts import EXIT_STATUS, Interrupted
-from train.engine.limits import enlarged, estimate_run, said, within_budget
+from train.engine.limits import SCHEDULE, enlarged, estimate_run, said, within_budget
 from train.engine.loop import Training
 from train.engine.machine import launched_by, make_accelerator, usable_gpu
 from train.engine.method import Method
@@ -173,7 +173,7 @@ def _train_and_finish(
         estimate = estimate_run(method_class, plan, config, dataset, accelerator, thorough=asked.dry_run)
         if config.loop.budget and resumed is None:
             config = within_budget(config, plan, dataset, estimate)
-            sections["optim"] |= {key: getattr(config.optim, key) for key in sections["optim"]}
+            sections["optim"] |= {key: getattr(config.optim, key) for key in SCHEDULE}
             method, plan = _make(method_class, config, dataset, accelerator)
             left = config.optim.epochs * plan.steps_per_epoch
         for line in said(estimate, config, plan, dataset, left, accelerator.device):
