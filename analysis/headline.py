@@ -62,7 +62,9 @@ def headline(entries: Sequence[Entry], split: str, versus: Mapping[str, dict[str
 
 def _by_group(first: Entry, other: Entry) -> str:
     """Say what became of tail, middle and head: "It gains 5.0 points in the tail (few), but loses 1.0 in the head"."""
-    gained, lost, level = [], [], []
+    gained: list[str] = []
+    lost: list[str] = []
+    level: list[str] = []
     for group in reversed(GROUPS):
         old, new = first.last.mean[group], other.last.mean[group]
         if old is None or new is None:
