@@ -22,6 +22,7 @@ from train.engine import session
 from train.engine.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
 from train.engine.launch import run
 from train.engine.optimisers import lr_factor
+from train.engine.recipes import usual_settings
 from train.erm import ERM
 from train.networks.model_files import load_model
 
@@ -312,7 +313,7 @@ def test_every_preset_fits_every_method(path, method, digits):
     manifest = {**digits.manifest, "preset": path.stem}
     dataset = type(digits)(digits.root, manifest, digits.splits)
     parser = make_parser("x", "", input=Input, model=Model, method=method.Settings, optim=Optim, loop=Loop)
-    settings = parse(parser, [], preset(dataset, "training", method.name))
+    settings = parse(parser, [], usual_settings(dataset, ["training", method.name], {}, None))
     assert settings.optim.epochs >= 1
 
 

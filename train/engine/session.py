@@ -83,7 +83,7 @@ def train(
         sections = plain_sections(parser, choice.settings)
         usual = choice.usual(dataset, asked.variant)
         asked.changed = changed_settings(parser, sections, usual, method_class.in_title)
-        check_settings(config, given_settings(parser, argv))
+        check_settings(config.optim, config.model, config.loop.grad_checkpointing, given_settings(parser, argv))
         if resumed is not None and (resumed / "config.yaml").exists():
             check_resumed(config.optim, saved.get("optim", {}), resumed)
         asked.preset = {"parts": choice.parts, "fitted": choice.fitted}
