@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from jsonargparse import Namespace
 
 from pipeline.augment import find_recipe
 from pipeline.plan import Stream, TrainPlan
@@ -12,10 +11,11 @@ from shards.errors import UserError
 from shards.index import SAMPLE, Dataset, Split
 from train import afg
 from train.bbn import BBN
-from train.engine.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
+from train.engine.config import PRESETS, Config, Input, Loop, Model, Optim, make_parser, parse, preset
 from train.engine.method import Progress
 from train.engine.objectives import make_objective
 from train.engine.optimisers import lr_factor
+from train.engine.recipes import usual_settings
 from train.erm import ERM
 from train.features.commands import stage_parser
 from train.sdn import SDN
@@ -28,10 +28,13 @@ def chosen_by(manifest_preset: str, digits: Dataset) -> Dataset:
     return Dataset(digits.root, {**digits.manifest, "preset": manifest_preset}, digits.splits)
 
 
-def settings_of(name: str, digits: Dataset, method: type = BBN, variant: str | None = None) -> Namespace:
+def settings_of(
+    name: str, digits: Dataset, method: type = BBN, variant: str | None = None, parts: tuple[str, ...] = ()
+) -> Config:
     parser = make_parser("x", "", input=Input, model=Model, method=method.Settings, optim=Optim, loop=Loop)
-    defaults = preset(chosen_by(name, digits), "training", method.name, variant=variant)
-    return parser.instantiate(parse(parser, [], defaults))
+    defaults = usual_settings(chosen_by(name, digits), ["training", *parts, method.name], {}, variant)
+    chosen = parser.instantiate(parse(parser, [], defaults))
+    return Config(chosen.input, chosen.model, chosen.method, chosen.optim, chosen.loop)
 
 
 def test_every_dataset_that_can_be_built_has_its_preset():
@@ -46,13 +49,16 @@ def test_the_manifest_chooses(digits, photos):
 
 
 @pytest.mark.parametrize("method", [BBN, ERM, SDN])
-@pytest.mark.parametrize("name", NAMES)
-def test_what_a_preset_names_exists(name, method, digits):
-    settings = settings_of(name, digits, method)
+@pytest.mark.parametrize(
+    ("name", "parts"), [*((name, ()) for name in NAMES), ("photos", ("cpu", "finetune")), ("small", ("finetune",))]
+)
+def test_what_a_preset_names_exists(name, parts, method, digits):
+    settings = settings_of(name, digits, method, parts=parts)
     assert find_recipe(settings.input.augment)
     assert find_recipe(settings.input.eval_augment)
     if settings.model.weights is not None:
-        assert settings.model.weights in torchvision.models.get_model_weights(settings.model.backbone).__members__
+        members = torchvision.models.get_model_weights(settings.model.backbone).__members__
+        assert settings.model.weights.upper() in members
         settings.model.weights = None  # not to be fetched here
     with torch.device("meta"):
         method(settings, np.array([9, 5, 2]))
