@@ -27,7 +27,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 
 from shards.errors import UserError
 from shards.groups import MANY_ABOVE
-from train.features.commands import BETA_START, RATES, Program, stage_parser
+from train.features.commands import BETA_START, RATES, Program, Work, stage_parser
 from train.features.launch import run_stage
 
 if TYPE_CHECKING:  # torch comes with the run: see train/engine/launch.py
@@ -98,15 +98,16 @@ def run(argv: list[str] | None = None) -> None:
         type=Path | None,
         help="write an epoch's generated features and labels, too: FILE.safetensors, or FILE.npy and FILE.labels.npy",
     )
-    run_stage(Program("afg", "AFG", parser, _check, _classifiers, VARIANTS), train, argv)
+    run_stage(Program("afg", "AFG", parser, _check, _work, VARIANTS), train, argv)
 
 
-def _classifiers(config: Any, chooses: bool) -> int:
+def _work(config: Any, chooses: bool) -> Work:
     settings = config.method
     teachers = 2 if settings.teacher == "select" and settings.distill else 1
     betas = len(settings.beta_grid) - 1 if settings.beta == "select" else 1
     ours = len(settings.rates) * teachers + betas if chooses else 1
-    return ours + (4 * (len(settings.rates) if chooses else 1) if settings.baselines else 0)
+    baselines = 4 * (len(settings.rates) if chooses else 1) if settings.baselines else 0
+    return Work(ours + baselines, config.optim.epochs, config.optim.batch_size)
 
 
 def _check(config: Any) -> None:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse.typing import PositiveFloat
 
 from shards.errors import UserError
-from train.features.commands import RATES, Program, stage_parser
+from train.features.commands import RATES, Program, Work, stage_parser
 from train.features.launch import run_stage
 
 if TYPE_CHECKING:  # torch comes with the run: see train/engine/launch.py
@@ -63,13 +63,15 @@ def run(argv: list[str] | None = None) -> None:
     """Run the stage from its command line; exits with 2 for a user's mistake, told in one line."""
     parser = stage_parser("decouple", (__doc__ or "").split("\n")[0], Settings)
     parser.add_argument("--classifier", type=Literal[tuple(TITLES)] | None, help="short for --method.classifier")
-    run_stage(Program("decouple", "a second-stage classifier", parser, _check, _classifiers), train, argv)
+    run_stage(Program("decouple", "a second-stage classifier", parser, _check, _work), train, argv)
 
 
-def _classifiers(config: Any, chooses: bool) -> int:
-    if (config.classifier or config.method.classifier) in CLOSED:
-        return 0
-    return len(config.method.rates) if chooses else 1
+def _work(config: Any, chooses: bool) -> Work:
+    classifier, reference = config.method.classifier, config.reference
+    tried = 0 if classifier in CLOSED else len(config.method.rates) if chooses else 1
+    if classifier in ("crt", "lws", "mislas"):
+        return Work(tried, reference.lws_epochs if classifier == "lws" else reference.crt_epochs, reference.batch_size)
+    return Work(tried, config.optim.epochs, config.optim.batch_size)
 
 
 def _check(config: Any) -> None:

@@ -90,6 +90,30 @@ def test_stage_two_needs_no_arguments_and_leaves_a_whole_folder(here):
     assert {row["lr"] <= summary["setting"]["lr"] for row in rows} == {True}
 
 
+@pytest.mark.parametrize(
+    ("stage", "options", "classifiers"),
+    [
+        (
+            run,
+            [],
+            "22 classifiers, each 40 epochs of ",
+        ),  # 3 rates of 2 teachers, 4 more β, 3 rates of 4 baselines, β = 0
+        (decouple.run, ["--classifier", "crt"], "3 classifiers, each 10 epochs of "),
+        (decouple.run, ["--classifier", "tau"], None),
+    ],
+)
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(here, capsys, stage, options, classifiers):
+    before = sorted(here.rglob("*"))
+    stage([*options, "--dry-run"])
+    printed = capsys.readouterr().out
+    assert (
+        "999 images, of which 999 have no features yet; 0.464 M parameters, of which 650 are the classifier" in printed
+    )
+    assert (classifiers or "s for the features\n") in printed
+    assert printed.endswith("nothing was written (--dry-run)\n")
+    assert sorted(here.rglob("*")) == before
+
+
 def test_the_baselines_are_in_the_summary_and_on_the_screen(here, capsys):
     run([*SHORT, "--run", "runs/afg"])
     summary = json.loads((here / "runs/afg/summary.json").read_text())

@@ -186,4 +186,4 @@ def said_time(seconds: float) -> str:
 
 def said_bytes(size: float) -> str:
     """Return bytes as GB, or MB where there are few."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -111,6 +111,14 @@ def stage_parser(name: str, description: str, settings: type) -> ArgumentParser:
     return parser
 
 
+class Work(NamedTuple):
+    """So many classifiers, as far as that is known beforehand, and the epochs and the batch of the longest."""
+
+    classifiers: int
+    epochs: int
+    batch_size: int
+
+
 @dataclass
 class Program:
     """A launchable second stage.
@@ -120,7 +128,7 @@ class Program:
         title: what the first line calls the stage.
         parser: from `stage_parser`.
         check: raises UserError for settings that cannot be used together, before anything is made.
-        classifiers: how many classifiers the settings train, where the val split chooses among them or not.
+        work: what the settings make it train, where the val split chooses among classifiers or not.
         variants: settings by the name of a variant, for every dataset: {variant: {section: {key: value}}}.
     """
 
@@ -128,7 +136,7 @@ class Program:
     title: str
     parser: ArgumentParser
     check: Callable[[Any], None] = lambda config: None
-    classifiers: Callable[[Any, bool], int] = lambda config, chooses: 1
+    work: Callable[[Any, bool], Work] = lambda config, chooses: Work(1, config.optim.epochs, config.optim.batch_size)
     variants: Mapping[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
 

@@ -152,10 +152,9 @@ def open_stage(
             dataset,
             input,
             accelerator,
-            config.optim,
+            program.work(config, chooses),
             views=views,
             weights=weights,
-            classifiers=program.classifiers(config, chooses),
         ):
             accelerator.print(line)
         accelerator.print("nothing was written (--dry-run)")
