@@ -41,7 +41,7 @@ def headline(entries: Sequence[Entry], split: str, versus: Mapping[str, dict[str
         verdict = (
             f"{one} does best of {len(entries)} methods"
             if best is not first
-            else f"None of the other {len(entries) - 1} methods does better than {two}; {one} comes closest"
+            else f"{two} does best of {len(entries)} methods. {one} comes next"
         )
     elif abs(gain) < _LEVEL:
         verdict = f"{one} does as well as {two}"

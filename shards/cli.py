@@ -35,9 +35,10 @@ class Parser(ArgumentParser):
             message = f"--{key[1].replace('_', '-')} cannot be {value[1]!r}"
         if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
             near = similar(unknown[1], _options(self))
-            message += f" (did you mean {' or '.join(near)}?)" if near else ""
+            message += f"; did you mean {' or '.join(near)}?" if near else ""
         message = re.sub(r"(required: )\w+\.", r"\1", " ".join(message.split())).rstrip(".")
-        print(f"{self.prog.split(' [')[0]}: error: {message}; see --help", file=sys.stderr)
+        more = " (see --help)" if message.endswith("?") else "; see --help"
+        print(f"{self.prog.split(' [')[0]}: error: {message}{more}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -6,7 +6,7 @@ diagnostics.npz
     distances         (C,) float32: how far the test features of a class lie from their centroid (BBN, supplement,
                       Figure 6), nan where it has fewer than two; see `Compactness`. Not of a second stage, whose
                       features are stage one's
-    beta              (C,) float32: β in the end, of a second stage with a β per class; 0 for head classes
+    beta              (C,) float32: β in the end, of a second stage with a β per class; nan for head classes
 """
 
 from pathlib import Path

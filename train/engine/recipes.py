@@ -100,6 +100,10 @@ def choose(
     view = with_own_view({"input": before}, settings.model.backbone)["input"]
     if changed := {key: value for key, value in view.items() if value != before.get(key)}:
         choice.fitted["input"] = changed
+        choice.notes.append(
+            f"{settings.model.backbone} was pretrained on pictures of {view['image_size']}×{view['image_size']} pixels,"
+            f" shown as {view['eval_augment']}: so are yours, where the settings say nothing else"
+        )
     if not gpu and (said := _changed_by("cpu", dataset, parts, variant, given)):
         choice.notes.append(f"no GPU: {said}")
     if fit:

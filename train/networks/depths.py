@@ -1,4 +1,4 @@
-"""Where a parameter lies in a network, by its name: in which part, and how deep."""
+"""How deep each parameter of a network lies, for rates that fall with the depth."""
 
 import re
 from typing import Any, Literal

@@ -32,8 +32,8 @@ from train.networks.batch_norm import (
     use_stream_batch_norm,
 )
 from train.networks.cosine import SCALE, CosineClassifier, plain_weight
+from train.networks.cutting import Trunk
 from train.networks.depths import LAST, depth_key, part_of
-from train.networks.timm_models import Trunk
 
 # Weights of the trunk for each value in a stream's images. One pass reads the weights once; two keep smaller maps in
 # a CPU's caches. The first counts for ResNet-50 on a few images (200 weights a value: 1.1 to 1.2 times as fast), the
