@@ -27,7 +27,7 @@ from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.limits import SCHEDULE, enlarged, estimate_run, said, within_budget
 from train.engine.loop import Training
 from train.engine.machine import launched_by, make_accelerator, usable_gpu
-from train.engine.method import Method
+from train.engine.method import Method, make_method
 from train.engine.optimisers import check_resumed, check_settings
 from train.engine.recipes import choose, given_settings, resumed_choice
 from train.engine.tracking import Tracking
@@ -226,7 +226,7 @@ def _make(
 ) -> tuple[Method, TrainPlan]:
     """Make the method, from the seed alone, and its plan."""
     set_seed(config.loop.seed)
-    method = method_class(config, dataset.train_counts)
+    method = make_method(method_class, config, dataset.train_counts)
     plan = TrainPlan(
         dataset.splits["train"],
         windowed(method.streams, dataset.splits["train"], config.input.shard_window),
