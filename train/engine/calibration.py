@@ -158,7 +158,8 @@ def read_calibration(run_folder: Path, weights: str, num_classes: int) -> Calibr
             return None
         found = Calibration(**{field.name: content[weights][field.name] for field in fields(Calibration)})
         fits = len(found.prior_C) == num_classes and len(found.thresholds()) == num_classes
-        if not fits or not found.temperature > 0 or not all(share > 0 for share in found.prior_C):
+        numbers = [found.temperature, found.tau, *found.prior_C, *found.thresholds()]
+        if not fits or not np.isfinite(numbers).all() or min(found.temperature, *found.prior_C) <= 0:
             raise ValueError(f"it does not fit {num_classes} classes")
     except FileNotFoundError:
         return None

@@ -121,6 +121,25 @@ def read_predictions(run_folder: Path, weights: str, *names: str) -> list[NDArra
         return arrays
 
 
+def read_val_logits(run_folder: Path, weights: str, num_classes: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Return the val logits that a run kept, (M, C) with M >= 1, and their labels.
+
+    Raises:
+        UserError: there are none, they are not finite, or they do not fit each other or the number of classes.
+    """
+    logits_MC, rows_M, labels_N = read_predictions(run_folder, weights, "val_logits", "val_logit_rows", "val_labels")
+    path = run_folder / FILES[weights]
+    fits = logits_MC.ndim == 2 and len(logits_MC) == len(rows_M) > 0 and logits_MC.shape[1] == num_classes
+    if not fits or not 0 <= rows_M.min() <= rows_M.max() < len(labels_N):
+        raise UserError(f"{path} is damaged, or of another run: its val logits do not fit; train the run again")
+    labels_M = labels_N[rows_M]
+    if not 0 <= labels_M.min() <= labels_M.max() < num_classes:
+        raise UserError(f"{path} is damaged, or of another run: its val labels do not fit; train the run again")
+    if not np.isfinite(logits_MC).all():
+        raise UserError(f"the val logits in {path} hold nan or inf: the training has diverged; use another run")
+    return logits_MC, labels_M
+
+
 def kept_arrays(run_folder: Path, weights: str) -> list[str]:
     """Return the names of the arrays in a run's predictions; raises as `read_predictions` does."""
     with _opened(run_folder, weights) as file:

@@ -6,8 +6,9 @@
         labels.npy      (R,) int64
         seen.npy        (R,) bool: the rows that are filled; after a kill the others are still to do
 
-A bank is reused while everything in bank.json but `complete` is what would make it now, else it is made anew. All ranks
-fill it together, on a filesystem that they share: where a row belongs is known from the dataset's index alone.
+A bank is reused while everything in bank.json but `complete` is what would make it now, else it is made anew. The
+selected weights have folders of their own, train-selected and so on. All ranks fill a bank together, on a filesystem
+that they share: where a row belongs is known from the dataset's index alone.
 """
 
 import hashlib
@@ -116,7 +117,7 @@ def feature_bank(
     Raises:
         UserError: the disk is full, or what the loader raises.
     """
-    folder = run / FOLDER / split
+    folder = bank_folder(run, split, weights)
     wanted = {
         "split": split,
         "network": run.resolve().name,
@@ -152,9 +153,14 @@ def feature_bank(
     return torch.from_numpy(features_RD).to(accelerator.device), torch.from_numpy(labels_R).to(accelerator.device)
 
 
-def bank_ids(run: Path, split: Split) -> NDArray[np.int64]:
+def bank_folder(run: Path, split: str, weights: str) -> Path:
+    """Return where a run keeps its bank of a split, by the "last" or the "selected" weights."""
+    return run / FOLDER / (split if weights == "last" else f"{split}-{weights}")
+
+
+def bank_ids(run: Path, split: Split, weights: str) -> NDArray[np.int64]:
     """Return the samples that a finished bank of one view holds, row by row: ids_R, int64."""
-    seen_R = np.load(run / FOLDER / split.name / "seen.npy")
+    seen_R = np.load(bank_folder(run, split.name, weights) / "seen.npy")
     return np.asarray(split.by_class[seen_R], np.int64)
 
 

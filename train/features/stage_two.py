@@ -29,8 +29,7 @@ from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.launch import make_accelerator
 from train.engine.predictions import Collector, write_predictions
 from train.features import passes
-from train.features.bank import FOLDER as BANK
-from train.features.bank import bank_ids, feature_bank
+from train.features.bank import bank_folder, bank_ids, feature_bank
 from train.features.candidates import IMAGES_TO_CHOOSE, RATES, Candidate, Families, Judge
 from train.features.classifiers import FEATURES_PER_BLOCK, measure
 from train.features.commands import Program, Stops, defaults
@@ -236,7 +235,14 @@ def make_families(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    salt = [lam, k, gamma, chunk, head_above, (stage.source / BANK / "train" / "bank.json").read_text()]
+    salt = [
+        lam,
+        k,
+        gamma,
+        chunk,
+        head_above,
+        (bank_folder(stage.source, "train", stage.weights) / "bank.json").read_text(),
+    ]
     trainer = passes.Passes(
         stage.network.classifier,
         mixture,
@@ -305,8 +311,10 @@ def close_stage(
             save_selected_model(stage.network, stage.run_folder)
             stage.network.classifier = last.linear
             epochs["selected"] = len(rows)
-        describe(stage.run_folder, stage.network, stage.dataset, stage.input, summary, epochs)
         keep_predictions(stage, last.linear)
+        if winner is not None:
+            keep_predictions(stage, winner, "selected")
+        describe(stage.run_folder, stage.network, stage.dataset, stage.input, summary, epochs)
         (stage.run_folder / "metrics.jsonl").touch()
         for row in rows:
             runs.append_row(stage.run_folder, {**row, "seconds": seconds})
@@ -315,13 +323,16 @@ def close_stage(
 
 
 @torch.no_grad()
-def keep_predictions(stage: Stage, linear: nn.Linear) -> None:
-    """Write predictions.npz: what a classifier says of the features of test, and of val where there is one."""
+def keep_predictions(stage: Stage, linear: nn.Linear, weights: str = "last") -> None:
+    """Write predictions.npz: what a classifier says of the features of test, and of val where there is one.
+
+    A val split that is too small to choose a classifier may still be large enough for a temperature.
+    """
     kept = {}
-    for name, bank in ((stage.tested, stage.judge.test), (stage.watched, stage.judge.watched)):
-        if name is not None and bank is not None:
+    for name, bank in ((stage.tested, stage.judge.test), ("val", stage.judge.watched)):
+        if bank is not None:
             collector = Collector(linear.out_features, logits=name != stage.tested)
-            ids_N = bank_ids(stage.source, stage.dataset.splits[name])
+            ids_N = bank_ids(stage.source, stage.dataset.splits[name], stage.weights)
             for ids_B, features_BD, labels_B in zip(
                 np.split(ids_N, range(FEATURES_PER_BLOCK, len(ids_N), FEATURES_PER_BLOCK)),
                 *(part.split(FEATURES_PER_BLOCK) for part in bank),
@@ -329,4 +340,4 @@ def keep_predictions(stage: Stage, linear: nn.Linear) -> None:
             ):
                 collector.add(ids_B, labels_B, linear(features_BD.float()))
             kept[name] = collector.gather()
-    write_predictions(stage.run_folder, kept)
+    write_predictions(stage.run_folder, kept, weights)
