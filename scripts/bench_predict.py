@@ -32,6 +32,7 @@ from train.networks.networks import build_network
 from train.predict import open_writer, predict
 
 CLASSES = 100
+COUNTS = [CLASSES - j for j in range(CLASSES)]
 SIZE = (300, 200)
 WAYS = ("predict", "network", "pictures")
 LEAST = 0.9  # of the bare network's rate
@@ -61,7 +62,7 @@ def bench(
         folder = Path(place)
         say(f"making {images:,} images and a {backbone}")
         mean_bytes = write_photographs(folder / "photos", (i % CLASSES for i in range(images)), lambda _: SIZE)
-        model = open_model(make_run(folder / "run", backbone, size))
+        model = open_model(make_run(folder / "run", backbone, size, COUNTS))
         results = measure(model, find_images([str(folder / "photos")]), folder, rounds, batch)
     setting = {"images": images, "rounds": rounds, "batch": batch, "backbone": backbone, "size": size}
     told = header(torch=torch.__version__, threads=torch.get_num_threads())
@@ -72,14 +73,14 @@ def bench(
         say(f"{bar['what']}: {bar['measured']:.3f} ({bar['bar']}): {'reached' if bar['reached'] else 'MISSED'}")
 
 
-def make_run(folder: Path, backbone: str, size: int) -> Path:
+def make_run(folder: Path, backbone: str, size: int, train_counts: list[int]) -> Path:
     """Save an untrained network as a run would; return the folder."""
     torch.manual_seed(0)
-    network = build_network("plain", backbone, CLASSES)
+    network = build_network("plain", backbone, len(train_counts))
     save_model(network, folder)
     described = Description(
-        classes=[f"class {j}" for j in range(CLASSES)],
-        train_counts=[CLASSES - j for j in range(CLASSES)],
+        classes=[f"class {j}" for j in range(len(train_counts))],
+        train_counts=train_counts,
         image_size=size,
         eval_augment="eval",
         crop_share=0.875,

@@ -8,7 +8,7 @@ written into the runs. The expected calibration error (15 bins) and the balanced
 
     as it is         the network's own probabilities
     calibrated       by temperature and τ; made for the class shares of val
-    even             the network's own, divided by the class shares of train (`--prior uniform`; logit adjustment, τ = 1)
+    even             the network's own, divided by the class shares of train: `--prior uniform`, logit adjustment
     calibrated even  calibrated, then brought from the class shares of val to equal ones
 """
 
@@ -65,9 +65,7 @@ def compare(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def test_logits(
-    run: Path, weights: str, split: str, num_classes: int
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def test_logits(run: Path, weights: str, split: str, num_classes: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return logits of the evaluated images, (N, C), up to a constant each, out of what is kept of them; and labels."""
     names = [f"{split}_{what}" for what in ("labels", "topk_labels", "topk_scores")]
     labels_N, order_NK, scores_NK = read_predictions(run, weights, *names)

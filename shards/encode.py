@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 # What an image collection may hold. PIL knows more, but some of it starts other programs (EPS) or is no
 # picture by itself (PDF, HDF5).
@@ -73,8 +73,9 @@ def encode(
 
     An 8-bit RGB or greyscale JPEG or PNG that lies upright is stored as it is, byte for byte. Anything else
     is turned upright by its EXIF orientation, brought to 8-bit RGB or greyscale (alpha is dropped, 16-bit
-    grey v becomes v · 255 / (2^grey_bits − 1)) and written again: lossy formats as JPEG of quality 95 without
-    chroma subsampling, the others as PNG. So `encode` returns its own results unchanged.
+    grey v becomes v · 255 / (2^grey_bits − 1), of 16-bit colour the upper 8 bits stay) and written again: lossy
+    formats as JPEG of quality 95 without chroma subsampling, the others as PNG. So `encode` returns its own results
+    unchanged.
 
     Args:
         data: a whole image file.
@@ -162,6 +163,19 @@ def grey_maximum(data: bytes) -> int:
         raise
     except Exception:  # told when it is encoded
         return 0
+
+
+def has_deep_colour(data: bytes) -> bool:
+    """Return whether an image has 16 bits for each colour (or for grey beside alpha): PIL gives the upper 8 alone."""
+    if data.startswith(b"\x89PNG"):
+        return data[24:26] in (b"\x10\x02", b"\x10\x04", b"\x10\x06")  # IHDR: 16 bits; RGB, grey and alpha, RGBA
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(BytesIO(data), formats=["TIFF"]) as image:
+                return image.mode.startswith("RGB") and max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (8,))) > 8
+    except Exception:  # of another format, or told when it is encoded
+        return False
 
 
 def _too_large(most: int) -> str:

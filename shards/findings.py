@@ -4,9 +4,11 @@
     lost        classes without a readable training image, and held-out splits without a readable one: they are left
                 out, and labels count the other classes
     grey bits   how many bits 16-bit grey images use: one scale for all, so that dark ones stay dark
+    deep        whether there is 16-bit colour, of which PIL gives the upper bits alone
 
 For the second, one image of each class and split is decoded, and the others where that fails. The third costs
-something only where one of these is of 16-bit grey: then all of the images are looked at.
+something only where one of these is of 16-bit grey: then all of the images are looked at. For the fourth, one of each
+class counts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shards.encode import GREY_BITS, BadImageError, Encoded, grey_maximum
+from shards.encode import GREY_BITS, BadImageError, Encoded, grey_maximum, has_deep_colour
 from shards.errors import UserError
 from shards.parallel import run_jobs
 from shards.plan import Plan
@@ -39,6 +41,7 @@ class Findings:
         lost_splits: held-out splits that are left out.
         rejected: their images, as in `rejected.jsonl`; the labels are null.
         grey_bits: of 16-bit grey images.
+        deep: the name of an image of 16-bit colour; empty: none was seen.
     """
 
     copies: list[list[int]]
@@ -46,6 +49,7 @@ class Findings:
     lost_splits: list[str]
     rejected: list[dict[str, Any]]
     grey_bits: int
+    deep: str = ""  # not remembered by builds of before
 
     def notes(self, source: Source) -> Iterator[str]:
         """Lines for the user."""
@@ -61,6 +65,11 @@ class Findings:
         if self.grey_bits != max(GREY_BITS):
             white = (1 << self.grey_bits) - 1
             yield f"16-bit grey images use {self.grey_bits} bits: value v is stored as v · 255 / {white}"
+        if self.deep:
+            yield (
+                f"of 16-bit colour, as in {self.deep}, the upper 8 bits are stored: images that use fewer than 16 come"
+                " out dark or black; convert such images to 8 bits first"
+            )
 
     def applied(self, source: Source, plan: Plan) -> tuple[Source, Plan]:
         """Leave out the lost classes."""
@@ -93,6 +102,7 @@ class _Job:
 class _Looked(NamedTuple):
     reasons: list[str]  # why each image cannot be stored, "" where it can
     grey: int  # the largest value in 16-bit grey images
+    deep: str  # an image of 16-bit colour, or empty
 
 
 def find_out(
@@ -148,7 +158,7 @@ def find_out(
     if grey:
         grey = max(look("look at 16-bit grey", images, encode=None).grey for images in plan.splits.values())
         bits = next((bits for bits in GREY_BITS if grey < 1 << bits), bits)
-    return Findings(copies, lost, lost_splits, rejected, bits)
+    return Findings(copies, lost, lost_splits, rejected, bits, first.deep)
 
 
 def _until_one_is_good(images: Listing, look: Callable[[Listing], _Looked]) -> _Looked:
@@ -161,7 +171,7 @@ def _until_one_is_good(images: Listing, look: Callable[[Listing], _Looked]) -> _
         reasons, grey = [*reasons, *found.reasons], max(grey, found.grey)
         if not all(found.reasons):
             break
-    return _Looked(reasons, grey)
+    return _Looked(reasons, grey, "")
 
 
 def _look_at(
@@ -183,22 +193,24 @@ def _look_at(
             scheduler=scheduler,
             done=lambda looked: progress.add(len(looked.reasons)),
         )
-    return _Looked([reason for looked in found for reason in looked.reasons], max(looked.grey for looked in found))
+    reasons = [reason for looked in found for reason in looked.reasons]
+    return _Looked(reasons, max(looked.grey for looked in found), next((one.deep for one in found if one.deep), ""))
 
 
 def _look(job: _Job) -> _Looked:
     reasons = []
-    grey = 0
+    grey, deep = 0, ""
     for i in range(len(job.images)):
         try:
             data = read_image(job.images, i, job.read)
             grey = max(grey, grey_maximum(data))
+            deep = deep or (printable(job.images.names[i]) if has_deep_colour(data) else "")
             if job.encode is not None:
                 job.encode(data)
             reasons.append("")
         except BadImageError as error:
             reasons.append(str(error))
-    return _Looked(reasons, grey)
+    return _Looked(reasons, grey, deep)
 
 
 def _lines(split: str, source: Source, images: Listing, reasons: Sequence[str]) -> list[dict[str, Any]]:

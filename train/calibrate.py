@@ -130,8 +130,8 @@ def _calibrate_run(run: Path, reject: float | None, per_class: bool) -> None:
     for weights in kinds:
         if "val_logits" not in kept_arrays(run, weights):
             print(
-                f"{printable(str(run))} has no val split beside the one that it is reported on, so there is nothing to calibrate on;"
-                " nothing is done (build the dataset again with --val-fraction 0.1, and train)"
+                f"{printable(run)} has no val split beside the one that it is reported on, so there is nothing to"
+                " calibrate on; nothing is done (build the dataset again with --val-fraction 0.1, and train)"
             )
             return
         logits_NC, labels_N = read_val_logits(run, weights, len(model.description.classes))
@@ -140,7 +140,7 @@ def _calibrate_run(run: Path, reject: float | None, per_class: bool) -> None:
         print(f"{weights} weights, {about['images']:,} images of val; before and after:")
         print(table(calibration, about))
     write_calibration(run, found)
-    print(f"wrote {printable(str(run / CALIBRATION))}; train.predict and train.export use it")
+    print(f"wrote {printable(run / CALIBRATION)}; train.predict and train.export use it")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def plain(text: object) -> str:
 
 def code(text: object) -> str:
     """Return text as code within a line of Markdown: entities would be shown as such there."""
-    return f"`{printable(str(text)).replace('`', ' ')}`"
+    return f"`{printable(text).replace('`', ' ')}`"
 
 
 def standard_errors(model: Model, name: str) -> dict[str, float | None]:
@@ -105,7 +105,7 @@ def card(models: Sequence[Model]) -> str:
     model, told = models[0], models[0].description
     figures, counts = told.weights[model.weights]["figures"], told.train_counts
     folder = printable(model.run.resolve().name)
-    dataset_name = printable(str(told.dataset["name"]))
+    dataset_name = printable(told.dataset["name"])
     name, dataset = plain(folder), plain(dataset_name)
     metadata: dict[str, Any] = {
         "license": "other",
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
             ):
                 raise UserError(f"{model.run} has other classes or another method than {models[0].run}; leave it out")
         write_text(out, card(models))
-        print(f"wrote {printable(str(out))}; fill in the lines in italics")
+        print(f"wrote {printable(out)}; fill in the lines in italics")
 
 
 if __name__ == "__main__":

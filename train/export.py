@@ -266,9 +266,9 @@ def main(argv: list[str] | None = None) -> None:
         out = asked.out or asked.run / f"model.{asked.format}"
         check_new(out)
         calibrated = "calibrated" if isinstance(model.calibration, Calibration) else "not calibrated"
-        print(f"{printable(str(asked.run))}: {model.description.method}, {model.weights} weights, {calibrated}")
+        print(f"{printable(asked.run)}: {model.description.method}, {model.weights} weights, {calibrated}")
         lines = export(model, out, asked.format, asked.input == "any", asked.output == "probabilities")
-        print("\n".join([*lines, f"wrote {printable(str(out))}"]))
+        print("\n".join([*lines, f"wrote {printable(out)}"]))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,9 @@ def read_prior(asked: str | None, description_classes: Sequence[str], train_coun
 
 def printable(text: object) -> str:
     r"""Return text on one line for a terminal: control, direction and undecodable characters as \x1b, \u202e, …"""
-    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode("ascii") for c in str(text))
+    return "".join(
+        c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode("ascii") for c in str(text)
+    )
 
 
 class Writer(Protocol):
@@ -313,7 +315,7 @@ def _main(asked: Any) -> None:
     items = find_images([path for path in asked.paths if path != "-"], listed)
     for model in models:
         how = "calibrated" if model.calibration else "not calibrated"
-        say(f"{printable(str(model.run))}: {model.description.method}, {model.weights} weights, {how}")
+        say(f"{printable(model.run)}: {model.description.method}, {model.weights} weights, {how}")
     if prior_C is not None and not all(model.calibration for model in models):
         say(
             "note: --prior takes what is not calibrated for made for the training images' class shares, which a method"

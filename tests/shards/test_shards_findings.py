@@ -1,6 +1,8 @@
 """What is found out before shards are written: classes that are lost, splits that are, and the bits of grey images."""
 
 import json
+import struct
+import zlib
 from io import BytesIO
 
 import numpy as np
@@ -132,3 +134,27 @@ def test_16_bit_images_share_one_scale(tmp_path, capsys, largest, bits):
     assert (note in capsys.readouterr().err) == (bits < 16)
     assert verify(out, workers=1) == []
     assert build("folder", source=source, out=out, workers=1, test_fraction=0, val_fraction=0) == out
+
+
+def png16(colour: int, channels: int) -> bytes:
+    """A PNG of 16 bits a channel, which PIL cannot write: IHDR, one IDAT of 8×8 pixels, IEND."""
+    rows = b"".join(b"\0" + np.full((8, channels), 0x0FFF, ">u2").tobytes() for _ in range(8))
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, colour, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+
+
+@pytest.mark.parametrize(("colour", "channels", "deep"), [(2, 3, True), (6, 4, True), (4, 2, True), (0, 1, False)])
+def test_what_16_bit_colour_loses_is_said(tmp_path, capsys, colour, channels, deep):
+    source = tmp_path / "source"
+    grey(source / "a", [200, 100])
+    (source / "b\n").mkdir()
+    (source / "b\n/deep.png").write_bytes(png16(colour, channels))
+    out = build("folder", source=source, out=tmp_path / "out", workers=1, test_fraction=0, val_fraction=0)
+    assert ("note: of 16-bit colour, as in b\\n/deep.png, the upper 8 bits" in capsys.readouterr().err) == deep
+    assert verify(out, workers=1) == []

@@ -21,6 +21,7 @@ from shards.errors import UserError
 from shards.index import open_dataset
 from train import afg, decouple
 from train.afg import BETA_MOST, BETA_START, Settings, choose_beta, run, train_adaptive
+from train.calibrate import main as calibrate
 from train.engine.config import PRESETS
 from train.engine.launch import run as run_stage_one
 from train.engine.predictions import read_predictions
@@ -110,6 +111,10 @@ def test_the_baselines_are_in_the_summary_and_on_the_screen(here, capsys):
     weights = json.loads((here / "runs/afg/model.json").read_text())["weights"]
     assert weights["selected"]["file"] == "model-selected.safetensors"
     assert weights["selected"]["figures"]["name"] == summary["selected"]["name"]
+    labels, topk = read_predictions(here / "runs/afg", "selected", "test_labels", "test_topk_labels")
+    assert (topk[:, 0] == labels).mean() == pytest.approx(summary["selected"]["top1"])
+    calibrate(["--run", "runs/afg"])
+    assert {"last", "selected"} <= json.loads((here / "runs/afg/calibration.json").read_text()).keys()
     assert not (here / "runs/afg/candidates").exists()
     printed = capsys.readouterr().out
     assert all(f"\n{name} " in printed for name in (*list(rows)[1:], "AFG"))

@@ -23,6 +23,7 @@ from train.engine.calibration import (
     reject_threshold,
     write_calibration,
 )
+from train.engine.inference import open_model
 from train.engine.launch import run as train
 from train.engine.predictions import Collector, read_predictions, write_predictions
 from train.erm import ERM
@@ -163,6 +164,30 @@ def test_mistakes_are_told_in_one_line(calibrated, tmp_path, capsys):
     write_calibration(calibrated, {"last": (Calibration(1.0, 0.0, [0.5, 0.5]), {})})
     with pytest.raises(UserError, match="does not fit 4 classes"):
         read_calibration(calibrated, "last", 4)
+    write_calibration(calibrated, {"last": (Calibration(1.0, float("nan"), [0.25] * 4), {})})
+    with pytest.raises(UserError, match="does not fit 4 classes"):
+        read_calibration(calibrated, "last", 4)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"val_logits": np.zeros((400, 3))}, "its arrays do not fit"),
+        ({"val_logits": np.zeros((399, 4))}, "its arrays do not fit"),
+        ({"val_logits": np.full((400, 4), np.inf)}, "hold nan or inf"),
+        ({"val_logit_rows": np.arange(1, 401)}, "its arrays do not fit"),
+        ({"val_labels": np.full(400, 4)}, "its arrays do not fit"),
+        ({"val_logits": np.zeros((0, 4)), "val_logit_rows": np.arange(0)}, "its arrays do not fit"),
+    ],
+)
+def test_logits_of_another_run_or_a_diverged_one_are_refused(calibrated, capsys, damage, message):
+    with np.load(calibrated / "predictions.npz") as file:
+        arrays = dict(file) | damage
+    np.savez(calibrated / "predictions.npz", **arrays)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--run", str(calibrated)])
+    assert message in capsys.readouterr().err
+    assert not (calibrated / "calibration.json").exists()
 
 
 @pytest.mark.parametrize(("classes", "kept", "dtype"), [(3, 3, np.float32), (150, 100, np.float16)])
@@ -217,7 +242,7 @@ def tally_argmax(logits_NC):
     return logits_NC.numpy().argmax(1)
 
 
-def test_a_run_leaves_predictions_of_both_weights_and_a_model_that_describes_itself(workplace, capsys):
+def test_a_run_leaves_predictions_of_both_weights_and_a_model_that_describes_itself(workplace, capsys, monkeypatch):
     train(ERM, ["--optim.epochs", "2", "--input.batch_size", "64", "--input.image_size", "8", "--run", "runs/a"])
     run = workplace / "runs/a"
     said = capsys.readouterr().out
@@ -240,3 +265,12 @@ def test_a_run_leaves_predictions_of_both_weights_and_a_model_that_describes_its
     assert {"last", "selected"} <= json.loads((run / "calibration.json").read_text()).keys()
     train(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "3"])
     assert not (run / "calibration.json").exists()  # it was of other weights
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.engine.evaluation.describe", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "4"])
+    with pytest.raises(UserError, match="is not finished"):  # rather than new weights by an old description
+        open_model(run)

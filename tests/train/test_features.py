@@ -19,7 +19,7 @@ from shards.index import open_dataset
 from train.engine.config import Input
 from train.features import bank as module
 from train.features.bank import ViewPlan, feature_bank
-from train.networks.model_files import save_model
+from train.networks.model_files import save_model, save_selected_model
 from train.networks.networks import build_network
 
 
@@ -107,6 +107,15 @@ def test_a_bank_of_another_network_dataset_or_recipe_is_made_anew_and_said(
     bank(stage_one, open_dataset(copy), input=other)
     assert "have another dataset; taking them anew" in capsys.readouterr().out
     assert len(extracted) == 4 * number
+
+
+def test_last_and_selected_weights_have_banks_of_their_own(stage_one, digits, extracted, capsys):
+    run, network = stage_one
+    save_selected_model(network, run)
+    for weights in ("last", "selected", "last", "selected"):
+        feature_bank(run, network, digits, "val", INPUT, Accelerator(cpu=True), weights=weights)
+    assert len(extracted) == 2 * len(digits.splits["val"])
+    assert "anew" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["features.npy", "labels.npy", "seen.npy", "bank.json"])

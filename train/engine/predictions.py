@@ -129,12 +129,13 @@ def read_val_logits(run_folder: Path, weights: str, num_classes: int) -> tuple[N
     """
     logits_MC, rows_M, labels_N = read_predictions(run_folder, weights, "val_logits", "val_logit_rows", "val_labels")
     path = run_folder / FILES[weights]
-    fits = logits_MC.ndim == 2 and len(logits_MC) == len(rows_M) > 0 and logits_MC.shape[1] == num_classes
-    if not fits or not 0 <= rows_M.min() <= rows_M.max() < len(labels_N):
-        raise UserError(f"{path} is damaged, or of another run: its val logits do not fit; train the run again")
-    labels_M = labels_N[rows_M]
-    if not 0 <= labels_M.min() <= labels_M.max() < num_classes:
-        raise UserError(f"{path} is damaged, or of another run: its val labels do not fit; train the run again")
+    try:
+        labels_M = labels_N[rows_M]
+        fits = logits_MC.shape == (len(labels_M), num_classes) and 0 <= labels_M.min() <= labels_M.max() < num_classes
+    except (IndexError, ValueError):  # rows that are not there, or none at all
+        fits = False
+    if not fits:
+        raise UserError(f"{path} is damaged, or of another run: its arrays do not fit; train the run again")
     if not np.isfinite(logits_MC).all():
         raise UserError(f"the val logits in {path} hold nan or inf: the training has diverged; use another run")
     return logits_MC, labels_M
@@ -154,7 +155,8 @@ def _opened(run_folder: Path, weights: str) -> Iterator[Any]:
             yield file
     except FileNotFoundError:
         raise UserError(
-            f"{run_folder} has no {path.name}: it was trained before predictions were kept; train the run again"
+            f"{run_folder} has no {path.name}: it was trained before predictions were kept; --resume evaluates a run of"
+            " stage one again, a second stage is to be trained again"
         ) from None
     except KeyError as error:
         raise UserError(f"{path} has no array {error.args[0]!r}; train the run again") from None
