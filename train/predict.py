@@ -168,10 +168,10 @@ class _Table:
 
 
 class _Csv:
-    """file,label,score,label_1,score_1,…: names are quoted where they have to be."""
+    """file,label,score,label_1,score_1,…: all texts are quoted (until Python 3.13 csv leaves out a carriage return)."""
 
     def __init__(self, file: TextIO, topk: int) -> None:
-        self._writer = csv.writer(file, lineterminator="\n")
+        self._writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         ranks = [f"{what}_{k}" for k in range(1, topk + 1) for what in ("label", "score")]
         self._writer.writerow(["file", "label", "score", *ranks])
 

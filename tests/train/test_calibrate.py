@@ -67,6 +67,34 @@ def test_few_labels_all_right_or_all_wrong_give_finite_numbers(labels):
     assert min(found.prior_C) > 0
 
 
+def test_it_is_the_minimum_of_the_equation_that_is_stated():
+    logits_NC, labels_N = drawn(25, 2.0, 0.5)
+    found = fit(logits_NC, labels_N, COUNTS)
+
+    def loss(inverse: float, tau: float) -> float:
+        p_NC = probabilities(logits_NC, Calibration(1 / inverse, tau, [0.25] * 4), COUNTS)
+        return -np.log(p_NC[np.arange(25), labels_N]).sum() + ((inverse - 1) ** 2 + tau**2) / 2
+
+    least = loss(1 / found.temperature, found.tau)
+    for inverse, tau in ((0.01, 0), (-0.01, 0), (0, 0.01), (0, -0.01), (0.3, 0.3), (-0.2, 1)):
+        assert loss(1 / found.temperature + inverse, found.tau + tau) > least
+
+
+def test_ten_images_do_not_spoil_what_is_right_already():
+    test_NC, truth_N = drawn(2000, 1.0, 0.0, seed=100)
+
+    def loss(calibration: Calibration) -> float:
+        return -np.log(probabilities(test_NC, calibration, COUNTS)[np.arange(2000), truth_N]).mean()
+
+    found = [fit(*drawn(10, 1.0, 0.0, seed=seed), COUNTS) for seed in range(20)]
+    lost = np.mean([loss(one) for one in found]) - loss(Calibration.none(COUNTS))
+    assert lost < 0.1  # 1.6 by the likelihood alone: some ten images are all right
+    # What is all right stays, where smoothed targets would raise T to 5.
+    all_right = fit(20 * np.eye(4)[[0, 1, 2, 3] * 3], [0, 1, 2, 3] * 3, COUNTS)
+    assert all_right.temperature == pytest.approx(1, abs=0.05)
+    assert all_right.tau == pytest.approx(0, abs=0.05)
+
+
 def test_the_prior_is_bayes_rule_and_raises_balanced_accuracy():
     """Labels of a tail's shares, a network that has learned them: equal shares serve the tail."""
     generator = np.random.default_rng(0)
@@ -153,7 +181,7 @@ def test_mistakes_are_told_in_one_line(calibrated, tmp_path, capsys):
     (calibrated / "predictions.npz").write_bytes(b"PK damaged")
     assert "predictions.npz is damaged" in fails_with("--run", calibrated)
     (calibrated / "predictions.npz").unlink()
-    assert "train the run again" in fails_with("--run", calibrated)
+    assert "--resume evaluates" in fails_with("--run", calibrated)
     for content, message in (
         ({"format": 2}, "is of format 2"),
         ({"format": 1, "last": {"temperature": 1}}, "is damaged"),

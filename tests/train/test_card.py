@@ -48,7 +48,8 @@ def test_hubs_can_read_it_and_names_are_only_names(tmp_path, capsys):
 
 
 def test_what_is_code_is_neither_markup_nor_an_entity(tmp_path, capsys):
-    run = described(tmp_path / "my_run `x`\n---\nlicense: mine", dataset={"name": "\u202eds", "fingerprint": "`a`"})
+    place = tmp_path / "my_run `x`\n---\nlicense: mine"
+    run = make_run(place, dataset={"name": "\u202eds", "fingerprint": "`a`"})
     main(["--run", str(run)])
     capsys.readouterr()
     text = (run / "README.md").read_text()

@@ -286,14 +286,12 @@ def test_links_are_followed_once_and_nobody_waits_for_a_pipe(tmp_path, capsys, p
 
 
 def test_a_hostile_place_of_the_run_is_one_line_too(tmp_path, capsys, photo_folder):
-    place = os.fsdecode(os.fsencode(tmp_path) + b"/new\nline\xff")
-    run = make_run(Path(place), classes=CLASSES)
+    run = make_run(tmp_path / "new\nline\u202e")
     main(["--run", str(run), str(photo_folder / "both/00.jpg")])
     said = capsys.readouterr().err
-    assert "/new\\nline\\udcff: CE, last weights" in said
-    assert "new\\nline\\udcff has no selected weights" in fails_with(
-        capsys, "--run", run, photo_folder, "--weights", "selected"
-    )
+    assert "/new\\nline\\u202e: CE, last weights" in said
+    message = fails_with(capsys, "--run", run, photo_folder, "--weights", "selected")
+    assert "new\\nline\\u202e has no selected weights" in message
 
 
 def test_a_prior_without_calibration_says_what_it_takes_for_granted(tmp_path, capsys, photo_folder):

@@ -184,7 +184,7 @@ class Item:
 
     def read(self) -> bytes:
         """Return its bytes; a pipe or a device, on which one could wait for ever, has none."""
-        with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        with open(self.path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise BadImageError("not a regular file")
             if self.size is None:
