@@ -28,7 +28,7 @@ from train.calibrate import calibrate
 from train.card import plain
 from train.engine.calibration import Calibration, probabilities
 from train.engine.inference import open_model
-from train.engine.predictions import read_predictions, read_val_logits
+from train.engine.predictions import kept_arrays, read_predictions, read_val_logits
 from train.engine.runs import read_summary
 from train.networks.model_files import choose_weights
 
@@ -46,6 +46,8 @@ def compare(run: Path) -> list[dict[str, Any]]:
     counts, tested = model.description.train_counts, summary["evaluated_on"]
     rows = []
     for weights in dict.fromkeys(["last", choose_weights(run, None)]):
+        if "val_logits" not in kept_arrays(run, weights):
+            raise UserError(f"{run} has no val split to calibrate on; leave it out")
         logits_MC, labels_M = read_val_logits(run, weights, len(counts))
         found, _ = calibrate(logits_MC, labels_M, counts)  # before anything of test is read
         test_NC, labels_N = test_logits(run, weights, tested, len(counts))

@@ -160,7 +160,7 @@ def card(models: Sequence[Model]) -> str:
         "",
         f"- **Data:** {dataset}, {sum(counts):,} images of {len(counts):,} classes, {max(counts):,} to {min(counts):,}"
         f" a class; fingerprint {code(told.dataset['fingerprint'] or 'unknown')}",
-        f"- **Method:** {plain(told.method)}; network {plain(json.dumps(model.network.spec))}",
+        f"- **Method:** {plain(told.method)}; network {code(json.dumps(model.network.spec))}",
         f"- **Weights:** {chosen}, epoch {told.weights[model.weights]['epoch']}",
         f"- **Code:** tailstream, commit {code(told.commit or 'unknown')}",
         *_how(model),

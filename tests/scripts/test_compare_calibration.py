@@ -65,4 +65,4 @@ def test_a_run_without_val_is_refused_in_one_line(overconfident, monkeypatch, ca
     (overconfident / "kept.npz").rename(overconfident / "predictions.npz")
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, overconfident)
-    assert "has no array 'val_logits'" in capsys.readouterr().err
+    assert "has no val split to calibrate on; leave it out" in capsys.readouterr().err

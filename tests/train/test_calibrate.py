@@ -177,6 +177,8 @@ def test_mistakes_are_told_in_one_line(calibrated, tmp_path, capsys):
         return capsys.readouterr().err.strip()
 
     assert "--per-class needs --reject" in fails_with("--run", calibrated, "--per-class")
+    with pytest.raises(UserError, match="has no array 'train_labels'; train"):
+        read_predictions(calibrated, "last", "train_labels")
     assert "holds no trained model" in fails_with("--run", tmp_path)
     (calibrated / "predictions.npz").write_bytes(b"PK damaged")
     assert "predictions.npz is damaged" in fails_with("--run", calibrated)

@@ -114,6 +114,9 @@ def read_predictions(run_folder: Path, weights: str, *names: str) -> list[NDArra
         UserError: there is no such file or array, or it is damaged.
     """
     with _opened(run_folder, weights) as file:
+        for name in names:
+            if name not in file.files:
+                raise KeyError(name)
         arrays = [file[name] for name in names]
         for name, array in zip(names, arrays, strict=True):
             if not isinstance(array, np.ndarray):
