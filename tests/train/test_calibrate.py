@@ -296,6 +296,22 @@ def test_a_run_leaves_predictions_of_both_weights_and_a_model_that_describes_its
     train(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "3"])
     assert not (run / "calibration.json").exists()  # it was of other weights
 
+    # A run of an older version has none; its last checkpoint is evaluated, and nothing is trained.
+    summary, rows = json.loads((run / "summary.json").read_text()), (run / "metrics.jsonl").read_text()
+    (run / "predictions.npz").unlink()
+    capsys.readouterr()
+    train(ERM, ["--resume", "--run", "runs/a"])
+    assert "its last checkpoint is evaluated again" in capsys.readouterr().out
+    assert (run / "predictions.npz").exists()
+    assert (run / "metrics.jsonl").read_text() == rows
+    assert {key: json.loads((run / "summary.json").read_text())[key] for key in ("last", "selected", "epochs")} == {
+        key: summary[key] for key in ("last", "selected", "epochs")
+    }
+    (run / "summary.json").unlink()  # as if cut off
+    with pytest.raises(SystemExit, match="2"):
+        train(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "2"])
+    assert "give more epochs" in capsys.readouterr().err
+
     def killed(*_):
         raise KeyboardInterrupt
 

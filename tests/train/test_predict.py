@@ -301,3 +301,27 @@ def test_a_prior_without_calibration_says_what_it_takes_for_granted(tmp_path, ca
     write_calibration(run, {"last": (Calibration(2.0, 1.5, [0.5, 0.25, 0.25]), {})})
     main(["--run", str(run), image, "--prior", "uniform"])
     assert "note:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("formatted", [False, True])
+def test_runs_of_before_models_described_themselves(tmp_path, capsys, photo_folder, formatted):
+    """As the first versions left them: model.json was the network's spec, or that and the format."""
+    run, image = make_run(tmp_path / "run"), photo_folder / "both/00.jpg"
+    expected = rows(capsys, "--run", run, image)
+    spec = json.loads((run / "model.json").read_text())["network"]
+    (run / "model.json").write_text(json.dumps({"format": 1, "network": spec} if formatted else spec))
+    config = {"about": {"method": "erm"}, "input": {"image_size": 32, "augment": "shift", "eval_augment": "eval"}}
+    (run / "config.yaml").write_text(json.dumps(config))
+    assert "is not finished (no summary.json)" in fails_with(capsys, "--run", run, image)
+    summary = {"dataset": "photos", "title": "CE", "epochs": 2, "last": {"top1": 0.5}, "evaluated_on": "test"}
+    (run / "summary.json").write_text(json.dumps(summary | {"environment": {}}))
+    assert "train the run again" in fails_with(capsys, "--run", run, image)
+    (run / "per_class.json").write_text(json.dumps({"classes": CLASSES, "train_counts": [24, 12, 6]}))
+    assert rows(capsys, "--run", run, image) == expected
+    assert "no selected weights" in fails_with(capsys, "--run", run, image, "--weights", "selected")
+    # A second stage keeps in its configuration where stage one is, which knows the pictures.
+    second = shutil.copytree(run, tmp_path / "second")
+    (second / "config.yaml").write_text(json.dumps({"about": {"from": str(run)}, "input": {"batch_size": 9}}))
+    assert rows(capsys, "--run", second, image) == expected
+    shutil.rmtree(run)
+    assert "run is not a run" in fails_with(capsys, "--run", second, image)
