@@ -4,13 +4,14 @@ import sys
 from pathlib import Path
 from typing import Literal, get_args
 
-from analysis.compare import group_runs, mismatched_datasets, repeated_runs
+from analysis.compare import group_runs, mismatches, repeated_runs
+from analysis.comparison import comparison
 from analysis.ensemble import ensemble_table
 from analysis.predictions import differences
 from analysis.runs import read_finished_runs, read_run
 from analysis.settings import unknown_stage_ones
 from analysis.tables import FORMATS, blocks, json_text
-from shards.cli import Parser
+from shards.cli import Parser, program_name
 from shards.errors import user_errors_exit_2
 
 # As in analysis.gallery, which loads slowly.
@@ -25,6 +26,10 @@ FigureName = Literal[
     "alpha",
     "reliability",
     "confusion",
+    "weight-norms",
+    "compactness",
+    "beta",
+    "features",
 ]
 
 
@@ -59,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     averaging = Parser(description="Average the probabilities of several runs and show what that recognises.")
     averaging.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
 
-    parser = Parser(prog="python -m analysis", description="Tables and reports from the files of runs.")
+    program = program_name("python -m analysis")
+    parser = Parser(prog=program, description="Tables and reports from the files of runs.")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("compare", comparing)
     commands.add_subcommand("report", reporting)
@@ -67,16 +73,14 @@ def main(argv: list[str] | None = None) -> None:
     commands.add_subcommand("ensemble", averaging)
     options = parser.parse_args(argv)
 
-    with user_errors_exit_2("python -m analysis"):
+    with user_errors_exit_2(program):
         if options.command == "ensemble":
             print(ensemble_table([read_run(path) for path in options.ensemble.runs]))
             return
         runs, notes = read_finished_runs(options[options.command].runs)
         entries = group_runs(runs)
-        for note in notes + unknown_stage_ones(runs) + repeated_runs(entries):
+        for note in notes + unknown_stage_ones(runs) + repeated_runs(entries) + mismatches(runs):
             print(f"note: {note}", file=sys.stderr)
-        for dataset in mismatched_datasets(runs):
-            print(f"note: the runs on {dataset} were trained on different class counts", file=sys.stderr)
         if options.command == "report":
             from analysis.report import write_report  # matplotlib loads slowly, and a table needs none
 
@@ -91,6 +95,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"note: {note}", file=sys.stderr)
             if options.compare.json or options.compare.format == "json":
                 print(json_text(entries, versus))
+            elif options.compare.format == "html":
+                print(comparison(entries, versus, options.compare.baselines))
             else:
                 print(FORMATS[options.compare.format](blocks(entries, options.compare.baselines, versus)))
 

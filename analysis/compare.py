@@ -1,8 +1,12 @@
 """Runs by experiment: each one's mean and spread over its seeds."""
 
 import statistics
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from analysis.runs import METRICS, Run
 from analysis.settings import Experiment, distinct_titles, experiment
@@ -51,6 +55,13 @@ class Entry:
     def seeds(self) -> list[int]:
         """The seed of each run."""
         return [run.summary["seed"] for run in self.runs]
+
+    def over_seeds(self, of: Callable[[Run], NDArray[Any] | None]) -> NDArray[np.float64] | None:
+        """Return the mean over seeds of an array of each run; None unless all runs have it, of one shape."""
+        found = [[of(run) for run in runs] for runs in self.replicates.values()]
+        if any(one is None for runs in found for one in runs) or len({np.shape(one) for r in found for one in r}) > 1:
+            return None
+        return np.mean([np.mean([np.asarray(one) for one in runs], axis=0, dtype=float) for runs in found], axis=0)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Entry]:
@@ -115,9 +126,23 @@ def repeated_runs(entries: Sequence[Entry]) -> list[str]:
     return notes
 
 
-def mismatched_datasets(runs: Sequence[Run]) -> list[str]:
-    """Name the datasets whose runs saw different class counts, such as two imbalance factors of one source."""
-    seen: dict[str, set[tuple[int, ...]]] = {}
-    for run in runs:
-        seen.setdefault(run.dataset, set()).add(tuple(run.train_counts_C.tolist()))
-    return [dataset for dataset, counts in seen.items() if len(counts) > 1]
+def mismatches(runs: Sequence[Run]) -> list[str]:
+    """Say where runs on one dataset, by its name, differ in the data: their figures are not directly comparable."""
+    notes = []
+    for dataset in dict.fromkeys(run.dataset for run in runs):
+        mine = [run for run in runs if run.dataset == dataset]
+        splits = sorted({str(run.summary["evaluated_on"]) for run in mine})
+        differing = {
+            "were trained on different class counts": {tuple(run.train_counts_C) for run in mine},
+            "have different classes, or these in another order": {tuple(run.classes) for run in mine},
+            f"were evaluated on {' and '.join(splits)}": set(splits),
+        }
+        if len(splits) == 1:
+            differing["were evaluated on different numbers of images"] = {tuple(run.total_C) for run in mine}
+        notes += [f"the runs on {dataset} {how}" for how, found in differing.items() if len(found) > 1]
+    return notes
+
+
+def evaluated_on(entries: Sequence[Entry]) -> str:
+    """Return the split that figures are of: "test", or "test and val" where entries differ."""
+    return " and ".join(sorted({str(entry.runs[0].summary["evaluated_on"]) for entry in entries}))

@@ -55,7 +55,8 @@ def confused_pairs(answers: Sequence[Answers], num_classes: int) -> list[Pair]:
     mistakes = np.concatenate([(one.labels_N * num_classes + one.predicted)[~one.correct] for one in final.runs])
     cells, counts = np.unique(mistakes, return_counts=True)
     found = []
-    for cell in cells[np.argsort(-counts, kind="stable")[:_PAIRS]][: (counts > 1).sum()]:  # one mistake is no pattern
+    often = (counts > len(final.runs)).sum()  # one image, which every seed may mistake, is no pattern
+    for cell in cells[np.argsort(-counts, kind="stable")[:_PAIRS]][:often]:
         true, predicted = divmod(int(cell), num_classes)
         shares = []
         for entry in answers:

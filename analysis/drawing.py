@@ -18,9 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from numpy.typing import NDArray
 
 from analysis.page import LIGHT
-from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE
+from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -96,6 +97,19 @@ def shade_groups(ax: Axes, low: float, high: float) -> None:
             ax.axvspan(left, right, color=LIGHT[group], alpha=0.22, linewidth=0, zorder=0)
             if np.log(right / left) > 0.1 * np.log(high / low):
                 ax.text(np.sqrt(left * right), 1.5, group, ha="center")
+
+
+def shade_ranks(ax: Axes, counts_C: NDArray[np.int64]) -> None:
+    """Shade many, medium and few along x, where classes stand from the largest (1) to the smallest (C)."""
+    groups_C = class_groups(np.sort(counts_C)[::-1])
+    top = ax.get_ylim()[1]
+    for group in GROUPS:
+        mine = np.flatnonzero(groups_C == group)
+        if len(mine):
+            left, right = mine[0] + 0.5, mine[-1] + 1.5
+            ax.axvspan(left, right, color=LIGHT[group], alpha=0.22, linewidth=0, zorder=0)
+            if right - left > 0.1 * len(counts_C):
+                ax.text((left + right) / 2, 0.02 * top, group, ha="center")
 
 
 def inline_svg(figure: Figure) -> str:

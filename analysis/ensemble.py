@@ -29,12 +29,12 @@ def ensemble(runs: Sequence[Run]) -> dict[str, float | None]:
         if found.topk_labels_NK.shape[1] < len(run.classes):
             raise UserError(
                 f"{run.name} kept {found.topk_labels_NK.shape[1]} of {len(run.classes)} classes' probabilities; average"
-                " the networks themselves: python -m train.predict --run RUN --run RUN …"
+                " the networks themselves: tailstream predict --run RUN --run RUN …"
             )
         if total_NC is None:
             ids_N, labels_N = found.ids_N, found.labels_N
             total_NC = np.zeros((len(ids_N), len(run.classes)))
-        if not np.array_equal(found.ids_N, ids_N):
+        if not (np.array_equal(found.ids_N, ids_N) and np.array_equal(found.labels_N, labels_N)):
             raise UserError(f"{run.name} and {first.name} were tested on different images; evaluate them on the same")
         rows_N1 = np.arange(len(ids_N))[:, None]
         total_NC[rows_N1, found.topk_labels_NK] += found.topk_scores_NK

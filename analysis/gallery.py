@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from analysis import confusion, figures
+from analysis import confusion, figures, inside
 from analysis.compare import Entry, group_runs
 from analysis.drawing import alone
 from analysis.headline import best_entry
@@ -49,7 +49,7 @@ def write_figure(name: str, runs: Sequence[Run], out: Path) -> Path:
     figure = _FIGURES[name](entries)
     if figure is None:
         raise UserError(f"these runs have nothing to draw for {name}{_WANTED.get(name, '')}")
-    titles = [] if name in _OF_ONE else [entry.title for entry in entries]
+    titles = _LEGENDS[name](entries) if name in _LEGENDS else [entry.title for entry in entries]
     return write_file(out, alone(figure, titles, out.suffix[1:]))
 
 
@@ -58,7 +58,7 @@ def check_colours(entries: Sequence[Entry]) -> None:
     if len(entries) > MAX_ENTRIES:
         raise UserError(
             f"{len(entries)} titles on {entries[0].dataset} are too many for one report or figure; name runs of at most"
-            f" {MAX_ENTRIES}, or tabulate all with: python -m analysis compare --format html"
+            f" {MAX_ENTRIES}, or tabulate all with: tailstream compare --format html"
         )
 
 
@@ -86,20 +86,57 @@ def curve(entries: Sequence[Entry], name: str) -> Figure | None:
 
 def reliability(entries: Sequence[Entry]) -> Figure | None:
     """Draw how far confidences can be believed; None unless all entries kept predictions."""
-    told = [answers(entry) for entry in entries]
-    known = [of for of in told if of is not None and len(of.labels)]
+    answered = [answers(entry) for entry in entries]
+    known = [of for of in answered if of is not None and len(of.labels)]
     # A picture of some entries alone would have the colours of others.
-    return confusion.reliability(known) if len(known) == len(told) else None
+    return confusion.reliability(known) if len(known) == len(answered) else None
 
 
 def heat_map(entries: Sequence[Entry]) -> Figure | None:
     """Draw the confusion matrix of the best entry; None without predictions, or for too many classes."""
     run = best_entry(entries).runs[0]
-    told: Answers | None = answers(best_entry(entries))
-    if told is None or not len(told.labels):
+    answered: Answers | None = answers(best_entry(entries))
+    if answered is None or not len(answered.labels):
         return None
     order_C = np.argsort(-run.train_counts_C, kind="stable")
-    return confusion.heat_map(told, order_C)
+    return confusion.heat_map(answered, order_C)
+
+
+def weight_norms(entries: Sequence[Entry]) -> Figure | None:
+    """Draw the lengths of the classifiers' rows; None where no run kept them."""
+    return inside.by_rank(inside.norm_lines(entries), "Length of each class's classifier weights")
+
+
+def compactness(entries: Sequence[Entry]) -> Figure | None:
+    """Draw how far the features of a class lie from their centroid; None where no run kept it."""
+    return inside.by_rank(inside.lines_of(entries, "distances"), "Distance of features from their class's centroid")
+
+
+def beta(entries: Sequence[Entry]) -> Figure | None:
+    """Draw β of each class; None where no run had several."""
+    return inside.by_rank(inside.lines_of(entries, "beta"), "β of each class")
+
+
+def sampled(entries: Sequence[Entry]) -> tuple[Entry, inside.Sample] | None:
+    """Return the best entry whose first run kept a sample of its features, and the sample."""
+    found = {entry.title: inside.read_sample(entry.runs[0]) for entry in entries}
+    having = [entry for entry in entries if found[entry.title] is not None]
+    if not having:
+        return None
+    sample = found[best_entry(having).title]
+    assert sample is not None
+    return best_entry(having), sample
+
+
+def embedding(entries: Sequence[Entry]) -> Figure | None:
+    """Draw real and generated features of some classes; None where no run kept any."""
+    chosen = sampled(entries)
+    return None if chosen is None else inside.embedding(chosen[1])
+
+
+def _sampled_classes(entries: Sequence[Entry]) -> list[str]:
+    chosen = sampled(entries)
+    return [] if chosen is None else [chosen[0].runs[0].classes[label] for label in chosen[1].classes]
 
 
 _FIGURES: dict[str, Callable[[Sequence[Entry]], Figure | None]] = {
@@ -109,20 +146,37 @@ _FIGURES: dict[str, Callable[[Sequence[Entry]], Figure | None]] = {
     **{name: partial(curve, name=name) for name in CURVES},
     "reliability": reliability,
     "confusion": heat_map,
+    "weight-norms": weight_norms,
+    "compactness": compactness,
+    "beta": beta,
+    "features": embedding,
 }
 NAMES = tuple(_FIGURES)
-_OF_ONE = {"class-counts", "confusion"}  # these need no legend
+# What the legend of a figure's colours names, where that is not the entries' titles.
+_LEGENDS: dict[str, Callable[[Sequence[Entry]], list[str]]] = {
+    "class-counts": lambda _: [],
+    "confusion": lambda _: [],
+    "features": _sampled_classes,
+}
 _WANTED = {
     "reliability": ": all of them need a predictions.npz of the same images",
     "confusion": f": it needs predictions.npz, and at most {confusion.DRAWN_UP_TO} classes",
+    "weight-norms": f": it needs a {inside.DIAGNOSTICS}",
+    "compactness": f": it needs a {inside.DIAGNOSTICS} of a first stage",
+    "beta": ": only AFG with --method.beta adaptive has a β per class",
+    "features": f": it needs a {inside.SAMPLE}, which AFG writes",
 }
 
 
 def recall(entry: Entry) -> NDArray[np.float64]:
-    """Return each class's accuracy over all images that the entry's runs evaluated, shape (C,); nan for none."""
-    correct_C = np.sum([run.correct_C for run in entry.runs], axis=0)
-    total_C = np.sum([run.total_C for run in entry.runs], axis=0)
-    return np.divide(correct_C, total_C, out=np.full(len(total_C), np.nan), where=total_C > 0)
+    """Return the mean over an entry's seeds of each class's accuracy, shape (C,); nan where there are no images."""
+
+    def of(run: Run) -> NDArray[np.float64]:
+        return np.divide(run.correct_C, run.total_C, out=np.full(len(run.total_C), np.nan), where=run.total_C > 0)
+
+    found = entry.over_seeds(of)
+    assert found is not None  # runs of one entry have the same classes
+    return found
 
 
 def evaluations(run: Run) -> list[dict[str, Any]]:

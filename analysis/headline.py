@@ -6,7 +6,7 @@ from analysis.compare import Entry
 from analysis.metrics import percent
 from analysis.predictions import Interval
 from analysis.runs import METRICS
-from analysis.tables import interval_told
+from analysis.tables import interval_text
 from shards.groups import GROUPS
 
 PLACES = {"many": "head", "medium": "middle", "few": "tail"}
@@ -32,38 +32,51 @@ def headline(entries: Sequence[Entry], split: str, versus: Mapping[str, dict[str
     if len(entries) == 1:
         return _one(first, split)
     best = best_entry(entries)
-    # Where the first is the best, the next is what there is to tell about.
+    # Where the first is the best, the next is what there is to say something about.
     other = best if best is not first else best_entry(entries[1:])
     after, before = (entry.last.mean["balanced_accuracy"] or 0 for entry in (other, first))
     gain = after - before
     one, two = _averaged(other), _averaged(first)
-    subject = "it"
-    if len(entries) == 2:
-        verdict = f"{one} does {'better' if best is not first else 'no better'} than {two}"
-    elif best is not first:
-        verdict = f"{one} does best"
+    if len(entries) > 2:
+        verdict = (
+            f"{one} does best of {len(entries)} methods"
+            if best is not first
+            else f"{two} does best of {len(entries)} methods. {one} comes next"
+        )
+    elif abs(gain) < _LEVEL:
+        verdict = f"{one} does as well as {two}"
     else:
-        verdict, subject = f"{two} does best, and {one} is next", other.title
-    than = f"{_points(gain)} {'more' if gain > 0 else 'less'} than" if abs(gain) >= _LEVEL else "just as many as"
-    whom = two if len(entries) > 2 and best is not first else first.title
+        verdict = f"{one} does {'better' if gain > 0 else 'worse'} than {two}"
+    against = (
+        f"as does {first.title}"
+        if abs(gain) < _LEVEL
+        else f"{_points(gain)} {'more' if gain > 0 else 'fewer'} than {first.title} with {percent(before)} %"
+    )
     sentences = [
-        f"{verdict}: counting every class equally, {subject} recognises {percent(after)} % of the {split} images,"
-        f" {than} {whom}."
+        f"{verdict}: counting every class equally, it recognises {percent(after)} % of the {split} images, {against}.",
+        _by_group(first, other),
+        *_cautions(first, other, gain, versus.get(other.title, {})),
     ]
-    changes = []
-    for group in GROUPS:
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _by_group(first: Entry, other: Entry) -> str:
+    """Say what became of tail, middle and head: "It gains 5.0 points in the tail (few), but loses 1.0 in the head"."""
+    gained, lost, level = [], [], []
+    for group in reversed(GROUPS):
         old, new = first.last.mean[group], other.last.mean[group]
-        if old is not None and new is not None:
-            verb = (
-                "stayed level"
-                if abs(new - old) < _LEVEL
-                else f"{'gained' if new > old else 'lost'} {_points(new - old)}"
-            )
-            changes.append(f"the {PLACES[group]} ({group}) {verb}")
-    if changes:
-        sentences.append(f"{_capital(and_join(changes))}.")
-    sentences += _cautions(first, other, gain, versus.get(other.title, {}))
-    return " ".join(sentences)
+        if old is None or new is None:
+            continue
+        place = f"in the {PLACES[group]} ({group})"
+        if abs(new - old) < _LEVEL:
+            level.append(place)
+        else:
+            (gained if new > old else lost).append(f"{_points(new - old)} {place}")
+    if not gained and not lost:
+        return ""
+    parts = [f"{verb} {and_join(of)}" for verb, of in (("gains", gained), ("loses", lost)) if of]
+    said = f"It {' and '.join(parts) if len(parts) < 2 else ', but '.join(parts)}"
+    return f"{said}, and stays level {and_join(level)}." if level else f"{said}."
 
 
 def _one(entry: Entry, split: str) -> str:
@@ -87,9 +100,9 @@ def _cautions(first: Entry, other: Entry, gain: float, versus: dict[str, Interva
         may = (
             "is more than the choice of test images explains"
             if interval.is_clear
-            else "may be chance: other test images could turn it"
+            else "may be chance: other test images could reverse it"
         )
-        cautions.append(f"The difference {may} ({interval_told(interval)} points, 95 % interval).")
+        cautions.append(f"The difference {may} ({interval_text(interval)} points, 95 % interval).")
     unsure = [
         "overall" if key in ("top1", "balanced_accuracy") else f"in the {PLACES[key]}"
         for key in ("top1", "balanced_accuracy", *PLACES)
@@ -99,8 +112,8 @@ def _cautions(first: Entry, other: Entry, gain: float, versus: dict[str, Interva
         cautions.append(f"The difference {and_join(list(dict.fromkeys(unsure)))} is within the spread of the seeds.")
     single = [entry.title for entry in (first, other) if len(entry.replicates) == 1]
     if single:
-        whose = "Each has a single seed" if len(single) == 2 else f"{single[0]} has a single seed"
-        cautions.append(f"{whose}, and another may turn out differently: train two more before relying on this.")
+        whose = "Both have" if len(single) == 2 else f"{single[0]} has"
+        cautions.append(f"{whose} a single seed, and another may turn out differently: train two more to be sure.")
     return cautions
 
 
@@ -112,7 +125,7 @@ def _within_spread(first: Entry, other: Entry, key: str) -> bool:
     return _LEVEL <= abs(new - old) < max(entry.last.std[key] or 0 for entry in (first, other))
 
 
-def seeds_told(entry: Entry) -> str:
+def seeds_text(entry: Entry) -> str:
     """Say over how many seeds an entry is averaged, and over how many runs where seeds repeat; empty for one."""
     runs, seeds = len(entry.runs), len(entry.replicates)
     if runs == seeds:
@@ -126,12 +139,8 @@ def and_join(parts: Sequence[str]) -> str:
 
 
 def _averaged(entry: Entry) -> str:
-    return entry.title + (f" (mean of {seeds_told(entry)})" if len(entry.runs) > 1 else "")
+    return entry.title + (f" (mean of {seeds_text(entry)})" if len(entry.runs) > 1 else "")
 
 
 def _points(difference: float) -> str:
     return f"{abs(100 * difference):.1f} points"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

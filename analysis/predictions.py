@@ -7,7 +7,6 @@ predictions.npz, for each split that was predicted (here `test`; `val` alike):
     test_topk_scores  (N, K) float    their softmax probabilities, descending; half precision is enough
 """
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from analysis.compare import Entry
-from analysis.runs import Run
-from shards.errors import UserError
+from analysis.runs import Run, damaged_arrays, read_arrays
 from shards.groups import GROUPS, class_groups
 
 CONFIDENCE = 0.95
@@ -24,6 +22,7 @@ RESAMPLES = 2000
 _FILE = "predictions.npz"
 _CHUNK = 4_000_000  # drawn numbers at a time
 _ROUNDING = 1e-3  # of half precision
+_LEAST_IMAGES = 6  # with fewer, even where all of them turned, a sign test would not reach 95 %
 
 
 @dataclass(frozen=True)
@@ -67,20 +66,15 @@ def read_predictions(run: Run) -> Predictions | None:
     Raises:
         UserError: the file is damaged, or disagrees with the run's per_class.json.
     """
-    path = run.path / _FILE
-    if not path.exists():
+    names = [f"{run.summary['evaluated_on']}_{name}" for name in ("ids", "labels", "topk_labels", "topk_scores")]
+    arrays = read_arrays(run, _FILE, names)
+    if not arrays:
         return None
-    split = run.summary["evaluated_on"]
-    names = [f"{split}_{name}" for name in ("ids", "labels", "topk_labels", "topk_scores")]
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if not any(name.startswith(f"{split}_") for name in arrays.files):
-                return None
-            ids_N, labels_N, topk_labels_NK, topk_scores_NK = (arrays[name] for name in names)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise _damaged(run, error) from None
+    if lacking := [name for name in names if name not in arrays]:
+        raise damaged_arrays(run, _FILE, f"it lacks {lacking[0]}")
+    ids_N, labels_N, topk_labels_NK, topk_scores_NK = (arrays[name] for name in names)
     if (fault := _fault(run, ids_N, labels_N, topk_labels_NK, topk_scores_NK)) is not None:
-        raise _damaged(run, fault)
+        raise damaged_arrays(run, _FILE, fault)
     order_N = np.argsort(ids_N, kind="stable")
     return Predictions(
         ids_N[order_N].astype(np.int64),
@@ -88,11 +82,6 @@ def read_predictions(run: Run) -> Predictions | None:
         topk_labels_NK[order_N].astype(np.int64),
         topk_scores_NK[order_N].astype(np.float32),
     )
-
-
-def _damaged(run: Run, why: object) -> UserError:
-    told = " ".join(str(why).split())
-    return UserError(f"{run.path / _FILE} is damaged ({told}); repeat that run, or remove the file to go without it")
 
 
 def _fault(
@@ -153,8 +142,10 @@ def intervals(
     """Bootstrap the class means of per-image values over test images, stratified by class.
 
     Each resample draws n_c − 1 of a class's n_c images with replacement, so that the variance is unbiased also where
-    classes have two or three test images (McCarthy and Snowden, "The Bootstrap and Finite Population Sampling", 1985);
-    a class with a single one adds no variance. What is drawn depends on the values alone, and is the same each time.
+    classes have two or three test images (McCarthy and Snowden, "The Bootstrap and Finite Population Sampling", 1985).
+    Classes with a single image, which say nothing of their own variance, are drawn together within their group, which
+    makes the interval rather too wide (collapsed strata: Cochran, "Sampling Techniques", 1977, section 5A.12); a
+    group's only one adds no variance. What is drawn depends on the values alone, and is the same each time.
 
     Args:
         values_N: shape (N,), in [-1, 1]: whether each image was recognised, or the difference of two such answers to
@@ -165,7 +156,7 @@ def intervals(
 
     Returns:
         Percentile intervals by the keys of an evaluation: `top1`, the mean over images; `balanced_accuracy`, over
-        classes; `many`, `medium`, `few`, over classes of a group. What no image belongs to is left out.
+        classes; `many`, `medium`, `few`, over classes of a group. What rests on fewer than six images is left out.
     """
     values_N, labels_N = np.asarray(values_N, np.float64), np.asarray(labels_N, np.int64)
     groups_C = class_groups(train_counts_C)
@@ -176,30 +167,33 @@ def intervals(
     if not seen_C.any():
         return {}
 
-    # Classes of one group with the same answers are drawn alike, so all of them are drawn at once.
     group_of = np.searchsorted(sorted(GROUPS), groups_C[seen_C])
-    rows_U, classes_U = np.unique(np.column_stack([group_of, counts_CV[seen_C]]), axis=0, return_counts=True)
-    counts_UV = rows_U[:, 1:]
+    rows = _strata(group_of, counts_CV[seen_C])
+    # Those of one group with the same answers are drawn alike, so all of them are drawn at once.
+    rows_U, alike_U = np.unique(rows, axis=0, return_counts=True)
+    classes_U, counts_UV = rows_U[:, 1], rows_U[:, 2:]
     images_U = counts_UV.sum(axis=1)
-    # What a row's class means, summed over its classes, are multiplied with for each figure.
+    # What a row's mean, summed over those alike, is multiplied with for each figure.
     shares_SU = {
-        "top1": images_U / (images_U @ classes_U),
-        "balanced_accuracy": np.full(len(rows_U), 1 / classes_U.sum()),
+        "top1": images_U / (images_U @ alike_U),
+        "balanced_accuracy": classes_U / (classes_U @ alike_U),
     }
+    known = dict.fromkeys(shares_SU, images_U @ alike_U >= _LEAST_IMAGES)
     for i, group in enumerate(sorted(GROUPS)):
         mine_U = rows_U[:, 0] == i
-        shares_SU[group] = mine_U / max(1, mine_U @ classes_U)
+        shares_SU[group] = mine_U * classes_U / max(1, mine_U * classes_U @ alike_U)
+        known[group] = mine_U * images_U @ alike_U >= _LEAST_IMAGES
     shares_US = np.stack(list(shares_SU.values()), axis=1)
     draws_U = np.maximum(images_U - 1, 1)
     probabilities_UV = counts_UV / images_U[:, None]
     generator = np.random.default_rng(0)
-    estimates_S = (probabilities_UV @ distinct_V * classes_U) @ shares_US
+    estimates_S = (probabilities_UV @ distinct_V * alike_U) @ shares_US
     chunk = max(1, _CHUNK // counts_UV.size)
     drawn_BS = np.concatenate(
         [
             (
                 generator.multinomial(
-                    draws_U * classes_U, probabilities_UV, size=(min(chunk, resamples - b), len(rows_U))
+                    draws_U * alike_U, probabilities_UV, size=(min(chunk, resamples - b), len(rows_U))
                 )
                 @ distinct_V
                 / draws_U
@@ -213,8 +207,22 @@ def intervals(
     return {
         key: Interval(float(estimates_S[s]), float(low_S[s]), float(high_S[s]))
         for s, key in enumerate(shares_SU)
-        if shares_US[:, s].any()
+        if known[key]
     }
+
+
+def _strata(group_C: NDArray[np.int64], counts_CV: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return what is drawn from, a row each: the group, how many classes it stands for, its images by value.
+
+    A class with several images is a row; those of a group with one image each are one row together.
+    """
+    alone_C = counts_CV.sum(axis=1) == 1
+    ones = np.ones(len(group_C), np.int64)
+    rows = [np.column_stack([group_C, ones, counts_CV])[~alone_C]]
+    for group in np.unique(group_C[alone_C]):
+        mine_C = alone_C & (group_C == group)
+        rows.append(np.concatenate([[group, mine_C.sum()], counts_CV[mine_C].sum(axis=0)])[None])
+    return np.concatenate(rows)
 
 
 Differences = dict[tuple[str, str], dict[str, Interval]]  # by dataset and title
@@ -252,43 +260,54 @@ def _same_images(one: Predictions, other: Predictions) -> bool:
     return np.array_equal(one.ids_N, other.ids_N) and np.array_equal(one.labels_N, other.labels_N)
 
 
-def against_first(entries: Sequence[Entry], told: Mapping[str, Answers | None]) -> dict[str, dict[str, Interval]]:
+def against_first(entries: Sequence[Entry], answered: Mapping[str, Answers | None]) -> dict[str, dict[str, Interval]]:
     """Compare the entries of one dataset with the first of them, image by image.
 
     Args:
         entries: of one dataset.
-        told: their answers by title.
+        answered: their answers by title.
 
     Returns:
-        By title, the intervals of the differences (see `intervals`); none unless all entries were trained on the same
-        class counts and answered the same images.
+        By title, the intervals of the differences (see `intervals`), of those entries that were trained on the first
+        one's class counts and answered the same images.
     """
-    known = [told[entry.title] for entry in entries]
-    first = known[0]
-    if len({tuple(entry.runs[0].train_counts_C) for entry in entries}) > 1:
-        return {}
-    if first is None or any(one is None or not _same_images(first.runs[0], one.runs[0]) for one in known):
-        return {}
     return {
         entry.title: intervals(one.correct_N - first.correct_N, one.labels, entry.runs[0].train_counts_C)
-        for entry, one in zip(entries[1:], known[1:], strict=True)
-        if one is not None
+        for entry in entries[1:]
+        if (one := answered[entry.title]) is not None
+        and (first := answered[entries[0].title]) is not None
+        and _incomparable(entries[0], first, entry, one) is None
     }
 
 
+def _incomparable(first: Entry, first_answers: Answers, other: Entry, answered: Answers) -> str | None:
+    """Say why two entries cannot be compared image by image; None where they can."""
+    if not np.array_equal(first.runs[0].train_counts_C, other.runs[0].train_counts_C):
+        return "other class counts"
+    if first.runs[0].classes != other.runs[0].classes:
+        return "other classes"
+    return None if _same_images(first_answers.runs[0], answered.runs[0]) else "other test images"
+
+
 def differences(entries: Sequence[Entry]) -> tuple[Differences, list[str]]:
-    """Compare the entries of each dataset with its first, and say where predictions of the same images are missing."""
+    """Compare the entries of each dataset with its first, and say which cannot be, and why."""
     found: Differences = {}
     notes = []
     for dataset in dict.fromkeys(entry.dataset for entry in entries):
-        mine = [entry for entry in entries if entry.dataset == dataset]
-        if len(mine) == 1:
-            continue
-        told = {entry.title: answers(entry) for entry in mine}
-        compared = against_first(mine, told)
+        first, *others = [entry for entry in entries if entry.dataset == dataset]
+        answered = {entry.title: answers(entry) for entry in (first, *others)}
+        compared = against_first([first, *others], answered)
         found |= {(dataset, title): of for title, of in compared.items()}
-        if not compared and any(told.values()):
-            without = [entry.title for entry in mine if told[entry.title] is None]
-            why = f"there are no predictions of {', '.join(without)}" if without else "their images or classes differ"
-            notes.append(f"the runs on {dataset} are not compared image by image: {why}")
+        if not any(answered.values()):
+            continue  # runs of a time before there were predictions
+        whys: dict[str, list[str]] = {}
+        for entry in others if answered[first.title] is not None else [first]:
+            if entry.title not in compared:
+                mine, base = answered[entry.title], answered[first.title]
+                why = None if mine is None or base is None else _incomparable(first, base, entry, mine)
+                whys.setdefault(why or "no predictions of the same images", []).append(entry.title)
+        if others:
+            notes += [
+                f"not compared image by image on {dataset}, {why}: {', '.join(titles)}" for why, titles in whys.items()
+            ]
     return found, notes

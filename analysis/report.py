@@ -4,7 +4,9 @@ An entry is all runs of one experiment; whatever the page shows of several seeds
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,19 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from analysis import confusion, gallery
-from analysis.compare import Entry, Spread, group_runs, mismatched_datasets, repeated_runs
+from analysis import confusion, gallery, inside, mistakes
+from analysis.compare import Entry, Spread, evaluated_on, group_runs, mismatches, repeated_runs
+from analysis.comparison import comparison
 from analysis.drawing import inline_svg
-from analysis.headline import and_join, best_entry, headline, seeds_told
-from analysis.page import template, write_file
-from analysis.predictions import Answers, Interval, against_first, answers, intervals
+from analysis.headline import and_join, best_entry, headline, seeds_text
+from analysis.page import MAX_ENTRIES, template, write_file
+from analysis.predictions import Answers, Interval, against_first, answers, differences, intervals
 from analysis.runs import METRICS, Run
-from analysis.tables import COMPARED, bounds_told
+from analysis.tables import COMPARED, bounds_text
 from shards.errors import UserError
 from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups, imbalance_factor
 
-_CLASS_TABLE_UP_TO = 100
+_CLASSES_TO_A_TABLE = 50  # of thousands, a browser lays out only the tables that are on the screen
 
 
 def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
@@ -45,14 +48,15 @@ def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
 
 
 def render(runs: Sequence[Run]) -> str:
-    """Return the page.
+    """Return the page; of more methods on a dataset than there are colours, the one that compares them in a table.
 
     Raises:
-        UserError: more titles on one dataset than there are colours, or runs of one dataset with different
-            classes.
+        UserError: runs of one dataset with different classes.
     """
     entries = group_runs(runs)
-    datasets = dict.fromkeys(entry.dataset for entry in entries)
+    datasets = Counter(entry.dataset for entry in entries)
+    if max(datasets.values()) > MAX_ENTRIES:
+        return comparison(entries, differences(entries)[0])
     sections = [_section([entry for entry in entries if entry.dataset == dataset]) for dataset in datasets]
     return template("report.html.j2").render(
         sections=sections,
@@ -61,7 +65,7 @@ def render(runs: Sequence[Run]) -> str:
         many_above=MANY_ABOVE,
         few_below=FEW_BELOW,
         compared=COMPARED,
-        bounds=bounds_told,
+        bounds=bounds_text,
     )
 
 
@@ -69,7 +73,6 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
     """Gather what the template shows of one dataset's entries."""
     runs = [run for entry in entries for run in entry.runs]
     first = runs[0]
-    gallery.check_colours(entries)
     for run in runs:
         if run.classes != first.classes:
             raise UserError(
@@ -79,13 +82,15 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
     counts_C = first.train_counts_C
     groups_C = class_groups(counts_C)
     recalls_C = [gallery.recall(entry) for entry in entries]
-    told = {entry.title: answers(entry) for entry in entries}
-    versus = against_first(entries, told)
+    answered = {entry.title: answers(entry) for entry in entries}
+    versus = against_first(entries, answered)
+    split = evaluated_on(entries)
     views = [_view(entry, f"entry{i}") for i, entry in enumerate(entries)]
     return {
         "dataset": first.dataset,
-        "evaluated_on": first.summary["evaluated_on"],
-        "headline": headline(entries, first.summary["evaluated_on"], versus),
+        "heading": _heading([entry.title for entry in entries], first.dataset),
+        "evaluated_on": split,
+        "headline": headline(entries, split, versus),
         "shown": views[entries.index(best_entry(entries))],
         "entries": views,
         "several": any(len(entry.replicates) > 1 for entry in entries),
@@ -97,39 +102,55 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
         "imbalance_factor": imbalance_factor(counts_C),
         "group_sizes": {group: int((groups_C == group).sum()) for group in GROUPS},
         "notes": _notes(entries),
-        "class_rows": _class_rows(first, recalls_C) if len(counts_C) <= _CLASS_TABLE_UP_TO else [],
+        "class_tables": _class_tables(first, recalls_C),
         "count_curve": _inline(gallery.class_counts(entries)),
         "group_bars": _inline(gallery.groups(entries)),
         "by_size": _inline(gallery.class_size(entries)),
         "curves": _curves(entries),
-        "sure": _sure(entries, told, versus),
+        "sure": _sure(entries, answered, versus),
         "compared": bool(versus),
-        "reliability": None if (picture := gallery.reliability(entries)) is None else _inline(picture),
-        **_confusion(entries, told),
+        "reliability": _drawn(gallery.reliability(entries)),
+        **_confusion(entries, answered),
+        "mistakes": _mistakes(best_entry(entries), answered[best_entry(entries).title]),
+        "norms": _norms(entries),
+        "weight_norms": _drawn(gallery.weight_norms(entries)),
+        "compactness": _drawn(gallery.compactness(entries)),
+        "beta": _drawn(gallery.beta(entries)),
+        "sample": _sample(entries),
     }
+
+
+def _heading(titles: list[str], dataset: str) -> str:
+    """Say what is compared with what; titles may hold commas, so more than two are counted and not listed."""
+    if len(titles) > 2:
+        return f"{len(titles)} methods on {dataset}, compared with {titles[0]}"
+    return f"{' compared with '.join(reversed(titles))} on {dataset}"
 
 
 def _inline(figure: Figure) -> Markup:
     return Markup(inline_svg(figure))
 
 
+def _drawn(figure: Figure | None) -> Markup | None:
+    return None if figure is None else _inline(figure)
+
+
 def _sure(
-    entries: list[Entry], told: dict[str, Answers | None], versus: dict[str, dict[str, Interval]]
-) -> list[tuple[int, str, dict[str, Interval]]]:
-    """Return (number, title, intervals) of the differences from the first entry, or of the only entry's own figures."""
-    if len(entries) > 1:
-        return [(i, entry.title, versus[entry.title]) for i, entry in enumerate(entries) if entry.title in versus]
-    of = told[entries[0].title]
-    if of is None or not len(of.labels):
-        return []
-    return [(0, entries[0].title, intervals(of.correct_N, of.labels, entries[0].runs[0].train_counts_C))]
+    entries: list[Entry], answered: dict[str, Answers | None], versus: dict[str, dict[str, Interval]]
+) -> list[tuple[int, str, dict[str, Interval], dict[str, Interval]]]:
+    """Return (number, title, intervals of its figures, of its differences from the first) of entries with answers."""
+    return [
+        (i, entry.title, intervals(of.correct_N, of.labels, entry.runs[0].train_counts_C), versus.get(entry.title, {}))
+        for i, entry in enumerate(entries)
+        if (of := answered[entry.title]) is not None and len(of.labels)
+    ]
 
 
-def _confusion(entries: list[Entry], told: dict[str, Answers | None]) -> dict[str, Any]:
+def _confusion(entries: list[Entry], answered: dict[str, Answers | None]) -> dict[str, Any]:
     """Gather which classes the first and the best entry take for which: a matrix of few classes, pairs of many."""
     best = best_entry(entries)
     chosen = [entries[0]] if best is entries[0] else [entries[0], best]
-    found = [of for entry in chosen if (of := told[entry.title]) is not None and len(of.labels)]
+    found = [of for entry in chosen if (of := answered[entry.title]) is not None and len(of.labels)]
     if len(found) < len(chosen):
         return {"heat": None, "pairs": []}
     shown = [(f"entry{entries.index(entry)}", entry.title) for entry in chosen]
@@ -162,7 +183,7 @@ def _view(entry: Entry, colour: str) -> dict[str, Any]:
         "runs": entry.runs,
         "stage": summaries[0]["stage"],
         "origins": sorted({summary["from"] for summary in summaries if summary["from"]}),
-        "seeds": seeds_told(entry),
+        "seeds": seeds_text(entry),
         "last": entry.last,
         "baselines": entry.baselines,
         "best": _best([entry.last, *entry.baselines.values()]),
@@ -187,12 +208,13 @@ def _best(rows: list[Spread]) -> dict[str, float | None]:
 
 
 def _notes(entries: list[Entry]) -> list[str]:
+    runs = [run for entry in entries for run in entry.runs]
     notes = [f"{note}." for note in repeated_runs(entries)]
-    if mismatched_datasets([run for entry in entries for run in entry.runs]):
-        notes.append(
-            "These runs were trained on different class counts, so their figures are not directly"
-            f" comparable; the class counts shown are those of {entries[0].runs[0].name}."
-        )
+    notes += [
+        f"{note[0].upper()}{note[1:]}, so their figures are not directly comparable." for note in mismatches(runs)
+    ]
+    if len({tuple(run.train_counts_C) for run in runs}) > 1:
+        notes.append(f"The class counts shown are those of {runs[0].name}.")
     for entry in entries:
         for run in entry.runs:
             bad = sum(not np.isfinite(loss) for loss in gallery.values(run.epochs, "loss"))
@@ -202,9 +224,9 @@ def _notes(entries: list[Entry]) -> list[str]:
     return notes
 
 
-def _class_rows(run: Run, recalls_C: list[NDArray[np.float64]]) -> list[tuple[str, int, list[float | None]]]:
-    """Return (class name, n_j, each entry's accuracy), the largest class first."""
-    return [
+def _class_tables(run: Run, recalls_C: list[NDArray[np.float64]]) -> list[list[tuple[str, int, list[float | None]]]]:
+    """Return tables of (class name, n_j, each entry's accuracy), the largest class first."""
+    rows = [
         (
             run.classes[j],
             int(run.train_counts_C[j]),
@@ -212,6 +234,45 @@ def _class_rows(run: Run, recalls_C: list[NDArray[np.float64]]) -> list[tuple[st
         )
         for j in np.argsort(-run.train_counts_C, kind="stable")
     ]
+    return [rows[i : i + _CLASSES_TO_A_TABLE] for i in range(0, len(rows), _CLASSES_TO_A_TABLE)]
+
+
+def _mistakes(entry: Entry, answered: Answers | None) -> dict[str, Any] | None:
+    """Gather pictures of an entry's worst mistakes; None without answers or the dataset."""
+    if answered is None or not len(answered.labels):
+        return None
+    run = entry.runs[0]
+    group, worst = mistakes.worst_mistakes(answered, run.train_counts_C)
+    split = mistakes.reachable_split(run, answered) if worst else None
+    if split is None:
+        return None
+    pictures = [(mistakes.thumbnail(split, one.image), one) for one in worst]
+    shown = [
+        (uri, run.classes[one.true], run.classes[one.predicted], one.confidence, one.wrong)
+        for uri, one in pictures
+        if uri is not None
+    ]
+    return {"group": group, "title": entry.title, "runs": len(answered.runs), "shown": shown} if shown else None
+
+
+def _norms(entries: list[Entry]) -> list[tuple[int, str, float, float]]:
+    """Return (number, title, mean, standard deviation) of the lengths of each entry's rows of weights."""
+    found = []
+    for i, entry in enumerate(entries):
+        norms_C = entry.over_seeds(partial(inside.diagnostic, name="norms"))
+        if norms_C is not None:
+            found.append((i, entry.title, float(np.nanmean(norms_C)), float(np.nanstd(norms_C))))
+    return found
+
+
+def _sample(entries: list[Entry]) -> dict[str, Any] | None:
+    """Draw real and generated features, and say which colour is which class."""
+    if (chosen := gallery.sampled(entries)) is None:
+        return None
+    entry, sample = chosen
+    run = entry.runs[0]
+    legend = [(run.classes[label], int(run.train_counts_C[label])) for label in sample.classes]
+    return {"title": entry.title, "picture": _inline(inside.embedding(sample)), "legend": legend}
 
 
 def _curves(entries: list[Entry]) -> list[tuple[str, Markup]]:

@@ -5,10 +5,13 @@ runs/bbn/
     metrics.jsonl     one row per epoch, appended while training
     summary.json      the figures of the whole run; written last, so a folder without it is unfinished
     per_class.json    correct and total test images of each class, after the last epoch
+    predictions.npz   what was predicted for each test image: see analysis.predictions
+    diagnostics.npz, feature_sample.npz    of its classifier and features: see analysis.inside
 """
 
 import json
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,6 +180,36 @@ def read_run(path: Path) -> Run:
         correct_C=correct,
         total_C=total,
     )
+
+
+def read_arrays(run: Run, file: str, names: Collection[str] | None = None) -> dict[str, NDArray[Any]] | None:
+    """Read arrays of a run's .npz file.
+
+    Args:
+        run: the run.
+        file: the file's name.
+        names: which arrays, so far as it has them; None: all.
+
+    Returns:
+        None where there is no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with np.load(run.path / file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in (arrays.files if names is None else names) if name in arrays}
+    except FileNotFoundError:
+        return None
+    # Damaged archives meet NumPy with whatever its code runs into.
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise damaged_arrays(run, file, error) from None
+
+
+def damaged_arrays(run: Run, file: str, why: object) -> UserError:
+    """Return what to raise about a damaged .npz file, without which the run can be shown too."""
+    text = " ".join(str(why).split())
+    return UserError(f"{run.path / file} is damaged ({text}); repeat that run, or remove the file to go without it")
 
 
 def _damaged(path: Path, why: object) -> UserError:

@@ -1,7 +1,8 @@
 """Which settings make an experiment, and how titles distinguish several experiments.
 
-Runs are seeds of one experiment where dataset, title, class counts and the resolved configurations agree, apart from
-what `NOT_THE_RESULT` lists; for a second stage, that of its stage one counts too. An unknown setting counts.
+Runs are seeds of one experiment where dataset, title, classes and their counts, the split that they were evaluated on
+and the resolved configurations agree, apart from what `NOT_THE_RESULT` lists; for a second stage, that of its stage one
+counts too. An unknown setting counts.
 """
 
 from collections import Counter
@@ -58,6 +59,8 @@ class Experiment:
         settings: what can change the result, of each stage; hashable values.
         changed: which of them are not the preset's; None where the run does not say.
         counts: n_j of each class.
+        classes: their names.
+        evaluated_on: the split that the figures are of.
         replicate: the seed of each stage; of a stage one that is gone, its folder's name.
         gone: the folder of a stage one that is not beside the run, whose settings are therefore unknown.
     """
@@ -67,13 +70,22 @@ class Experiment:
     settings: dict[Key, Hashable]
     changed: frozenset[Key] | None
     counts: tuple[int, ...]
+    classes: tuple[str, ...]
+    evaluated_on: str
     replicate: tuple[Hashable, ...]
     gone: str | None
 
     @cached_property
     def key(self) -> Hashable:
         """Equal for seeds of one experiment."""
-        return self.dataset, self.title, self.counts, frozenset(self.settings.items())
+        return (
+            self.dataset,
+            self.title,
+            self.counts,
+            self.classes,
+            self.evaluated_on,
+            frozenset(self.settings.items()),
+        )
 
 
 def experiment(run: Run) -> Experiment:
@@ -89,9 +101,9 @@ def experiment(run: Run) -> Experiment:
         settings |= mine
         replicate.append(seed)
         about = config.get("about")
-        told = about.get("changed") if isinstance(about, dict) else None
-        if changed is not None and isinstance(told, list):
-            changed |= mine.keys() & {(stage, str(name)) for name in told}
+        named = about.get("changed") if isinstance(about, dict) else None
+        if changed is not None and isinstance(named, list):
+            changed |= mine.keys() & {(stage, str(name)) for name in named}
         else:
             changed = None
         if origin is None or stage <= 1:
@@ -115,6 +127,8 @@ def experiment(run: Run) -> Experiment:
         settings=settings,
         changed=None if changed is None else frozenset(changed),
         counts=tuple(run.train_counts_C.tolist()),
+        classes=tuple(run.classes),
+        evaluated_on=str(run.summary["evaluated_on"]),
         replicate=tuple(replicate),
         gone=gone,
     )
@@ -182,7 +196,7 @@ def distinct_titles(experiments: Sequence[Experiment]) -> list[str]:
 
 
 def _title(one: Experiment, experiments: Sequence[Experiment], sparing: bool) -> str:
-    parts = [_data(one, experiments), *_settings(one, experiments, sparing)]
+    parts = [_data(one, experiments), _split(one, experiments), *_settings(one, experiments, sparing)]
     said = one.title.split(", ")
     return ", ".join([one.title, *(part for part in parts if part and part not in said)])
 
@@ -226,27 +240,33 @@ def _differing(experiments: Sequence[Experiment]) -> set[Key]:
 
 def _setting(name: str, value: Hashable, names: set[str]) -> str:
     """Write one setting: "q=0", or "input.size=8" where another section has a setting of that name."""
-    told = _value(value)
+    text = _value(value)
     if name == "model.backbone":
-        return told
+        return text
     last = name.rsplit(".", 1)[-1]
     alone = sum(other.rsplit(".", 1)[-1] == last for other in names) == 1
-    return f"{last if alone else name}={told}"
+    return f"{last if alone else name}={text}"
 
 
 def _value(value: Hashable) -> str:
     match value:
         case None:
-            told = "none"
+            text = "none"
         case bool():
-            told = str(value).lower()
+            text = str(value).lower()
         case float():
-            told = format(value, ".12g")
+            text = format(value, ".12g")
         case tuple():
-            told = f"[{', '.join(map(_value, value))}]"
+            text = f"[{', '.join(map(_value, value))}]"
         case _:
-            told = " ".join(str(value).split())
-    return told if len(told) <= _LONGEST_VALUE else f"…{told[1 - _LONGEST_VALUE :]}"
+            text = " ".join(str(value).split())
+    return text if len(text) <= _LONGEST_VALUE else f"…{text[1 - _LONGEST_VALUE :]}"
+
+
+def _split(one: Experiment, experiments: Sequence[Experiment]) -> str:
+    """Say on which split an experiment was evaluated, where those on its dataset differ in that."""
+    splits = {other.evaluated_on for other in experiments if other.dataset == one.dataset}
+    return f"on {one.evaluated_on}" if len(splits) > 1 else ""
 
 
 def _data(one: Experiment, experiments: Sequence[Experiment]) -> str:

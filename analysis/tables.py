@@ -1,4 +1,4 @@
-"""A comparison as text: for the terminal, Markdown, CSV, LaTeX, HTML or JSON."""
+"""A comparison as text: for the terminal, Markdown, CSV, LaTeX or JSON; for HTML see analysis.comparison."""
 
 import csv
 import io
@@ -10,7 +10,6 @@ from typing import Any
 
 from analysis.compare import Entry, Spread
 from analysis.metrics import percent, points
-from analysis.page import template
 from analysis.predictions import Differences, Interval
 from analysis.runs import METRICS
 
@@ -26,14 +25,14 @@ class Row:
         title: the entry's, or the name of what it measured itself against.
         figures: its figures after the last epoch.
         n: how many seeds these are means of.
-        is_baseline: whether it is what the entry above measured itself against.
+        beside: of what an entry measured itself against, that entry's title; else None.
         versus: intervals of the differences from the table's first entry; empty where they are not known.
     """
 
     title: str
     figures: Spread
     n: int
-    is_baseline: bool
+    beside: str | None
     versus: dict[str, Interval]
 
 
@@ -67,7 +66,7 @@ class Block:
     def cells(self, row: Row, plus_minus: str = "±", sign: Callable[[str], str] = str) -> list[str]:
         """Return a line's cells behind its title."""
         figures = [with_spread(row.figures, key, plus_minus) for key in METRICS]
-        versus = [sign(interval_told(row.versus.get(key))) for key in COMPARED] if self.first else []
+        versus = [sign(interval_text(row.versus.get(key))) for key in COMPARED] if self.first else []
         return [*figures, str(row.n), *versus]
 
 
@@ -85,9 +84,9 @@ def blocks(entries: Sequence[Entry], baselines: bool = False, versus: Difference
         rows = []
         for entry in mine:
             n = len(entry.replicates)
-            rows.append(Row(entry.title, entry.last, n, False, (versus or {}).get((dataset, entry.title), {})))
+            rows.append(Row(entry.title, entry.last, n, None, (versus or {}).get((dataset, entry.title), {})))
             if baselines:
-                rows += [Row(name, figures, n, True, {}) for name, figures in entry.baselines.items()]
+                rows += [Row(name, figures, n, entry.title, {}) for name, figures in entry.baselines.items()]
         first = mine[0].title if any(row.versus for row in rows) else None
         found.append(Block(dataset, rows, first, any(row.n > 1 for row in rows)))
     return found
@@ -99,12 +98,12 @@ def with_spread(figures: Spread, key: str, plus_minus: str = "±") -> str:
     return percent(figures.mean[key]) + ("" if std is None else f"{plus_minus}{percent(std)}")
 
 
-def interval_told(interval: Interval | None) -> str:
+def interval_text(interval: Interval | None) -> str:
     """Write a difference in points with its bounds: "+1.9 [0.4, 3.3]"; empty for None."""
-    return "" if interval is None else f"{points(interval.estimate)} {bounds_told(interval)}"
+    return "" if interval is None else f"{points(interval.estimate)} {bounds_text(interval)}"
 
 
-def bounds_told(interval: Interval) -> str:
+def bounds_text(interval: Interval) -> str:
     """Write the bounds of an interval in points: "[0.4, 3.3]"."""
     return f"[{', '.join(points(bound).lstrip('+') for bound in (interval.low, interval.high))}]"
 
@@ -122,7 +121,7 @@ def table(tables: Sequence[Block]) -> str:
 
 
 def _text(block: Block) -> str:
-    names = ["  " * row.is_baseline + _plain(row.title) for row in block.rows]
+    names = ["  " * bool(row.beside) + _plain(row.title) for row in block.rows]
     columns = [["", *names]]
     for key, heading in METRICS.items():
         spreads = ["" if row.figures.std[key] is None else f"±{percent(row.figures.std[key])}" for row in block.rows]
@@ -130,14 +129,14 @@ def _text(block: Block) -> str:
         means = [percent(row.figures.mean[key]) for row in block.rows]
         columns.append([heading, *(mean + s.ljust(width) for mean, s in zip(means, spreads, strict=True))])
     columns.append(["n", *(str(row.n) for row in block.rows)])
-    told = f"{_plain(block.dataset)}: {block.note}\n\n{_aligned(columns)}"
+    text = f"{_plain(block.dataset)}: {block.note}\n\n{_aligned(columns)}"
     if block.first:
         compared = [(name, row) for name, row in zip(names, block.rows, strict=True) if row.versus]
         columns = [["", *(name for name, _ in compared)]]
         for key, heading in COMPARED.items():
-            columns.append([heading, *(interval_told(row.versus.get(key)) for _, row in compared)])
-        told += f"\n\nvs {_plain(block.first)}: points [95 % interval over test images]\n\n{_aligned(columns)}"
-    return told
+            columns.append([heading, *(interval_text(row.versus.get(key)) for _, row in compared)])
+        text += f"\n\nvs {_plain(block.first)}: points [95 % interval over test images]\n\n{_aligned(columns)}"
+    return text
 
 
 def _aligned(columns: list[list[str]]) -> str:
@@ -162,7 +161,7 @@ def markdown(tables: Sequence[Block]) -> str:
     drawn = []
     for block in tables:
         lines = [["", *map(escaped, block.columns)], ["---", *["--:"] * len(block.columns)]]
-        lines += [["&ensp;" * row.is_baseline + escaped(row.title), *block.cells(row)] for row in block.rows]
+        lines += [["&ensp;" * bool(row.beside) + escaped(row.title), *block.cells(row)] for row in block.rows]
         body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         drawn.append(f"**{escaped(block.dataset)}**: {_explained(block)}\n\n{body}")
     return "\n\n".join(drawn)
@@ -201,7 +200,7 @@ def latex(tables: Sequence[Block]) -> str:
         ]
         lines = [" & ".join(["", *map(escaped, block.columns)]) + r" \\", r"\midrule"]
         for row in block.rows:
-            title = r"\quad " * row.is_baseline + escaped(row.title)
+            title = r"\quad " * bool(row.beside) + escaped(row.title)
             cells = [cell.replace("–", "--") for cell in block.cells(row, r" $\pm$ ", minus)]
             lines.append(" & ".join([title, *cells]) + r" \\")
         drawn.append("\n".join([*head, r"\toprule", *lines, r"\bottomrule", r"\end{tabular}"]))
@@ -217,11 +216,9 @@ def comma_separated(tables: Sequence[Block]) -> str:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for block in tables:
-        owner = ""
         for row in block.rows:
-            owner = owner if row.is_baseline else row.title
             line: dict[str, Any] = {"dataset": block.dataset, "title": row.title, "n": row.n}
-            line["baseline_of"] = owner if row.is_baseline else ""
+            line["baseline_of"] = row.beside or ""
             for key in METRICS:
                 line |= {key: row.figures.mean[key], f"{key}_std": row.figures.std[key]}
             for key, interval in row.versus.items():
@@ -230,11 +227,6 @@ def comma_separated(tables: Sequence[Block]) -> str:
                     line |= {f"{key}_vs_first{end}": value for end, value in ends.items()}
             writer.writerow(line)
     return text.getvalue().rstrip("\n")
-
-
-def html(tables: Sequence[Block]) -> str:
-    """Draw a self-contained page whose columns can be sorted."""
-    return template("compare.html.j2").render(blocks=tables, metrics=METRICS, compared=COMPARED, bounds=bounds_told)
 
 
 def json_row(entry: Entry, versus: Differences | None = None) -> dict[str, Any]:
@@ -259,5 +251,4 @@ FORMATS: dict[str, Callable[[Sequence[Block]], str]] = {
     "markdown": markdown,
     "csv": comma_separated,
     "latex": latex,
-    "html": html,
 }

@@ -79,7 +79,7 @@ class ReadAhead:
             draws = self._plan.draws(step)
         parts = []
         for drawn in draws:
-            fed = self._faults.mend(self._plan, drawn)
+            fed = self._faults.replace(self._plan, drawn)
             if not len(fed.ids_B):  # no loader takes an empty batch; this one fails there once more
                 fed = drawn
             parts.append(Read(drawn, fed, self._files(fed.ids_B)))

@@ -1,10 +1,12 @@
 """Augmentation recipes: which window of each stored image is shown, mirrored or not, and how it is distorted.
 
     --input.augment "imagenet+rand(2,9)+cutout(16)"         a crop, and any distortions that follow it
+    --input.eval_augment "centre(0.95)+bicubic"             the centre square of 95 %, resized with a cubic filter
 
 A recipe only draws numbers. Whoever loads the pictures cuts the window out of the stored image (black where it
-reaches beyond the border), resizes it to the network's size with antialiasing, mirrors it where asked, and gives it
-to `pipeline.distort`. So every loader shows the same crops of the same images in the same colours.
+reaches beyond the border), resizes it to the network's size with antialiasing (bilinear, unless the recipe says
+bicubic), mirrors it where asked, and gives it to `pipeline.distort`. So every loader shows the same crops of the same
+images in the same colours.
 
                 stored image                     window (top, left, height, width)
         +---------------------------+            in pixels of the stored image
@@ -14,9 +16,11 @@ to `pipeline.distort`. So every loader shows the same crops of the same images i
         +---------------------------+
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +31,8 @@ from shards.errors import UserError
 
 Windows = NDArray[np.int32]  # shape (B, 4): top, left, height, width; may reach beyond the image
 Flips = NDArray[np.bool_]  # shape (B,)
+Interpolation = Literal["bilinear", "bicubic"]  # both antialiased: PIL's triangle filter, and its cubic one (a = −1/2)
+BICUBIC = "bicubic"
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Recipe:
         pads: whether windows may reach beyond the image (then no loader can decode the window alone).
         distortions: what is then done to the picture, in this order.
         centre_share: where the window is always the centre square: its side as a share of the shorter side.
+        interpolation: how the window is resized.
     """
 
     name: str
@@ -46,6 +53,7 @@ class Recipe:
     pads: bool = False
     distortions: tuple[Distortion, ...] = ()
     centre_share: float | None = None
+    interpolation: Interpolation = "bilinear"
 
     def draw_distortions(self, generator: np.random.Generator, count: int, image_size: int) -> NDArray[np.void] | None:
         """Draw what `pipeline.distort` does to each picture: shape (count,), a field for each distortion, or None."""
@@ -159,19 +167,28 @@ def find_recipe(text: str) -> Recipe:
     """Return the recipe that a configuration asks for: a name of `RECIPES`, and distortions that follow it.
 
     Args:
-        text: such as "cifar" or "imagenet+rand(2,9)+cutout(16)".
+        text: such as "cifar", "imagenet+bicubic+rand(2,9)+cutout(16)" or "centre(0.9)".
 
     Raises:
         UserError: an unknown name, with the choices, or arguments that a distortion does not take.
     """
     first, *others = (part.strip() for part in text.split("+"))
-    if first not in RECIPES:
+    share = re.fullmatch(r"centre\(\s*(\d*\.?\d+)\s*\)", first)
+    if share and 0 < float(share[1]) <= 1:
+        first = f"centre({float(share[1]):g})"
+        recipe = _centre(first, float(share[1]))
+    elif first in RECIPES:
+        recipe = RECIPES[first]
+    else:
         follow = ", ".join(f"+{DISTORTIONS[name].usage()}" for name in sorted(DISTORTIONS))
         raise UserError(
-            f"no augmentation is called {first!r}; choose one of: {', '.join(RECIPES)}, which any of these may follow:"
-            f" {follow}{nearest(first, RECIPES)}"
+            f"no augmentation is called {first!r}; choose one of: {', '.join(RECIPES)}, centre(share), which any of"
+            f" these may follow: +{BICUBIC}, {follow}{nearest(first, RECIPES)}"
         )
-    recipe = RECIPES[first]
+    if BICUBIC in others:
+        others.remove(BICUBIC)
+        first = f"{first}+{BICUBIC}"
+        recipe = replace(recipe, interpolation=BICUBIC)
     distortions = recipe.distortions + tuple(find_distortion(part) for part in others)
     names = [str(distortion) for distortion in distortions]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -80,10 +80,9 @@ class Shown(NamedTuple):
 class Loader(ABC):
     """Iterates over a plan's steps from `start_step`; each step is a dict from stream name to `Batch`.
 
-    All loaders show the same ids, labels, windows and flips for a plan; their pictures differ by resampling
-    error only. An image that does not decode is mended as `pipeline.faults` says and counted in `faults`; a shard that
-    is missing, unreadable or too short raises a UserError. `close()`, or leaving a with block, frees threads,
-    processes and files.
+    All loaders show the same ids, labels, windows and flips for a plan; their pictures differ by resampling error only.
+    An image that does not decode is replaced (see `pipeline.faults`) and counted in `faults`; a shard that is missing,
+    unreadable or too short raises a UserError. `close()`, or leaving a with block, frees threads, processes and files.
 
     Attributes:
         faults: the split's images that did not decode.

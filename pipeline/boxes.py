@@ -1,8 +1,14 @@
 """Boxes in pictures: top, left, bottom, right in pixels of what the network sees, shape (B, 4), int32."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
 
 
 def boxes_around(centres_B2: NDArray[np.int64], sides_B: NDArray[np.int64], image_size: int) -> NDArray[np.int32]:
@@ -17,6 +23,8 @@ def boxes_around(centres_B2: NDArray[np.int64], sides_B: NDArray[np.int64], imag
 
 def inside(boxes_B4: NDArray[np.int32], images_BHWC: torch.Tensor) -> torch.Tensor:
     """Return which pixels of each picture lie in its box: shape (B, H, W, 1), bool, on the pictures' device."""
+    import torch
+
     boxes_4B = torch.from_numpy(boxes_B4.T.copy()).to(images_BHWC.device)
     top_B111, left_B111, bottom_B111, right_B111 = boxes_4B.view(4, -1, 1, 1, 1)
     rows_H, columns_W = (torch.arange(size, device=images_BHWC.device) for size in images_BHWC.shape[1:3])

@@ -44,6 +44,6 @@ def group_rooms(groups: str, root: Path) -> list[int]:
                 most = (folder / limit).read_text().strip()
                 cached = re.search(rf"^{cache} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
                 if most != "max" and cached:
-                    used = int((folder / usage).read_text()) - int(cached[1])  # the page cache gives way
+                    used = int((folder / usage).read_text()) - int(cached[1])  # the page cache can be freed
                     rooms.append(max(0, int(most) - used))
     return rooms

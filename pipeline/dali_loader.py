@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from pipeline.faults import faults_of
 from pipeline.plan import Draw, Plan
 from pipeline.reader import ShardReader
 from pipeline.windows import Buffers, cut_window, cut_windows, mirror, resize_windows
+from shards.errors import UserError
 
 # Batches that wait in DALI, and resized ones that wait on a CPU; more cost memory and gain nothing.
 DECODED_AHEAD = 2
@@ -71,7 +73,9 @@ def build_pipeline(
     """
     whole = recipe.pads or decode == "whole"
     used = 4 if gpu is not None else 1 if whole else 3
-    options = {"device": "cpu" if gpu is None else "mixed", "output_type": types.RGB, **decoder_options}
+    # What is stored lies upright. DALI's own reading of EXIF blocks may differ from PIL's, and would turn it.
+    options = {"output_type": types.RGB, "adjust_orientation": False, **decoder_options}
+    options["device"] = "cpu" if gpu is None else "mixed"
     pipeline = Pipeline(
         batch_size=batch_size,
         num_threads=threads,
@@ -100,7 +104,8 @@ def build_pipeline(
             starts = starts + 0 * sizes
             images = fn.decoders.image_slice(files, start=starts, shape=shapes, axis_names="HW", **options)
         if gpu is not None:
-            images = fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_LINEAR, antialias=True)
+            filter_ = types.INTERP_CUBIC if recipe.interpolation == "bicubic" else types.INTERP_LINEAR
+            images = fn.resize(images, size=[image_size, image_size], interp_type=filter_, antialias=True)
             images = fn.flip(images, horizontal=flips)
         pipeline.set_outputs(images)
     pipeline.build()
@@ -187,9 +192,12 @@ class _Stream:
         images_BHWC, shown = self._faults.rescue(self._plan, self._reader, draw)
         if shown is draw:  # nothing was wrong with the images
             self._unexplained += 1
-            if self._unexplained > self._faults.limit:
-                raise error
             reason = next((line for line in str(error).splitlines() if "rror" in line), str(error))
+            if self._unexplained > self._faults.limit:
+                raise UserError(
+                    f"DALI fails on batch after batch that PIL decodes ({reason}); run: python -m shards verify"
+                    f" {self._plan.split.shard_paths[0].parent}, or use --input.loader torch"
+                ) from error
             print(f"warning: DALI failed on a batch that PIL decodes, and PIL's was taken ({reason})", file=sys.stderr)
         return images_BHWC, shown
 
@@ -208,7 +216,8 @@ class _Stream:
         share = -(-len(windows) // self._resizers)
         firsts = range(0, len(windows), share)
         parts = [(windows[i : i + share], images_BHWC[i : i + share], draw.flips_B[i : i + share]) for i in firsts]
-        list(self._pool.map(resize_windows, *zip(*parts, strict=True)))
+        resize = partial(resize_windows, interpolation=draw.interpolation)
+        list(self._pool.map(resize, *zip(*parts, strict=True)))
         return images_BHWC
 
     def close(self) -> None:

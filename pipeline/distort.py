@@ -95,7 +95,7 @@ def find_distortion(text: str) -> Distortion:
     parameters = _parameters(kind)
     given = match[2].split(",") if match[2] and match[2].strip() else []
     if len(given) != len(parameters):
-        raise UserError(f"the distortion {text!r} is to be written {kind.usage()}; it has {len(given)} arguments")
+        raise UserError(f"the distortion {text!r} is written {kind.usage()}; it has {len(given)} arguments")
     arguments = {}
     for parameter, value in zip(parameters, given, strict=True):
         try:
@@ -103,7 +103,7 @@ def find_distortion(text: str) -> Distortion:
         except ValueError:
             number = "a whole number" if parameter.type is int else "a number"
             raise UserError(
-                f"the distortion {text!r} is to be written {kind.usage()}, and {parameter.name}={value.strip()!r} is"
+                f"the distortion {text!r} is written {kind.usage()}, and {parameter.name}={value.strip()!r} is"
                 f" not {number}"
             ) from None
     return kind(**arguments)

@@ -42,7 +42,7 @@ class BadImage:
 class Faults:
     """The images of a split that did not decode.
 
-    A loader that meets a batch which does not decode calls `rescue`, and `mend` spares it the same image in later
+    A loader that meets a batch which does not decode calls `rescue`, and `replace` keeps the same image out of later
     ones: both from any thread. As it hands a step over it calls `count` with what the plan drew, and `check`.
 
     Attributes:
@@ -57,7 +57,7 @@ class Faults:
         self.times: Counter[int] = Counter()
         self._told: set[int] = set()
 
-    def mend(self, plan: Plan, draw: Draw) -> Draw:
+    def replace(self, plan: Plan, draw: Draw) -> Draw:
         """Return a draw without the images that are known to be bad: replaced in training, left out in evaluation.
 
         Raises:
@@ -80,18 +80,18 @@ class Faults:
         return replace(part, ids_B=ids_B, windows_B4=windows_B4)
 
     def rescue(self, plan: Plan, reader: ShardReader, draw: Draw) -> tuple[torch.Tensor, Draw]:
-        """Load a batch image by image, on the portable path, and mend it where images do not decode.
+        """Load a batch image by image, on the portable path, with others in place of those that do not decode.
 
         Returns:
             Images of shape (B, S, S, 3), uint8, on the CPU, and the draw that they show. In evaluation B may be 0.
 
         Raises:
-            UserError: as `mend`; more bad images than `limit`; a shard that cannot be read.
+            UserError: as `replace`; more bad images than `limit`; a shard that cannot be read.
         """
         while True:
-            mended = self.mend(plan, draw)
+            replaced = self.replace(plan, draw)
             try:
-                return show_windows(plan.split, reader, mended, plan.image_size), mended
+                return show_windows(plan.split, reader, replaced, plan.image_size), replaced
             except UndecodableError as error:
                 self.add(plan.split, error)
 
@@ -165,7 +165,7 @@ class Faults:
         bad = list(dict.fromkeys(samples))
         more = [f"{len(bad) - 3} more"] if len(bad) > 3 else []
         folder = self.bad[bad[0]].shard.parent
-        return f"{', '.join([*map(self._describe, bad[:3]), *more])}; run: python -m shards verify {folder}"
+        return f"{', '.join([*map(self._describe, bad[:3]), *more])}; run: tailstream verify {folder}"
 
 
 def faults_of(split: Split) -> Faults:

@@ -9,13 +9,13 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Literal
 
 import numpy as np
 import torch
 
 from pipeline.batch import Loader, steps_from
 from pipeline.faults import faults_of
+from pipeline.kinds import ChosenLoader, Decode, LoaderKind
 from pipeline.plan import Plan, Stream
 from pipeline.reader import ShardReader
 from pipeline.resident_loader import ResidentLoader, room_for, set_aside
@@ -24,10 +24,6 @@ from shards.index import Split
 
 FIRST_STEPS = 16  # whose shards are fetched before a loader of a remote dataset is handed out
 REMOTE_WINDOW = 16  # shards
-
-LoaderKind = Literal["auto", "dali", "resident", "torch"]
-ChosenLoader = Literal["dali", "resident", "torch"]
-Decode = Literal["auto", "window", "whole"]
 
 
 def open_loader(

@@ -16,16 +16,20 @@ pictures on its device by the one function `Mix.blend`. With `hidden` it leaves 
 maps (manifold mixup, Verma et al. 2019) by what its `Batch` says. A further kind of mixing is a subclass.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.boxes import boxes_around, inside
 from shards.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ class Mixup(Mix):
     name = "mixup"
 
     def blend(self, images_BHWC: torch.Tensor, partners_BHWC: torch.Tensor, rows_B: NDArray[np.void]) -> torch.Tensor:  # noqa: D102
+        import torch
+
         shares_B111 = torch.from_numpy(rows_B["share"].copy()).to(images_BHWC.device).view(-1, 1, 1, 1)
         return partners_BHWC.float().lerp_(images_BHWC.float(), shares_B111)
 
@@ -168,6 +174,8 @@ class CutMix(Mix):
         return rows_B
 
     def blend(self, images_BHWC: torch.Tensor, partners_BHWC: torch.Tensor, rows_B: NDArray[np.void]) -> torch.Tensor:  # noqa: D102
+        import torch
+
         return torch.where(inside(rows_B["box"], images_BHWC), partners_BHWC, images_BHWC)
 
 

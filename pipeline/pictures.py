@@ -6,10 +6,21 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pipeline.augment import Interpolation
 from pipeline.distort import distort
 from pipeline.plan import Draw
 from pipeline.reader import ShardReader
 from shards.index import Split
+
+FILTERS: dict[Interpolation, Image.Resampling] = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+# As a model's description has them.
+FILTER_NAMES: dict[Interpolation, str] = {
+    "bilinear": "bilinear, antialiased (triangle filter)",
+    "bicubic": "bicubic, antialiased (a = −1/2)",
+}
 
 
 class UndecodableError(Exception):
@@ -44,7 +55,7 @@ def decode(split: Split, reader: ShardReader, sample: int) -> Image.Image:
 
 
 def show_windows(split: Split, reader: ShardReader, draw: Draw, image_size: int) -> torch.Tensor:
-    """Decode a draw's images, cut their windows, resize them with antialiasing (triangle filter), mirror and distort.
+    """Decode a draw's images, cut their windows, resize them with antialiasing as PIL does, mirror and distort.
 
     Args:
         split: what the draw's ids belong to.
@@ -59,12 +70,13 @@ def show_windows(split: Split, reader: ShardReader, draw: Draw, image_size: int)
         UndecodableError: the first image that does not decode.
         UserError: a shard cannot be read.
     """
+    filter_ = FILTERS[draw.interpolation]
     images_BHWC = np.empty((len(draw.ids_B), image_size, image_size, 3), dtype=np.uint8)
     for image_HWC, sample, (top, left, height, width), flip in zip(
         images_BHWC, draw.ids_B.tolist(), draw.windows_B4.tolist(), draw.flips_B.tolist(), strict=True
     ):
         window = decode(split, reader, sample).crop((left, top, left + width, top + height))
-        shown = np.asarray(window.resize((image_size, image_size), Image.Resampling.BILINEAR))
+        shown = np.asarray(window.resize((image_size, image_size), filter_))
         image_HWC[:] = shown[:, ::-1] if flip else shown
     shown_BHWC = torch.from_numpy(images_BHWC)
     return shown_BHWC if draw.distortions_B is None else distort(shown_BHWC, draw.distortions_B)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.augment import Flips, Recipe, Windows, find_recipe
+from pipeline.augment import Flips, Interpolation, Recipe, Windows, find_recipe
 from pipeline.mix import Mix
 from pipeline.sampling import (
     checked_probabilities,
@@ -27,6 +27,9 @@ from pipeline.sampling import (
 from pipeline.stream import Stream
 from shards.errors import UserError
 from shards.index import Split
+
+# What a Draw says of all its images at once.
+OF_ALL = ("mix", "step_counts_C", "interpolation")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Draw:
         mixing_B: what it drew, shape (B,), dtype `mix.row`; None as mix.
         step_counts_C: how much of each class's label the whole step's batch holds, over all ranks, shape (C,), float32;
             None in an evaluation.
+        interpolation: how windows are resized.
     """
 
     ids_B: NDArray[np.int64]
@@ -52,10 +56,11 @@ class Draw:
     mix: Mix | None = None
     mixing_B: NDArray[np.void] | None = None
     step_counts_C: NDArray[np.float32] | None = None
+    interpolation: Interpolation = "bilinear"
 
     def part(self, part: slice | list[int]) -> Self:
         """Return the same for some of the images."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("mix", "step_counts_C")}
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OF_ALL}
         return replace(self, **{name: array[part] for name, array in arrays.items() if array is not None})
 
 
@@ -300,4 +305,4 @@ def _draw(
     heights_B, widths_B = (split.samples[axis][ids_B].astype(np.int64) for axis in ("height", "width"))
     windows_B4, flips_B = recipe.draw(generator, heights_B, widths_B, image_size)
     distortions_B = recipe.draw_distortions(generator, len(ids_B), image_size)
-    return Draw(ids_B, windows_B4, flips_B, distortions_B)
+    return Draw(ids_B, windows_B4, flips_B, distortions_B, interpolation=recipe.interpolation)

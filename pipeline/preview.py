@@ -18,14 +18,14 @@ from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 
 from pipeline.batch import Batch
-from pipeline.loader import LoaderKind, open_loader
+from pipeline.kinds import LoaderKind
+from pipeline.loader import open_loader
 from pipeline.plan import Stream, TrainPlan
-from shards.cli import Parser
+from shards.cli import Parser, program_name
 from shards.errors import UserError, user_errors_exit_2
 from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups
 from shards.index import Dataset, open_dataset
 
-PROGRAM = "python -m pipeline.preview"
 # Of Okabe and Ito's colours, which colour-blind eyes tell apart: three that also differ in lightness.
 COLOURS = {"many": "#0072b2", "medium": "#009e73", "few": "#e69f00"}
 MEANINGS = {
@@ -163,10 +163,11 @@ def _write(figure: Figure, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; a user's mistake exits with status 2."""
-    parser = Parser(prog=PROGRAM, description="Draw what the network sees: a step of the uniform and reversed streams.")
+    program = program_name("python -m pipeline.preview", "preview")
+    parser = Parser(prog=program, description="Draw what the network sees: a step of the uniform and reversed streams.")
     parser.add_function_arguments(preview, as_positional=True)
     options = parser.parse_args(argv)
-    with user_errors_exit_2(PROGRAM):
+    with user_errors_exit_2(program):
         print(preview(**vars(options)))
 
 

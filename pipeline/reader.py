@@ -77,9 +77,7 @@ class ShardReader:
         except OSError as error:
             self._split.check_edition()
             path = self._split.shard_paths[shard]
-            raise UserError(
-                f"shard {path} cannot be read ({error}); run: python -m shards verify {path.parent}"
-            ) from None
+            raise UserError(f"shard {path} cannot be read ({error}); run: tailstream verify {path.parent}") from None
         return data
 
     def _opened(self, shard: int) -> "_OpenFile":
@@ -87,7 +85,7 @@ class ShardReader:
             if shard in self._open:
                 self._open.move_to_end(shard)
                 return self._open[shard]
-        # Others go on reading while this one waits for a shard to come.
+        # Others keep reading while this one waits for a shard.
         file = _OpenFile(self._fetching([shard])[0].result() if self._split.remote else self._split.local_shard(shard))
         self._split.check_edition()  # once it is open: now nobody can put another file in its place
         with self._lock:
@@ -134,8 +132,7 @@ class ShardReader:
     def _too_short(self, shard: int, length: int, end: int) -> UserError:
         path = self._split.shard_paths[shard]
         return UserError(
-            f"{path} is {length} bytes long but the index points to byte {end};"
-            f" run: python -m shards verify {path.parent}"
+            f"{path} is {length} bytes long but the index points to byte {end}; run: tailstream verify {path.parent}"
         )
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from pipeline.augment import Windows
+from pipeline.augment import Interpolation, Windows
 from pipeline.batch import Loader, Shown, steps_from
 from pipeline.budget import free_memory
 from pipeline.distort import distort
@@ -164,8 +165,8 @@ def decoded_of(split: Split, device: torch.device, gigabytes: float | None) -> D
     size, room = room_for([split], device, gigabytes)
     if size > room:
         raise TooLargeError(
-            f"the images of {split.name} take {size / 1e9:.3g} GB decoded and the resident loader may set"
-            f" {max(0, room) / 1e9:.3g} GB aside on {device}; give it more with --input.resident_gb, or use"
+            f"the images of {split.name} take {size / 1e9:.3g} GB decoded and the resident loader may use"
+            f" {max(0, room) / 1e9:.3g} GB on {device}; give it more with --input.resident_gb, or use"
             " --input.loader dali"
         )
     return set_aside(split, device)
@@ -177,7 +178,7 @@ def room_for(splits: Sequence[Split], device: torch.device, gigabytes: float | N
     Args:
         splits: those whose images are set aside there already count nothing.
         device: where they shall lie.
-        gigabytes: what this process may set aside on the device for all splits; None for `SHARE` of what was free
+        gigabytes: what this process may use on the device for all splits; None for `SHARE` of what was free
             before any was set aside, on a CPU divided by the processes of this machine. Never more than is free.
     """
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
@@ -234,7 +235,7 @@ class ResidentLoader(Loader):
     def _next_step(self) -> list[Shown]:
         for step in itertools.islice(self._steps, 1 + STEPS_AHEAD - len(self._coming)):
             draws = self._plan.draws(step)
-            shown_B = np.concatenate([self.faults.mend(self._plan, draw).ids_B for draw in draws])
+            shown_B = np.concatenate([self.faults.replace(self._plan, draw).ids_B for draw in draws])
             self._coming.append(_Coming(draws, self._decode(self._images.lacking(shown_B))))
         if not self._coming:
             raise StopIteration
@@ -258,10 +259,10 @@ class ResidentLoader(Loader):
                     self._images.put(*picture)
 
     def _show(self, draw: Draw) -> Shown:
-        shown = self.faults.mend(self._plan, draw)
+        shown = self.faults.replace(self._plan, draw)
         while lacking := self._images.lacking(shown.ids_B):  # what takes a bad image's place was not asked for
             self._keep(self._decode(lacking))
-            shown = self.faults.mend(self._plan, draw)
+            shown = self.faults.replace(self._plan, draw)
         self.faults.count(draw)
         return Shown(self._cut(shown), shown)
 
@@ -276,9 +277,10 @@ class ResidentLoader(Loader):
             images_BHWC = self._buffers.take()[: len(windows)]
             share = -(-len(windows) // self._threads)
             firsts = range(0, len(windows), share)
-            list(self._pool.map(resize_windows, (windows[i : i + share] for i in firsts), images_BHWC.split(share)))
+            resize = partial(resize_windows, interpolation=draw.interpolation)
+            list(self._pool.map(resize, (windows[i : i + share] for i in firsts), images_BHWC.split(share)))
         else:
-            images_BHWC = resize_on_gpu(windows, size)
+            images_BHWC = resize_on_gpu(windows, size, draw.interpolation)
         images_BHWC = mirror(images_BHWC, draw.flips_B)
         return images_BHWC if draw.distortions_B is None else distort(images_BHWC, draw.distortions_B)
 
@@ -290,12 +292,14 @@ class ResidentLoader(Loader):
         self._reader.close()
 
 
-def resize_on_gpu(windows: torch.Tensor | list[torch.Tensor], image_size: int) -> torch.Tensor:
+def resize_on_gpu(
+    windows: torch.Tensor | list[torch.Tensor], image_size: int, interpolation: Interpolation = "bilinear"
+) -> torch.Tensor:
     """Resize windows, uint8 (height, width, 3) each, to (B, S, S, 3): antialiased, as `resize_windows` does."""
     if isinstance(windows, list):
-        return torch.cat([resize_on_gpu(window_HWC.unsqueeze(0), image_size) for window_HWC in windows])
+        return torch.cat([resize_on_gpu(window_HWC.unsqueeze(0), image_size, interpolation) for window_HWC in windows])
     planes_BCHW = windows.permute(0, 3, 1, 2).float()
-    planes_BCHW = F.interpolate(planes_BCHW, (image_size, image_size), mode="bilinear", antialias=True)
+    planes_BCHW = F.interpolate(planes_BCHW, (image_size, image_size), mode=interpolation, antialias=True)
     return planes_BCHW.add_(0.5).clamp_(0, 255).byte().permute(0, 2, 3, 1).contiguous()
 
 

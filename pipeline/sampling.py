@@ -50,7 +50,7 @@ def class_probabilities(counts_C: ArrayLike, q: Exponent, progress: float = 0.0)
         Shape (C,), float64, sums to 1.
 
     Raises:
-        UserError: no class has an image, or q is neither a finite number nor "progressive".
+        UserError: no class has an image, or q is neither "progressive" nor a number that can be computed with.
     """
     counts_C = np.asarray(counts_C, dtype=np.float64)
     present_C = counts_C > 0
@@ -62,10 +62,14 @@ def class_probabilities(counts_C: ArrayLike, q: Exponent, progress: float = 0.0)
         return (1.0 - progress) * instance_C + progress * balanced_C
     if isinstance(q, str) or not np.isfinite(q):
         raise UserError(f"sampling exponent {q!r} is neither a finite number nor 'progressive'")
-    # Relative to the largest class, so that no exponent overflows.
+    # Relative to the likeliest class, so that no weight overflows.
     weights_C = np.zeros_like(counts_C)
     log_ratio = np.log(counts_C[present_C] / counts_C.max())
-    weights_C[present_C] = np.exp(q * log_ratio - (q * log_ratio).max())
+    with np.errstate(over="ignore"):
+        log_weight = q * log_ratio
+    if not np.isfinite(log_weight).all():
+        raise UserError(f"sampling exponent {q:g} is too far from 0 for classes of such different sizes")
+    weights_C[present_C] = np.exp(log_weight - log_weight.max())
     return weights_C / weights_C.sum()
 
 

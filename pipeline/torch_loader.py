@@ -69,6 +69,9 @@ class TorchLoader(Loader):
                 num_workers=workers,
                 multiprocessing_context=_worker_context() if workers else None,
                 pin_memory=device.type == "cuda",
+                # Else each opening takes a number from torch's own generator, and a run's losses depend on how often it
+                # was evaluated, resumed, or which loader it had.
+                generator=torch.Generator(),
             )
         )
 

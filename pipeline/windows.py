@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from pipeline.augment import Flips, Windows
+from pipeline.augment import Flips, Interpolation, Windows
 
 
 def cut_window(image_HWC: torch.Tensor, top: int, left: int, height: int, width: int) -> torch.Tensor:
@@ -57,17 +57,30 @@ def mirror(images_BHWC: torch.Tensor, flips_B: Flips) -> torch.Tensor:
     return images_BHWC
 
 
-def resize_windows(windows: Sequence[torch.Tensor], images_BHWC: torch.Tensor, flips_B: Flips | None = None) -> None:
+# torch's kernels, which write into memory that they are given; PIL and torchvision make the same pictures.
+RESIZE = {
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+}
+
+
+def resize_windows(
+    windows: Sequence[torch.Tensor],
+    images_BHWC: torch.Tensor,
+    flips_B: Flips | None = None,
+    interpolation: Interpolation = "bilinear",
+) -> None:
     """Resize each window to the batch's height and width, which overwrites the batch.
 
     Args:
         windows: B tensors of shape (height, width, 3), uint8, on the CPU.
         flips_B: which ones to mirror first.
         images_BHWC: where they go, uint8, on the CPU.
+        interpolation: bilinear or bicubic, antialiased.
     """
     size = list(images_BHWC.shape[1:3])
     # interpolate() is this very operator but takes no `out`, and to allocate and copy costs twice what resizing does.
-    resize = torch.ops.aten._upsample_bilinear2d_aa.out
+    resize = RESIZE[interpolation]
     flips = [False] * len(windows) if flips_B is None else flips_B.tolist()
     for window_HWC, image_1CHW, flip in zip(windows, images_BHWC.permute(0, 3, 1, 2).split(1), flips, strict=True):
         mirrored_HWC = window_HWC.flip(1) if flip else window_HWC

@@ -143,8 +143,8 @@ def bench(
         results["bars"] = judge(results)
         write_results(json, results)
         for bar in results["bars"]:
-            told = "" if bar["measured"] is None else f" ({bar['measured']:.3g})"
-            say(f"{bar['bar']}: {OUTCOME[bar['met']]}{told}")
+            shown = "" if bar["measured"] is None else f" ({bar['measured']:.3g})"
+            say(f"{bar['bar']}: {OUTCOME[bar['met']]}{shown}")
 
 
 def gpu_results(folder: Path, images: int, table: Path) -> dict[str, Any]:

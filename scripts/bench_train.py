@@ -30,7 +30,8 @@ from torch.nn import functional as F
 
 from bench.common import header, write_photographs, write_results
 from pipeline.batch import Loader
-from pipeline.loader import LoaderKind, open_loader
+from pipeline.kinds import LoaderKind
+from pipeline.loader import open_loader
 from pipeline.plan import Stream, TrainPlan
 from shards.build import build
 from shards.cli import run_commands

@@ -110,7 +110,7 @@ def main() -> None:
         finished = read_runs(runs)
         entries = group_runs(finished)
         (asked.runs / "table.txt").write_text(table(blocks(entries, baselines=True)) + "\n")
-        told = {
+        results = {
             "rows": [json_row(entry) for entry in entries],
             "runs": {
                 run.name: {"commit": run.summary["environment"].get("commit")}
@@ -118,7 +118,7 @@ def main() -> None:
                 for run in finished
             },
         }
-        write_results(asked.runs / "table.json", header(torch=version("torch")) | told)
+        write_results(asked.runs / "table.json", header(torch=version("torch")) | results)
         print((asked.runs / "table.txt").read_text())
 
 

@@ -12,7 +12,9 @@ the curve of every run.
 
 import argparse
 import math
+import multiprocessing
 import os
+import runpy
 import shlex
 import signal
 import statistics
@@ -41,6 +43,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAPERS = Path(__file__).with_name("papers.yaml")
 STREAMS = {"bbn": 2, "sdn": 2}
 STOPPED = 75
+# Each run is a process of its own, forked from one that has imported what takes seconds.
+FORKS = multiprocessing.get_context("forkserver")
+IMPORTED = ["accelerate", "train.engine.launch", "train.features.stage_two", "train.networks.networks"]
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,15 @@ def plan(rows: list[Row], asked: argparse.Namespace, dataset: Dataset) -> None:
         print(f"{total:.1f} hours left at {rate:,.0f} images/s with {asked.threads} threads (measured on a few steps)")
 
 
+def launch(words: list[str], log: Path) -> None:
+    """Run a launchable file with its options in this process, whose output goes to a log."""
+    with log.open("a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.argv, sys.orig_argv = words, [sys.executable, *words]
+    runpy.run_path(words[0], run_name="__main__")
+
+
 def train(row: Row, asked: argparse.Namespace, seed: int) -> None:
     """Train one run, or resume it, unless it is finished.
 
@@ -198,15 +212,15 @@ def train(row: Row, asked: argparse.Namespace, seed: int) -> None:
         words.append("--resume")
     log = folder.with_name(f"{folder.name}.log")
     print(f"{row.name}, seed {seed}: {log}", flush=True)
-    with log.open("a") as output:
-        child = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=environment(asked))
-        before = {
-            number: signal.signal(number, lambda n, _: child.send_signal(n))
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        status = child.wait()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    child = FORKS.Process(target=launch, args=(words[1:], log))
+    child.start()
+    assert child.pid is not None
+    pid = child.pid
+    before = {number: signal.signal(number, lambda n, _: os.kill(pid, n)) for number in (signal.SIGTERM, signal.SIGINT)}
+    child.join()
+    status = child.exitcode
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if status == STOPPED:
         print(f"stopped, with a checkpoint of {folder}; the same command resumes it")
         sys.exit(STOPPED)
@@ -272,10 +286,10 @@ def results(table: dict[str, Any], rows: list[Row], asked: argparse.Namespace) -
         if found:
             ours = [shown(value) for value in found.values()]
             spread = f" ± {statistics.stdev(ours):.2f}" if len(ours) > 1 else ""
-            told = f"{statistics.mean(shown(b) for b in best):.2f}" if best else "–"
+            own = f"{statistics.mean(shown(b) for b in best):.2f}" if best else "–"
             paper = "–" if row.paper is None else f"{row.paper:.2f}"
             figures = f"{statistics.mean(ours):.2f}{spread}"
-            lines.append(f"{row.name:<34}{figures:>20}{len(ours):>3}{told:>14}{paper:>8}")
+            lines.append(f"{row.name:<34}{figures:>20}{len(ours):>3}{own:>14}{paper:>8}")
     return "\n".join(lines), data
 
 
@@ -315,6 +329,8 @@ def main() -> None:
         if asked.dry_run:
             return
         asked.runs.mkdir(parents=True, exist_ok=True)
+        os.environ |= environment(asked)
+        FORKS.set_forkserver_preload(IMPORTED)
         for seed in range(asked.seeds):
             for row in rows:
                 if row.words:

@@ -38,17 +38,54 @@ install_build_needs() {
     local as_root=()
     [ "$(id -u)" = 0 ] || as_root=(sudo -n)
     command -v apt-get >/dev/null && "${as_root[@]}" true 2>/dev/null || return 1
-    say "installing what pillow-simd's build needs (gcc, zlib, libjpeg)"
+    say "installing what pillow-simd's build needs (gcc, zlib, libjpeg, libwebp)"
     { "${as_root[@]}" apt-get update -qq &&
-        DEBIAN_FRONTEND=noninteractive "${as_root[@]}" apt-get install -y -qq gcc libc6-dev zlib1g-dev libjpeg-dev; } >/dev/null 2>&1
+        DEBIAN_FRONTEND=noninteractive "${as_root[@]}" apt-get install -y -qq gcc libc6-dev zlib1g-dev libjpeg-dev libwebp-dev; } >/dev/null 2>&1
 }
 
 [ -x .venv/bin/python ] || { python=$(find_python); say "creating .venv with $python"; "$python" -m venv .venv; }
 
+# Whether everything is there, and one PIL alone. (Importing torch would take seconds.)
+is_whole() {
+    [ -x .venv/bin/tailstream ] && .venv/bin/python - <<'EOF' 2>/dev/null
+import importlib.metadata
+import importlib.util
+
+import PIL
+
+assert importlib.util.find_spec("torch") and importlib.metadata.version("tailstream")
+both = [importlib.metadata.distribution(name) for name in ("pillow", "pillow-simd")]
+(installed,) = [found for found in both if found.read_text("INSTALLER").strip() != "setup.sh"]
+assert PIL.__version__ == installed.version
+EOF
+}
+
+# pillow-simd and Pillow are two builds of one package, and others ask for the one or the other by its name. An entry
+# without files under the name that is not installed keeps pip quiet, and keeps a later installation (of timm, of
+# tensorboard) from putting one over the other.
+claim_the_name() { # NAME VERSION
+    .venv/bin/python - "$@" <<'EOF'
+import pathlib
+import sys
+import sysconfig
+
+name, version = sys.argv[1:]
+folder = pathlib.Path(sysconfig.get_paths()["purelib"], f"{name.replace('-', '_')}-{version}.dist-info")
+files = {
+    "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: the other build is installed\n",
+    "INSTALLER": "setup.sh\n",
+}
+files["RECORD"] = "".join(f"{folder.name}/{file},,\n" for file in (*files, "RECORD"))
+folder.mkdir(exist_ok=True)
+for file, text in files.items():
+    (folder / file).write_text(text)
+EOF
+}
+
 # An environment that fits the tests fits everything.
 stamp_of() { echo ".venv/tailstream-$(cat "$1" pyproject.toml scripts/setup.sh | sha256sum | cut -c1-16)"; }
 stamp=$(stamp_of $requirements)
-if { [ -e "$stamp" ] || [ -e "$(stamp_of requirements-test.txt)" ]; } && .venv/bin/python -c 'import shards, torch, PIL' 2>/dev/null; then
+if { [ -e "$stamp" ] || [ -e "$(stamp_of requirements-test.txt)" ]; } && is_whole; then
     exit 0
 fi
 rm -f .venv/tailstream-*
@@ -65,18 +102,23 @@ uninstall() { "$uv" pip uninstall --quiet --no-config --python .venv/bin/python 
 wanted=$(mktemp)
 trap 'rm -f "$wanted"' EXIT
 pillow_simd=$(grep '^pillow-simd==' $requirements)
+simd_version=${pillow_simd#*==}
+version=${simd_version%.post*} # pillow-simd 12.1.1.post0 is a build of Pillow 12.1.1
 grep -v '^pillow-simd==' $requirements >"$wanted"
 say "installing $(grep -c '==' "$wanted") packages (some GB the first time)"
 install -r "$wanted"
 if [ "$(uname -m)" = x86_64 ] && { can_build_pillow_simd || { install_build_needs && can_build_pillow_simd; }; }; then
-    uninstall pillow
+    uninstall pillow # or its entry
+    .venv/bin/python -c 'from PIL import Image' 2>/dev/null || uninstall pillow-simd # their files have the same names
     if grep -qw avx2 /proc/cpuinfo 2>/dev/null; then CC="${CC:-cc} -mavx2" install "$pillow_simd"; else install "$pillow_simd"; fi
+    claim_the_name pillow "$version"
 else
     say "pillow-simd cannot be built here (it needs x86-64, a C compiler, Python.h, zlib and libjpeg headers)"
-    say "going on with ordinary Pillow: the same pictures, but building shards takes about twice as long"
+    say "using ordinary Pillow instead: the same pictures, but building shards takes about twice as long"
     uninstall pillow-simd
-    # pillow-simd 12.1.1.post0 is a build of Pillow 12.1.1.
-    install "$(sed -E 's/pillow-simd==([0-9.]+)\.post.*/pillow==\1/' <<<"$pillow_simd")"
+    .venv/bin/python -c 'from PIL import Image' 2>/dev/null || uninstall pillow
+    install "pillow==$version"
+    claim_the_name pillow-simd "$simd_version"
 fi
 install --editable .
 pil=$(.venv/bin/python -c 'import PIL; print(PIL.__version__)')

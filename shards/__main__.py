@@ -4,7 +4,7 @@ import signal
 import sys
 
 from shards.build import build
-from shards.cli import run_commands
+from shards.cli import program_name, run_commands
 from shards.duplicates import find_duplicates, report
 from shards.errors import UserError
 from shards.index import open_dataset
@@ -55,14 +55,15 @@ def inspect(root: str, duplicates: bool = False, workers: int | None = None) -> 
         sys.exit(1)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run one command."""
+    program = program_name("python -m shards")
     # A plain SIGTERM would leave worker processes and half-written files; leaving by an exception clears them up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        run_commands("python -m shards", {"build": build, "verify": verify, "inspect": inspect})
+        run_commands(program, {"build": build, "verify": verify, "inspect": inspect}, argv)
     except KeyboardInterrupt:
-        print("python -m shards: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,11 +1,12 @@
 """Build a dataset: list a source, plan its splits, write the shards, index them, and publish it all at once.
 
-A build can be interrupted at any moment, even by kill -9: the same command goes on with the shards that are
-done. The same source and options give the same bytes in every file, whatever the number of workers and of
+A build can be interrupted at any moment, even by kill -9: the same command resumes it and keeps the shards that
+are done. The same source and options give the same bytes in every file, whatever the number of workers and of
 interruptions.
 """
 
 import math
+import shlex
 import sys
 import time
 import unicodedata
@@ -19,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from shards.assemble import ENCODER, assemble
-from shards.copies import identical_images
+from shards.copies import identical_images, pictures_in_two_splits
 from shards.encode import Encoded, encode
 from shards.errors import UserError
 from shards.existing import already_built, check_apart, difference
@@ -32,7 +33,7 @@ from shards.progress import Progress, say
 from shards.remote import RemoteStore, cached_source, is_url
 from shards.show import summary
 from shards.sources import Source, open_source
-from shards.sources.files import some
+from shards.sources.files import printable, some
 from shards.staging import FINDINGS, PLAN, REJECTED, Staging, staged
 from shards.store import LocalStore
 from shards.writer import ShardJob, Written, read_written, write_shard
@@ -65,7 +66,7 @@ def build(
     """Build shards and a class index from images.
 
     A dataset that is already there, built from the same images with the same options, is left as it is. A build
-    that was interrupted goes on.
+    that was interrupted is resumed.
 
     Args:
         dataset: what to build: digits (comes with scikit-learn), fashion-mnist, cifar10, cifar100, inat2017,
@@ -169,16 +170,16 @@ def build(
             elif staging.read_json(PLAN) in (None, _plan_file(options)):
                 staging.clear()  # an --overwrite with the same options that was interrupted
     except (KeyboardInterrupt, SystemExit):
-        say(f"{out} is unfinished; the same command goes on with it")
+        say(f"{out} is unfinished; the same command resumes it")
         raise
     except MemoryError:
         raise UserError(
-            f"not enough memory to build {out}; give fewer --workers or --shorter-side, and the same command goes on"
+            f"not enough memory to build {out}; resume with the same command and fewer --workers, or --shorter-side"
         ) from None
     except OSError as error:
         raise UserError(
             f"{out} cannot be written: {error.strerror or error}; fix that or give another --out"
-            " (shards that are done are kept, and the same command goes on with them)"
+            " (shards that are done are kept, and the same command resumes the build)"
         ) from None
     return out
 
@@ -213,7 +214,7 @@ def _build(
     if begun is not None and begun != wanted and not overwrite:
         raise UserError(
             f"{out} holds an unfinished build {difference(begun, wanted)};"
-            " give --overwrite to begin anew, or another --out"
+            " give --overwrite to start over, or another --out"
         )
     remembered = staging.read_json(FINDINGS) if begun == wanted else None
     if remembered is not None:
@@ -239,21 +240,24 @@ def _build(
         if split in plan.splits
     }
     _write_shards(staging, [job for split_jobs in jobs.values() for job in split_jobs], strict, workers, scheduler)
-    name = Path(out).resolve().name if options["dataset"] in OWN_NAMES else options["dataset"]
+    name = printable(Path(out).resolve().name) if options["dataset"] in OWN_NAMES else options["dataset"]
     shards = {split: [job.name for job in split_jobs] for split, split_jobs in jobs.items()}
     try:
         manifest = assemble(staging, name, images, options, shards, findings)
     except UserError:
         staging.clear()  # these images would fail again
         raise
+    shared = list(pictures_in_two_splits(staging, shards))
     staging.publish()
+    for line in shared:
+        say(f"note: {line}; python -m shards inspect {shlex.quote(str(out))} --duplicates lists them")
     if rejected := manifest["rejected"]["total"]:
         total = sum(len(listing) for listing in plan.splits.values()) + len(findings.rejected)
         kinds = ", ".join(f"{n} {reason}" for reason, n in Counter(manifest["rejected"]["reasons"]).most_common())
         say(f"note: {rejected} of {total} images are left out ({kinds}); {REJECTED} names them")
     asked, reached = options["imbalance_factor"], manifest["imbalance_factor"]
     if asked is not None and f"{asked:.4g}" != f"{reached:.4g}":
-        say(f"note: imbalance factor {reached:.4g} is reached, of {asked:.4g} that was asked for")
+        say(f"note: the imbalance factor is {reached:.4g}, not the {asked:.4g} that was asked for")
     print(summary(open_dataset(out)))
 
 

@@ -1,14 +1,21 @@
-"""Identical images of a source, so that none of them trains what another one tests."""
+"""Identical images, so that none of them trains what another one tests.
+
+Files with the same bytes are found before the splits are planned, and kept together. The same pixels in other bytes
+(without the EXIF block, compressed again) show when all are decoded, which is when the shards are written: what lies in
+two splits is then named. So is what official splits have in common.
+"""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations, islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.progress import Progress
 from shards.sources import Listing, Source
+from shards.staging import Staging
 
 READERS = 16  # at the same time: files may lie behind a network
 STEP = 1000  # images, for the progress
@@ -30,6 +37,29 @@ def identical_images(source: Source) -> list[list[int]]:
         digests = _digests(train, ids, read)
         groups = [part for group in groups for part in _alike(group[[i in digests for i in group.tolist()]], digests)]
     return sorted(sorted(group.tolist()) for group in groups)
+
+
+def pictures_in_two_splits(staging: Staging, shards: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """A line for each two splits that show the same pictures.
+
+    Args:
+        staging: where the shards and what was written beside them are.
+        shards: for each split, the names of its shards without their ends.
+    """
+    pictures = {
+        split: np.frombuffer(b"".join(staging.read(f"{name}.pictures") for name in names), dtype="V16")
+        for split, names in shards.items()
+    }
+    for one, other in combinations(pictures, 2):
+        _, first, second = np.intersect1d(pictures[one], pictures[other], return_indices=True)
+        if len(first):
+            names = [_name(staging, shards[split], int(at[0])) for split, at in ((one, first), (other, second))]
+            yield f"{one} and {other} have pictures in common: {len(first):,} such as {' = '.join(names)}"
+
+
+def _name(staging: Staging, shards: Sequence[str], sample: int) -> str:
+    names = (line for shard in shards for line in staging.read(f"{shard}.names.txt").decode().splitlines())
+    return next(islice(names, sample, None))
 
 
 def _digests(images: Listing, ids: NDArray[np.int64], read: Callable[[str], bytes]) -> dict[int, bytes]:

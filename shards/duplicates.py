@@ -142,9 +142,7 @@ def _marks(job: _Job) -> NDArray[np.void]:
                 mark["bytes"] = hashlib.sha256(data).digest()[:16]
                 mark["hash"], mark["thumb"] = _looks(data)
     except OSError as error:
-        raise UserError(
-            f"{job.path} cannot be read ({error}); run: python -m shards verify {job.path.parent}"
-        ) from None
+        raise UserError(f"{job.path} cannot be read ({error}); run: tailstream verify {job.path.parent}") from None
     return marks
 
 

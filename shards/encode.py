@@ -4,26 +4,39 @@ The loaders cannot skip a bad image in the middle of training, so none gets into
 decoded here, once.
 """
 
+import hashlib
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from typing import NamedTuple, Self
 
 import numpy as np
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from shards.strict import check_png, markers_follow
+
+try:
+    import pi_heif
+except ImportError:  # an extra: few collections hold photographs as phones write them
+    pass
+else:
+    pi_heif.register_heif_opener()
 
 # What an image collection may hold. PIL knows more, but some of it starts other programs (EPS) or is no
 # picture by itself (PDF, HDF5).
 LOSSLESS = ("PNG", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "PCX", "SGI", "QOI", "ICO")
-LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000")
+LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000", "HEIF")
 # PIL gives each picture's memory back to the system, which hands it out again page by page: a fifth of the time.
 Image.core.set_blocks_max(8)
 EXTENSIONS = {end for end, kind in Image.registered_extensions().items() if kind in LOSSLESS + LOSSY}
 # Other pictures that people have, to be named when they are left out.
 UNREAD_EXTENSIONS = {".webp", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".tif", ".tiff", ".psd", ".dng"} - EXTENSIONS
 UNREAD_EXTENSIONS |= {".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}  # of cameras
+HEIF_EXTENSIONS = {".heic", ".heif"}
 # An MPO is a JPEG with a second picture behind it, and is opened as one.
 OPENED = [kind for kind in LOSSLESS + LOSSY if kind in Image.OPEN]
 
@@ -37,6 +50,8 @@ DRAFT_MARGIN = 1.15
 # takes four bytes a pixel: one gigabyte in each worker at most.
 MOST_PIXELS = 89_478_485  # PIL's own limit
 MOST_SHRUNK_PIXELS = 1 << 28
+
+LEAST_SQUARES = 64  # along the shorter side, of those whose means tell pictures apart
 
 # Bits that cameras and scanners give grey values; files have room for 16.
 GREY_BITS = (8, 10, 12, 14, 16)
@@ -52,18 +67,49 @@ UPRIGHT = {
 }
 
 
+def unread(kinds: Counter[str]) -> str:
+    """Return which images this PIL does not read, and what would: for a note about files that are left out.
+
+    Args:
+        kinds: how many there are of each of `UNREAD_EXTENSIONS`.
+    """
+    found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+    remedies = []
+    if heif := [kind for kind in kinds if kind in HEIF_EXTENSIONS]:
+        remedies.append(f"for {' and '.join(sorted(heif))}: pip install pi-heif")
+    if others := [kind for kind, _ in kinds.most_common() if kind not in HEIF_EXTENSIONS]:
+        remedies.append(f"ImageMagick turns {others[0]} into JPEG: magick mogrify -format jpg *{others[0]}")
+    return f"images that this PIL does not read are left out: {found}; {'; '.join(remedies)}"
+
+
 class BadImageError(Exception):
     """An image that cannot be stored; the message is the reason, one of a few that can be counted."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A stored image: its bytes, "jpg" or "png", and its decoded size in pixels."""
+    """A stored image.
+
+    Attributes:
+        data: the bytes to store.
+        extension: "jpg" or "png".
+        height, width: of the picture, in pixels.
+        picture: 16 bytes that are the same for the same pixels, however a file holds them: a digest of the picture, or
+            where it is large of the means of small squares, in a tenth of the time.
+    """
 
     data: bytes
     extension: str
     height: int
     width: int
+    picture: bytes
+
+    @classmethod
+    def of(cls, data: bytes, extension: str, picture: Image.Image) -> Self:
+        """What is stored for a picture, decoded or about to be encoded."""
+        digest = hashlib.sha256(f"{picture.mode} {picture.size}".encode())
+        digest.update(picture.reduce(max(1, min(picture.size) // LEAST_SQUARES)).tobytes())
+        return cls(data, extension, picture.height, picture.width, digest.digest()[:16])
 
 
 def encode(
@@ -73,7 +119,7 @@ def encode(
 
     An 8-bit RGB or greyscale JPEG or PNG that lies upright is stored as it is, byte for byte. Anything else
     is turned upright by its EXIF orientation, brought to 8-bit RGB or greyscale (alpha is dropped, 16-bit
-    grey v becomes v · 255 / (2^grey_bits − 1), of 16-bit colour the upper 8 bits stay) and written again: lossy
+    grey v becomes v · 255 / (2^grey_bits − 1), of 16-bit colour the upper byte is kept) and written again: lossy
     formats as JPEG of quality 95 without chroma subsampling, the others as PNG. So `encode` returns its own results
     unchanged.
 
@@ -129,9 +175,7 @@ def _opened(data: bytes, shorter_side: int | None) -> Iterator[Image.Image]:
             if image.width * image.height > most:
                 raise BadImageError(_too_large(most))
             if image.format == "PNG":
-                # PIL's decoder overlooks wrong checksums and a lost end; DALI's does not.
-                with Image.open(BytesIO(data), formats=["PNG"]) as again:
-                    again.verify()
+                check_png(data)
             if image.format not in ("JPEG", "MPO"):  # those may still be decoded at a fraction of their size
                 image.load()  # before the orientation: PNG may have it behind the pixels, TIFF is turned by loading
             yield image
@@ -152,30 +196,29 @@ def _is_shrunk(image: Image.Image, shorter_side: int | None) -> bool:
     return shorter_side is not None and min(image.size) > shorter_side
 
 
-def grey_maximum(data: bytes) -> int:
-    """Return the largest value of an image of 16-bit grey, 0 for any other and for what does not decode."""
+class Depth(NamedTuple):
+    """The largest value of 16-bit grey, and the upper byte of 16-bit colour's; -1 where there is none."""
+
+    grey: int = -1
+    colour: int = -1
+
+
+def depth(data: bytes) -> Depth:
+    """Look at an image; what does not decode is of no depth."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(BytesIO(data), formats=OPENED) as image:
-                return int(np.asarray(image).max()) if image.mode.startswith("I") else 0
+                if image.mode.startswith("I"):
+                    return Depth(grey=int(np.asarray(image).max()))
+                # PIL unpacks 16-bit colour as 8 bits: what it reads tells.
+                if image.mode.startswith("RGB") and any(";16" in str(tile) for tile in image.tile):
+                    return Depth(colour=int(np.asarray(image)[..., :3].max()))
     except MemoryError:
         raise
-    except Exception:  # told when it is encoded
-        return 0
-
-
-def has_deep_colour(data: bytes) -> bool:
-    """Return whether an image has 16 bits for each colour (or for grey beside alpha): PIL gives the upper 8 alone."""
-    if data.startswith(b"\x89PNG"):
-        return data[24:26] in (b"\x10\x02", b"\x10\x04", b"\x10\x06")  # IHDR: 16 bits; RGB, grey and alpha, RGBA
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(BytesIO(data), formats=["TIFF"]) as image:
-                return image.mode.startswith("RGB") and max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (8,))) > 8
-    except Exception:  # of another format, or told when it is encoded
-        return False
+    except Exception:  # reported when it is encoded
+        pass
+    return Depth()
 
 
 def _too_large(most: int) -> str:
@@ -187,8 +230,12 @@ def _unidentified(data: bytes) -> str:
     """Tell a picture in a format that this PIL lacks from what is no picture."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WebP, which this PIL does not read"
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
-        return "HEIC, which this PIL does not read"
+    if (
+        ".heic" in UNREAD_EXTENSIONS
+        and data[4:8] == b"ftyp"
+        and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+    ):
+        return "HEIC, which this PIL does not read (pip install pi-heif)"
     if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
         return "AVIF, which this PIL does not read"
     return "not an image"
@@ -200,17 +247,20 @@ def _encode(
     kind = image.format or ""
     orientation = _orientation(image)
     shrink = _is_shrunk(image, shorter_side)
-    if not shrink and orientation == 1 and _is_plain(image, data):
-        image.load()
-        return Encoded(data, "jpg" if kind == "JPEG" else "png", image.height, image.width)
-    if keep_bytes:
-        image.load()  # a damaged image is called that first
-        raise BadImageError(_why_not_kept(image, orientation))
-
     size = image.size
     if shorter_side is not None and shrink:
         scale = shorter_side / min(size)
         size = (max(round(size[0] * scale), 1), max(round(size[1] * scale), 1))
+    if size[0] * size[1] > MOST_PIXELS:  # a long strip, or a large --shorter-side
+        raise BadImageError(f"more than {MOST_PIXELS / 1e6:.0f} megapixels, shrunk as far as --shorter-side asks")
+    if not shrink and orientation == 1 and _is_plain(image, data):
+        image.load()
+        return Encoded.of(data, "jpg" if kind == "JPEG" else "png", image)
+    if keep_bytes:
+        image.load()  # a damaged image is called that first
+        raise BadImageError(_why_not_kept(image, orientation))
+
+    if shrink:
         # The box is exact where the decoder's rounded size is not.
         drafted = image.draft(None, (math.ceil(size[0] * DRAFT_MARGIN), math.ceil(size[1] * DRAFT_MARGIN)))
         picture = _to_8_bit(image, grey_bits).resize(size, Image.Resampling.BICUBIC, box=drafted and drafted[1])
@@ -227,7 +277,7 @@ def _encode(
         picture.save(buffer, "JPEG", quality=95, subsampling=0)
     else:
         picture.save(buffer, "PNG")
-    return Encoded(buffer.getvalue(), "jpg" if kind in LOSSY else "png", picture.height, picture.width)
+    return Encoded.of(buffer.getvalue(), "jpg" if kind in LOSSY else "png", picture)
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:
@@ -235,7 +285,7 @@ def _is_plain(image: Image.Image, data: bytes) -> bool:
     if image.mode not in ("L", "RGB"):
         return False
     if image.format == "JPEG":
-        return True
+        return markers_follow(data)
     bit_depth = data[24]  # of the IHDR chunk, always a PNG's first; PIL hides 16-bit colour behind mode RGB
     return (
         image.format == "PNG"
@@ -250,6 +300,8 @@ def _why_not_kept(image: Image.Image, orientation: int) -> str:
         return "cannot be kept: no JPEG or PNG"
     if orientation != 1:
         return "cannot be kept: EXIF does not say upright"
+    if image.format == "JPEG" and image.mode in ("L", "RGB"):
+        return "cannot be kept: bytes between its markers"
     return "cannot be kept: not plain 8-bit RGB or grey"
 
 

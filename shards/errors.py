@@ -1,4 +1,4 @@
-"""Mistakes that a user can mend, told in one line."""
+"""Mistakes that a user can correct, each reported in one line."""
 
 import os
 import sys

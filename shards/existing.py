@@ -76,10 +76,10 @@ def already_built(
         if not is_url(out) and holds_images(Path(out)):
             raise UserError(
                 f"{out} holds images and no dataset, and is left alone; to build from them:"
-                f" scripts/build_shards.sh folder --source {shlex.quote(str(out))}"
+                f" tailstream build folder --source {shlex.quote(str(out))}"
                 f" --out data/{shlex.quote(_other_name(Path(out)))}"
             )
-        raise UserError(f"{out} is there and is no dataset; give another --out")
+        raise UserError(f"{out} exists and is not a dataset; give another --out")
     manifest = parse_manifest(store.read(MANIFEST), f"{out}/{MANIFEST}")
     if overwrite:
         if foreign := names - {STAGING} - file_names(manifest):

@@ -4,11 +4,10 @@
     lost        classes without a readable training image, and held-out splits without a readable one: they are left
                 out, and labels count the other classes
     grey bits   how many bits 16-bit grey images use: one scale for all, so that dark ones stay dark
-    deep        whether there is 16-bit colour, of which PIL gives the upper bits alone
+    colour      whether there is 16-bit colour, of which only the upper byte is stored
 
 For the second, one image of each class and split is decoded, and the others where that fails. The third costs
-something only where one of these is of 16-bit grey: then all of the images are looked at. For the fourth, one of each
-class counts.
+something only where one of these is of 16-bit grey: then all of the images are looked at.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shards.encode import GREY_BITS, BadImageError, Encoded, grey_maximum, has_deep_colour
+from shards.encode import GREY_BITS, BadImageError, Depth, Encoded, depth
 from shards.errors import UserError
 from shards.parallel import run_jobs
 from shards.plan import Plan
@@ -41,7 +40,7 @@ class Findings:
         lost_splits: held-out splits that are left out.
         rejected: their images, as in `rejected.jsonl`; the labels are null.
         grey_bits: of 16-bit grey images.
-        deep: the name of an image of 16-bit colour; empty: none was seen.
+        colour: the largest upper byte of the 16-bit colour images that were looked at; -1 where none was.
     """
 
     copies: list[list[int]]
@@ -49,7 +48,7 @@ class Findings:
     lost_splits: list[str]
     rejected: list[dict[str, Any]]
     grey_bits: int
-    deep: str = ""  # not remembered by builds of before
+    colour: int = -1
 
     def notes(self, source: Source) -> Iterator[str]:
         """Lines for the user."""
@@ -65,11 +64,9 @@ class Findings:
         if self.grey_bits != max(GREY_BITS):
             white = (1 << self.grey_bits) - 1
             yield f"16-bit grey images use {self.grey_bits} bits: value v is stored as v · 255 / {white}"
-        if self.deep:
-            yield (
-                f"of 16-bit colour, as in {self.deep}, the upper 8 bits are stored: images that use fewer than 16 come"
-                " out dark or black; convert such images to 8 bits first"
-            )
+        if self.colour >= 0:
+            dark = f"; the brightest that was looked at is then {self.colour} of 255: scale them first"
+            yield f"of 16-bit colour the upper byte is stored{dark if self.colour < 128 else ''}"
 
     def applied(self, source: Source, plan: Plan) -> tuple[Source, Plan]:
         """Leave out the lost classes."""
@@ -101,8 +98,7 @@ class _Job:
 
 class _Looked(NamedTuple):
     reasons: list[str]  # why each image cannot be stored, "" where it can
-    grey: int  # the largest value in 16-bit grey images
-    deep: str  # an image of 16-bit colour, or empty
+    depth: Depth  # the largest
 
 
 def find_out(
@@ -123,13 +119,13 @@ def find_out(
     train = plan.splits["train"]
     trained, first_ids = np.unique(train.labels, return_index=True)
     first = look("look at each class", train[first_ids])
-    grey = first.grey
+    deepest = first.depth
     lost: list[int] = []
     rejected: list[dict[str, Any]] = []
     for j in [int(j) for j, reason in zip(trained, first.reasons, strict=True) if reason]:
         images = train[np.flatnonzero(train.labels == j)]
         found = _until_one_is_good(images, partial(look, f"look at class {source.classes[j]}"))
-        grey = max(grey, found.grey)
+        deepest = _larger(deepest, found.depth)
         if all(found.reasons):
             lost.append(j)
             rejected += _lines("train", source, images, found.reasons)
@@ -141,7 +137,7 @@ def find_out(
         listing = plan.splits[split]
         images = listing[np.flatnonzero(~np.isin(listing.labels, lost))]
         found = _until_one_is_good(images, partial(look, f"look at {split}"))
-        grey = max(grey, found.grey)
+        deepest = _larger(deepest, found.depth)
         if all(found.reasons):
             if split in source.splits:
                 raise UserError(f"no image of the {split} split can be read; nothing was built")
@@ -155,23 +151,23 @@ def find_out(
             f" (class {line['class']!r}: {line['source']}: {line['reason']})"
         )
     bits = max(GREY_BITS)
-    if grey:
-        grey = max(look("look at 16-bit grey", images, encode=None).grey for images in plan.splits.values())
+    if deepest.grey >= 0:
+        grey = max(look("look at 16-bit grey", images, encode=None).depth.grey for images in plan.splits.values())
         bits = next((bits for bits in GREY_BITS if grey < 1 << bits), bits)
-    return Findings(copies, lost, lost_splits, rejected, bits, first.deep)
+    return Findings(copies, lost, lost_splits, rejected, bits, deepest.colour)
 
 
 def _until_one_is_good(images: Listing, look: Callable[[Listing], _Looked]) -> _Looked:
     """Look at images in order, until one can be stored."""
     reasons: list[str] = []
-    grey = 0
+    deepest = Depth()
     # The first is good, as a rule.
     for ids in np.split(np.arange(len(images)), np.arange(1, len(images), AT_ONCE)):
         found = look(images[ids])
-        reasons, grey = [*reasons, *found.reasons], max(grey, found.grey)
+        reasons, deepest = [*reasons, *found.reasons], _larger(deepest, found.depth)
         if not all(found.reasons):
             break
-    return _Looked(reasons, grey, "")
+    return _Looked(reasons, deepest)
 
 
 def _look_at(
@@ -193,24 +189,26 @@ def _look_at(
             scheduler=scheduler,
             done=lambda looked: progress.add(len(looked.reasons)),
         )
-    reasons = [reason for looked in found for reason in looked.reasons]
-    return _Looked(reasons, max(looked.grey for looked in found), next((one.deep for one in found if one.deep), ""))
+    return _Looked([reason for looked in found for reason in looked.reasons], _larger(*[of.depth for of in found]))
 
 
 def _look(job: _Job) -> _Looked:
     reasons = []
-    grey, deep = 0, ""
+    deepest = Depth()
     for i in range(len(job.images)):
         try:
             data = read_image(job.images, i, job.read)
-            grey = max(grey, grey_maximum(data))
-            deep = deep or (printable(job.images.names[i]) if has_deep_colour(data) else "")
+            deepest = _larger(deepest, depth(data))
             if job.encode is not None:
                 job.encode(data)
             reasons.append("")
         except BadImageError as error:
             reasons.append(str(error))
-    return _Looked(reasons, grey, deep)
+    return _Looked(reasons, deepest)
+
+
+def _larger(*depths: Depth) -> Depth:
+    return Depth(*map(max, *depths)) if len(depths) > 1 else depths[0]
 
 
 def _lines(split: str, source: Source, images: Listing, reasons: Sequence[str]) -> list[dict[str, Any]]:

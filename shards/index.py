@@ -72,9 +72,14 @@ class Edition:
         return cls(path, hashlib.sha256(data).hexdigest(), place), data
 
     def check(self) -> None:
-        """Raise a UserError if another build has taken, or is taking, the dataset's place; costs one stat."""
+        """Raise a UserError if another build has taken, or is taking, the dataset's place; costs opening a file.
+
+        A network file system may answer a stat for a minute from memory, and asks its server when a file is opened.
+        """
         try:
-            if _place(os.stat(self.path)) == self.place or self.read(self.path)[0].contents == self.contents:
+            with self.path.open("rb", buffering=0) as file:
+                place = _place(os.fstat(file.fileno()))
+            if place == self.place or self.read(self.path)[0].contents == self.contents:
                 return
         except FileNotFoundError:
             pass
@@ -225,18 +230,18 @@ def _why_no_dataset(root: Path) -> str:
     """What there is instead, and what to do: nothing that could cost anybody's files."""
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
-        return f"{what}, so it is not a dataset; build one with: scripts/build_shards.sh digits --out {root}"
+        return f"{what}, so it is not a dataset; build one with: tailstream build digits --out {root}"
     if below := sorted(path.parent for path in root.glob(f"*/{MANIFEST}")):
         return f"has no {MANIFEST}, but {below[0]} has; give that"
     if holds_images(root):
         name = shlex.quote(root.resolve().name or "images")
         return (
             f"has no {MANIFEST}, but images; build a dataset from them with:"
-            f" scripts/build_shards.sh folder --source {shlex.quote(str(root))} --out data/{name}"
+            f" tailstream build folder --source {shlex.quote(str(root))} --out data/{name}"
         )
     if any(root.iterdir()):
-        return f"has no {MANIFEST}, so it is not a dataset; give a folder that scripts/build_shards.sh made"
-    return f"has no {MANIFEST}, so it is not a dataset; build one with: scripts/build_shards.sh digits --out {root}"
+        return f"has no {MANIFEST}, so it is not a dataset; give a folder that `tailstream build` made"
+    return f"has no {MANIFEST}, so it is not a dataset; build one with: tailstream build digits --out {root}"
 
 
 def holds_images(folder: Path) -> bool:
@@ -280,7 +285,7 @@ def open_split(root: Path, name: str, entry: dict[str, Any], edition: Edition | 
         if array.dtype != dtype or array.shape != (entry["samples"],):
             raise UserError(
                 f"{path} holds {array.shape[0] if array.ndim else 0} entries of the manifest's {entry['samples']};"
-                " run: python -m shards verify, then build the dataset again"
+                " run: tailstream verify, then build the dataset again"
             )
         arrays[kind] = array
     return Split(

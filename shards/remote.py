@@ -14,6 +14,7 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,8 @@ from shards.errors import UserError
 
 TRANSFERS = 16  # at the same time: object stores answer slowly and serve many
 ORIGIN = ".origin"
+# What object stores, file servers and folders say of a file that changes when its contents do: any of these.
+VERSION = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "updated", "mtime", "created")
 
 
 def is_url(path: Path | str) -> bool:
@@ -43,7 +46,7 @@ def cache_folder() -> Path:
 class RemoteStore:
     """A `shards.store.Store` behind a URL. Object stores put whole files in place and know no folders and no locks.
 
-    Two builders at one URL are not told of each other: with the same options they write the same bytes, with other
+    Two builders at one URL do not know of each other: with the same options they write the same bytes, with other
     options the second one finds the first one's plan and is refused.
     """
 
@@ -55,7 +58,7 @@ class RemoteStore:
 
     def sizes(self, folder: str) -> dict[str, int]:  # noqa: D102
         with _remote(self.url) as (files, root):
-            found = _listing(files, f"{root}/{folder}").items()
+            found = _listing(files, f"{root}/{folder}".rstrip("/")).items()
             return {_base(path): about["size"] for path, about in found if about["type"] == "file"}
 
     def read(self, name: str) -> bytes:  # noqa: D102
@@ -131,7 +134,8 @@ class RemoteShards:
                 if _sha256(path) != self.digests[shard]:
                     path.unlink()
                     raise UserError(
-                        f"{self.url}/{path.name} is not the file that the manifest describes; build it again"
+                        f"{self.url}/{path.name} is not the file that the manifest describes: the dataset was built"
+                        " again since it was opened, or is damaged; start again, or build it again"
                     )
             note.write(self._checked(shard, path))
 
@@ -163,8 +167,7 @@ def cached_dataset(url: str, manifest_name: str) -> Path:
         manifest = RemoteStore(url).read(manifest_name)
     except FileNotFoundError:
         raise UserError(
-            f"{url} has no {manifest_name}, so it is not a dataset; build one with: scripts/build_shards.sh digits"
-            f" --out {url}"
+            f"{url} has no {manifest_name}, so it is not a dataset; build one with: tailstream build digits --out {url}"
         ) from None
     except OSError as error:
         raise UserError(f"{url} cannot be read: {error.strerror or error}") from None
@@ -225,7 +228,7 @@ def cached_source(url: str) -> Path:
 
     Of a URL of a file the folder around it is copied. Processes that want the same folder wait for each other.
 
-    Files of another size than the remote ones are copied anew, and those that are gone there are deleted.
+    Files of which another size or version lies there now are copied anew, and those that are gone there are deleted.
 
     Raises:
         UserError: nothing there, or no answer.
@@ -234,33 +237,48 @@ def cached_source(url: str) -> Path:
     try:
         with _remote(url) as (files, root):
             found = files.find(root, detail=True)
-            sizes = {path.removeprefix(root).lstrip("/"): about["size"] for path, about in found.items()}
-        if not sizes:
+            there = {path.removeprefix(root).lstrip("/"): about for path, about in found.items()}
+        if not there:
             raise UserError(f"--source {url} holds no files")
-        if "" in sizes:  # a file, such as a list of images beside it
+        if "" in there:  # a file, such as a list of images beside it
             parent, _, name = url.rpartition("/")
             return cached_source(parent) / name
         _make(folder)
         with folder.with_name(f"{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            _copy(url, sizes, folder)
+            _copy(url, there, folder)
     except OSError as error:
         raise UserError(f"--source {url} cannot be read: {error.strerror or error}") from None
     return folder
 
 
-def _copy(url: str, sizes: dict[str, int], folder: Path) -> None:
-    """Make a folder hold the files of a URL whose sizes are given, and no others."""
+def _copy(url: str, there: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Make a folder hold the files of a URL, of which the store says this, and no others."""
+    versions = folder.with_name(f"{folder.name}.versions")  # a line for each copied file; the last one counts
+    lines = versions.read_text(encoding="utf-8").splitlines() if versions.exists() else []
+    copied = {name: version for version, _, name in (line.partition("\t") for line in lines)}
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    for name in here.keys() - sizes.keys():
+    for name in here.keys() - there.keys():
         here[name].unlink()
-    missing = [name for name, size in sizes.items() if name not in here or here[name].stat().st_size != size]
+
+    def is_here(name: str) -> bool:
+        if name not in here or here[name].stat().st_size != there[name]["size"]:
+            return False
+        return copied.get(name) == _version(there[name])
+
+    missing = [name for name in there if not is_here(name)]
     for name in missing:
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--source {url}: {name!r} leads out of the folder")
         _make((folder / name).parent)
-    with ThreadPoolExecutor(TRANSFERS) as pool:
-        list(pool.map(lambda name: _fetch(url, name, folder / name), missing))
+    with ThreadPoolExecutor(TRANSFERS) as pool, versions.open("a", encoding="utf-8") as file:
+        for name, _ in zip(missing, pool.map(lambda name: _fetch(url, name, folder / name), missing), strict=True):
+            file.write(f"{_version(there[name])}\t{name}\n")
+
+
+def _version(about: dict[str, Any]) -> str:
+    """What tells a file from a later one of its name, as far as the store says."""
+    return " ".join(str(about[key]) for key in ("size", *VERSION) if about.get(key) is not None)
 
 
 def _fetch(url: str, name: str, path: Path) -> None:
@@ -276,7 +294,8 @@ def _fetch(url: str, name: str, path: Path) -> None:
 
 
 def _put(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Containers that share a cache may all be process 1.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     temporary.write_bytes(data)
     temporary.replace(path)
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from shards.groups import GROUPS, class_groups
 from shards.index import Dataset
 from shards.remote import RemoteStore, is_url
+from shards.store import LocalStore
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 WIDTH = 64
@@ -22,7 +23,7 @@ def summary(dataset: Dataset) -> str:
         [
             f"{dataset.name}: {_splits(dataset)}; {len(dataset.classes)} classes",
             _tail(dataset),
-            f"built in {dataset.place}; next: accelerate launch train/bbn.py --data {dataset.place}",
+            f"built in {dataset.place}; next: tailstream train bbn --data {dataset.place}",
         ]
     )
 
@@ -58,20 +59,14 @@ def inspect(dataset: Dataset) -> str:
 def lost_shards(dataset: Dataset) -> list[str]:
     """A line for each shard that is missing or not as long as the manifest says; nothing is read or fetched."""
     place = dataset.place
-    names = RemoteStore(place).names() or set() if is_url(place) else set()
+    sizes = RemoteStore(place).sizes("") if is_url(place) else LocalStore(dataset.root).sizes("")
     lost = []
     for split in dataset.splits:
         for shard in dataset.manifest["splits"][split]["shards"]:
-            path = dataset.root / shard["file"]
-            if is_url(place):
-                problem = "" if shard["file"] in names else "missing"
-            elif not path.is_file():
-                problem = "missing"
-            else:
-                size = path.stat().st_size
-                problem = "" if size == shard["bytes"] else f"{size:,} bytes long, not {shard['bytes']:,}"
-            if problem:
-                lost.append(f"{shard['file']}: {problem}; run: python -m shards verify {place}")
+            size = sizes.get(shard["file"])
+            if size != shard["bytes"]:
+                problem = "missing" if size is None else f"{size:,} bytes long, not {shard['bytes']:,}"
+                lost.append(f"{shard['file']}: {problem}; run: tailstream verify {place}")
     return lost
 
 

@@ -6,11 +6,12 @@
         findings.json             what was found out about the images before (findings.py)
         train-000012.tar  .idx    a shard that is done,
         train-000012.npy  .names.txt    its rows of the samples array and where its images came from,
+        train-000012.pictures     what tells its pictures apart, 16 bytes each (copies.py),
         train-000012.json         and its record, written last: a shard with one is never made again
         dataset.json              written when everything is there, to be moved
         old.json                  the manifest of the dataset whose place is taken, while it is taken
 
-Files appear under their names whole. So a builder may be killed at any moment, and the same command goes on
+Files appear under their names whole. So a builder may be killed at any moment, and the same command resumes
 with what it finds.
 """
 

@@ -28,7 +28,7 @@ class Store(Protocol):
         """What lies in the folder; empty if there is no folder, None if there is something else in its place."""
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Names and bytes of the files in a sub-folder."""
+        """Names and bytes of the files in a sub-folder; in the folder itself for ""."""
 
     def read(self, name: str) -> bytes:
         """Read a file; FileNotFoundError if there is none."""
@@ -61,7 +61,7 @@ class LocalStore:
         return None if os.path.lexists(self.root) else set()
 
     def sizes(self, folder: str) -> dict[str, int]:  # noqa: D102
-        return {entry.name: entry.stat().st_size for entry in os.scandir(self.root / folder)}
+        return {entry.name: entry.stat().st_size for entry in os.scandir(self.root / folder) if entry.is_file()}
 
     def read(self, name: str) -> bytes:  # noqa: D102
         return (self.root / name).read_bytes()
@@ -114,7 +114,7 @@ class LocalStore:
         try:
             yield
         finally:
-            if self.sizes(folder).keys() <= {LOCK}:
+            if set(os.listdir(self.root / folder)) <= {LOCK}:
                 shutil.rmtree(self.root / folder)
                 _remove_empty(made)
             os.close(lock)

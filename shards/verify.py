@@ -121,7 +121,7 @@ def _split_problems(root: Path, split: Split, n_classes: int) -> Iterator[str]:
         with (root / f"{split.name}.names.txt").open("rb") as file:
             n_names = sum(1 for _ in file)
     except OSError:
-        return  # its checksum has told
+        return  # reported already: its checksum differs
     if n_names != len(split):
         yield f"{split.name}.names.txt: {n_names} names for {len(split)} samples"
 

@@ -59,10 +59,11 @@ def write_shard(job: ShardJob) -> Written:
     """
     rows = []
     names = []
+    pictures = []
     rejected: list[dict[str, Any]] = []
     members: list[tarfile.TarInfo] = []
-    with job.staging.writing(*(f"{job.name}.{end}" for end in ("tar", "idx", "npy", "names.txt"))) as paths:
-        tar_path, index_path, rows_path, names_path = paths
+    with job.staging.writing(*(f"{job.name}.{end}" for end in ("tar", "idx", "npy", "names.txt", "pictures"))) as paths:
+        tar_path, index_path, rows_path, names_path, pictures_path = paths
         with tar_path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for i, name in enumerate(job.images.names):
                 label = int(job.images.labels[i])
@@ -78,10 +79,12 @@ def write_shard(job: ShardJob) -> Written:
                 ]
                 rows.append((members[-2].offset_data, len(image.data), 0, label, image.height, image.width))
                 names.append(printable(name))
+                pictures.append(image.picture)
         index_path.write_text(index_text(members), encoding="ascii")
         with rows_path.open("wb") as file:
             np.save(file, np.array(rows, dtype=SAMPLE))
         names_path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        pictures_path.write_bytes(b"".join(pictures))
         entry = {
             "file": f"{job.name}.tar",
             "samples": len(rows),
@@ -97,7 +100,7 @@ def write_shard(job: ShardJob) -> Written:
 def read_written(staging: Staging, name: str, sizes: Mapping[str, int]) -> Written | None:
     """Return what a shard that an earlier builder wrote came to; None if it is not among the files of these `sizes`."""
     record = staging.read_json(f"{name}.json") if f"{name}.json" in sizes else None
-    if record is None or sizes.get(f"{name}.tar") != record["entry"]["bytes"]:
+    if record is None or sizes.get(f"{name}.tar") != record["entry"]["bytes"] or f"{name}.pictures" not in sizes:
         return None
     return _written(record)
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -19,9 +20,17 @@ ROOMS = tuple(MAY_IMPORT)
 TRAIN_ORDER = ("networks", "engine", "features")
 
 
-def imported_modules(path: Path) -> set[str]:
+class WithoutTypeChecking(ast.NodeTransformer):
+    """Drops what is imported for the type check alone: it is not there when the program runs."""
+
+    def visit_If(self, node: ast.If) -> ast.If | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else node
+
+
+def imported_modules(path: Path, when_it_runs: bool = False) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree: ast.AST = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(WithoutTypeChecking().visit(tree) if when_it_runs else tree):
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -53,7 +62,7 @@ def test_rooms_of_train_stand_on_each_other(path):
 def test_no_module_imports_itself_over_others():
     files = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
-    needs = {name: imported_modules(path) & names.keys() for name, path in names.items()}
+    needs = {name: imported_modules(path, when_it_runs=True) & names.keys() for name, path in names.items()}
     done: set[str] = set()
 
     def visit(name: str, above: tuple[str, ...]) -> None:
@@ -68,7 +77,7 @@ def test_no_module_imports_itself_over_others():
 
 
 def test_train_shows_launchable_files_first():
-    entries = {path.name for path in (ROOT / "train").iterdir()} - {"__init__.py", "__pycache__"}
+    entries = {path.name for path in (ROOT / "train").iterdir()} - {"README.md", "__init__.py", "__pycache__"}
     launchable = {path.name for path in (ROOT / "train").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
     assert entries == launchable | {"presets", *TRAIN_ORDER}
 
@@ -94,18 +103,35 @@ def test_nothing_tracked_is_large():
             assert path.stat().st_size < 1_000_000, path
 
 
-def test_the_readmes_file_tree_is_the_disks():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = text.split("## The house\n\n```\n")[1].split("\n```")[0].splitlines()
+def listed_files(readme: Path, title: str) -> set[str]:
+    """Return the names of a README's tree, folders with a slash behind them."""
+    (lines,) = re.findall(
+        rf"^## {title}\n\n```\n(.*?)\n```$", readme.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     listed, folders = set(), {-1: ""}
-    for line in lines:
+    for line in lines.splitlines():
         depth, name = (len(line) - len(line.lstrip())) // 4, line.split()[0]
+        assert folders[depth - 1] + name not in listed, f"{readme}: {name} is there twice"
         listed.add(folders[depth - 1] + name)
         folders[depth] = folders[depth - 1] + name
+    return listed
+
+
+def files_in(folder: Path, prefix: str = "") -> set[str]:
     unnamed = {"__init__.py", "__main__.py", "__pycache__"}
-    found = {f"{room}/" for room in (*ROOMS, "scripts", "tests")}
-    for folder in (*ROOMS, "scripts", *(f"train/{room}" for room in TRAIN_ORDER)):
-        for path in (ROOT / folder).iterdir():
-            if path.name not in unnamed and path.suffix in ("", ".py", ".sh", ".yaml"):
-                found.add(f"{folder}/{path.name}" + "/" * path.is_dir())
-    assert listed == found
+    entries = [
+        path for path in folder.iterdir() if path.name not in unnamed and path.suffix in ("", ".py", ".sh", ".yaml")
+    ]
+    return {f"{prefix}{path.name}" + "/" * path.is_dir() for path in entries}
+
+
+def test_the_readme_has_the_rooms():
+    assert listed_files(ROOT / "README.md", "The house") == {f"{room}/" for room in (*ROOMS, "scripts", "tests")}
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "scripts", "tests"])
+def test_a_rooms_readme_has_its_files(room):
+    found = files_in(ROOT / room)
+    for inner in TRAIN_ORDER if room == "train" else ():
+        found |= files_in(ROOT / room / inner, f"{inner}/")
+    assert listed_files(ROOT / room / "README.md", "Files") == found

@@ -21,24 +21,18 @@ Figures of its earlier form, which distilled from stage one as it is: analysis/r
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from shards.errors import UserError
 from shards.groups import MANY_ABOVE
-from train.features.candidates import RATES, Candidate, Families, Judge, setting_of, table
-from train.features.classifiers import measure
-from train.features.commands import Program, stage_parser
-from train.features.files import check_feature_file, write_features
-from train.features.passes import Passes, Source
-from train.features.selection import select
-from train.features.stage_two import Stage, close_stage, make_families, run_stage
-from train.features.training import Recipe, Trained, train_together
+from train.features.commands import BETA_START, RATES, Program, Work, stage_parser
+from train.features.launch import run_stage
 
-# Adaptive β: where it starts, how far a step goes, and the bound.
-BETA_START, BETA_STEP, BETA_MOST = 0.6, 0.05, 0.9
+if TYPE_CHECKING:  # torch comes with the run: see train/engine/launch.py
+    from train.features.stage_two import Stage
+
 # For every dataset; a preset may hold further ones.
 VARIANTS = {"paper": {"method": {"beta": BETA_START, "teacher": "stage-one", "rates": [1.0]}}}
 
@@ -53,7 +47,7 @@ class Settings:
             after each epoch rises by 0.05, up to 0.9, where the class is recognised better on the val split than with
             β = 0 at that time, and falls where it is worse. Without a val split large enough both are 0.6.
         beta_grid: what select tries; 0 keeps to the class's own Gaussian.
-        lam: Tukey's λ; 0 is the logarithm.
+        lam: Tukey's λ; 0 is the logarithm. Features with negative values, as a layer norm leaves them, take 1.
         k: K, the larger classes that a feature borrows from.
         gamma: γ: γ·I is added to the covariance.
         chunk: features generated at a time; each takes 4 bytes per dimension.
@@ -85,126 +79,15 @@ class Settings:
     baselines: bool = True
 
 
-def recipes(settings: Settings, families: Families, beta: float) -> list[Recipe]:
-    """Return AFG at a β and the first rate, with each teacher that is to be tried: the corrected one first."""
-    optim = families.optim
-    plain = Recipe(
-        settings.classifier, optim.epochs, optim.lr, optim.momentum, optim.weight_decay, families.unit, beta=beta
-    )
-    if settings.distill == 0:
-        return [plain]
-    tau = 0.0
-    if settings.teacher != "stage-one":
-        tau = families.judge.best(families.closed("logit adjustment")).setting["tau"]
-    taught = replace(plain, distill=settings.distill, distill_base=settings.distill_base, teacher_tau=tau)
-    return [taught, plain] if settings.teacher == "select" else [taught]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What became of β.
-
-    Attributes:
-        best: AFG.
-        own: the same at β = 0, where it was trained.
-        tried: balanced accuracy on the held-out split by β, at the chosen rate and teacher.
-        on_held_out: whether that split decided.
-        note: what has to be said of it, or None.
-    """
-
-    best: Candidate
-    own: Candidate | None
-    tried: dict[str, float]
-    on_held_out: bool
-    note: str | None = None
-
-
-def choose_beta(families: Families, settings: Settings) -> Choice:
-    """Choose rate and teacher at the first β, where all see the same features, and then β.
+def title(settings: Settings, used: float | None = None) -> str:
+    """Return what tables call the stage: AFG, and where β, teacher or head are not the default's, how.
 
     Args:
-        families: of classifiers, with the judge.
         settings: of the generator.
+        used: β, where the val split did not decide.
     """
-    judge, source = families.judge, Source("generated", families.optim.batch_size)
-    wanted = settings.beta
-    if isinstance(wanted, str) and not judge.chooses:
-        wanted = BETA_START
-    grid = {"select": settings.beta_grid, "adaptive": [0.0]}[wanted] if isinstance(wanted, str) else [wanted]
-    found = families.search(source, {"AFG": recipes(settings, families, grid[0])})["AFG"]
-    first = judge.best(found)
-    assert first.trained is not None
-    recipe = first.trained.recipe
-    rest = [beta for beta in grid[1:] if beta != grid[0]]
-    if settings.baselines and wanted != "adaptive" and 0.0 not in grid:
-        rest.append(0.0)
-    at_beta = {grid[0]: first}
-    if rest:
-        trained = families.passes.train(source, [replace(recipe, beta=beta) for beta in rest])
-        at_beta |= {beta: scored(judge, one) for beta, one in zip(rest, trained, strict=True) if one.linear is not None}
-    if wanted == "adaptive":
-        adaptive = train_adaptive(families.passes, source, recipe, judge)
-        note = None
-        if adaptive.score[0] < first.score[0]:
-            note = (
-                f"adaptive β ends below its control: {100 * adaptive.score[0]:.1f} % balanced accuracy on val, and"
-                f" {100 * first.score[0]:.1f} % with β = 0; --method.beta select would have taken the better one"
-            )
-        return Choice(adaptive, first, {}, on_held_out=True, note=note)
-    best = judge.best([at_beta[beta] for beta in grid if beta in at_beta])
-    tried = {f"{beta:g}": at_beta[beta].score[0] for beta in grid if beta in at_beta} if judge.chooses else {}
-    return Choice(best, at_beta.get(0.0), tried, on_held_out=judge.chooses and len(grid) > 1)
-
-
-def scored(judge: Judge, one: Trained) -> Candidate:
-    """Return a trained classifier with its score."""
-    assert one.linear is not None
-    return judge.scored(Candidate(setting_of(one.recipe), one.linear, one))
-
-
-def train_adaptive(passes: Passes, source: Source, recipe: Recipe, judge: Judge) -> Candidate:
-    """Train with a β per class, beside a control with β = 0 on the same noise, which it follows after each epoch.
-
-    Args:
-        passes: trains.
-        source: generated features.
-        recipe: of both, with β = 0.
-        judge: its held-out split is looked at after each epoch.
-    """
-    assert judge.watched is not None
-    watched, head_C = judge.watched, passes.mixture.support.head_C
-    beta_C = torch.full(head_C.shape, BETA_START, device=head_C.device).masked_fill(head_C, 0)
-    stacks, _ = passes.stacks([recipe, replace(recipe, beta=BETA_START)])
-    betas = []
-
-    def mean() -> float:
-        return round(beta_C[~head_C].mean().item(), 6) if not head_C.all() else 0.0
-
-    def follow(_epoch: int) -> None:
-        betas.append(mean())
-        control, adaptive = (measure(stack.linear(0), watched)[0] for stack in stacks)
-        better_C = torch.from_numpy(adaptive.correct_C - control.correct_C).sign().to(beta_C)
-        beta_C.add_(BETA_STEP * better_C).clamp_(0, BETA_MOST).masked_fill_(head_C, 0)
-
-    batches, steps = passes.epochs(source, [0.0, beta_C])
-    _, (adaptive,) = train_together(
-        stacks, batches, steps, "adaptive β and its control", passes.average, follow, passes.silent
-    )
-    if adaptive.linear is None:
-        raise UserError(f"the loss is not finite at optim.lr={recipe.lr:g}; lower optim.lr")
-    for row, beta in zip(adaptive.rows, betas, strict=True):
-        row["beta"] = beta
-    adaptive.beta_C = beta_C
-    candidate = scored(judge, adaptive)
-    candidate.setting["beta"] = betas[-1]
-    return candidate
-
-
-def title(settings: Settings, on_held_out: bool = True) -> str:
-    """Return what tables call the stage: AFG, and where β, teacher or head are not the default's, how."""
-    beta = f", β={settings.beta}"
-    if isinstance(settings.beta, str):
-        beta = {"select": "", "adaptive": ", adaptive β"}[settings.beta] if on_held_out else f", β={BETA_START}"
+    chosen = {"select": "", "adaptive": ", adaptive β"}.get(str(settings.beta), f", β={settings.beta}")
+    beta = chosen if used is None else f", β={used:g}"
     teacher = {"select": "", "corrected": ", corrected teacher", "stage-one": ", teacher stage one"}[settings.teacher]
     distillation = ", no distillation" if settings.distill == 0 else teacher
     head = f", head above {settings.head_above}" if settings.head_above != MANY_ABOVE else ""
@@ -219,7 +102,16 @@ def run(argv: list[str] | None = None) -> None:
         type=Path | None,
         help="write an epoch's generated features and labels, too: FILE.safetensors, or FILE.npy and FILE.labels.npy",
     )
-    run_stage(Program("afg", "AFG", parser, _check, VARIANTS), train, argv)
+    run_stage(Program("afg", "AFG", parser, _check, _work, VARIANTS), train, argv)
+
+
+def _work(config: Any, chooses: bool) -> Work:
+    settings = config.method
+    teachers = 2 if settings.teacher == "select" and settings.distill else 1
+    betas = len(settings.beta_grid) - 1 if settings.beta == "select" else 1
+    ours = len(settings.rates) * teachers + betas if chooses else 1
+    baselines = 4 * (len(settings.rates) if chooses else 1) if settings.baselines else 0
+    return Work(ours + baselines, config.optim.epochs, config.optim.batch_size)
 
 
 def _check(config: Any) -> None:
@@ -228,11 +120,23 @@ def _check(config: Any) -> None:
     if not config.method.rates:
         raise UserError("method.rates is empty; give at least one factor, such as [1.0]")
     if config.export:
+        from train.features.files import check_feature_file
+
         check_feature_file(config.export)
 
 
-def train(stage: Stage) -> None:
+def train(stage: "Stage") -> None:
     """Fit the Gaussians, train the classifiers, and leave a finished run folder."""
+    import torch
+
+    from train.features.beta import choose_beta
+    from train.features.candidates import table
+    from train.features.files import write_features
+    from train.features.results import close_stage
+    from train.features.sample import write_sample
+    from train.features.selection import select
+    from train.features.stage_two import make_families
+
     settings, accelerator, judge = stage.config.method, stage.accelerator, stage.judge
     families = make_families(
         stage,
@@ -249,6 +153,11 @@ def train(stage: Stage) -> None:
         f"{len(stage.labels_N):,} features of {stage.features_ND.shape[1]} dimensions,"
         f" {int(mixture.targets_C.sum()):,} to generate each epoch"
     )
+    if mixture.gaussians.lam != settings.lam:
+        accelerator.print(
+            f"features have negative values, where Tukey's λ={settings.lam:g} is not defined: they are taken as they"
+            " are (λ=1)"
+        )
     choice = choose_beta(families, settings)
     best = choice.best
     if choice.note:
@@ -256,10 +165,11 @@ def train(stage: Stage) -> None:
 
     shown, selected, winner, chosen = [], None, None, {}
     if settings.baselines:
-        by_name = {name: families.closed(name) for name in ("stage one", "logit adjustment", "tau-normalized")}
-        by_name |= families.on_real_features("LWS", "cRT", "no generation", "oversampling")
         # From simple to complex: the order in which a selection prefers them.
-        rivals = {name: judge.best(candidates) for name, candidates in by_name.items()}
+        closed = ("stage one", "logit adjustment", "tau-normalized")
+        trained = ("LWS", "cRT", "no generation", "oversampling")
+        rivals = {name: judge.best(families.closed(name)) for name in closed}
+        rivals |= {name: judge.best(candidates) for name, candidates in families.on_real_features(*trained).items()}
         if choice.own is not None:
             rivals["own Gaussian"] = choice.own
         shown = [{"name": n, "setting": c.setting, **judge.report(c.linear)} for n, c in rivals.items()]
@@ -275,12 +185,16 @@ def train(stage: Stage) -> None:
             accelerator.print(
                 f"selected on val: {name}, the simplest within a standard error of the best there ({chosen['best']})"
             )
+    beta = best.setting["beta"] if best.trained is None or best.trained.beta_C is None else best.trained.beta_C
+    if accelerator.is_main_process:
+        write_sample(stage.run_folder, mixture, beta, stage.config.loop.seed)
     close_stage(
         stage,
-        title(settings, choice.on_held_out),
+        title(settings, None if choice.on_held_out else best.setting["beta"]),
         best,
         selected,
         winner,
+        beta.masked_fill(mixture.support.head_C, torch.nan).cpu() if isinstance(beta, torch.Tensor) else None,
         beta={
             "used": best.setting["beta"],
             "tried": choice.tried,
@@ -294,7 +208,6 @@ def train(stage: Stage) -> None:
     if stage.config.export and accelerator.is_main_process:
         alone = replace(mixture, rank=0, world_size=1)
         rows = int(mixture.targets_C.sum())
-        beta = best.setting["beta"] if best.trained is None or best.trained.beta_C is None else best.trained.beta_C
         chunks = alone.generated(beta, torch.Generator().manual_seed(stage.config.loop.seed))
         write_features(stage.config.export, chunks, rows, stage.features_ND.shape[1])
         print(f"wrote {rows:,} generated features to {stage.config.export}")

@@ -15,20 +15,21 @@ paper.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
-from pipeline.batch import Batch
-from pipeline.plan import Stream
 from pipeline.sampling import Exponent, epochs_before, random_generator
+from pipeline.stream import Stream
 from train.engine.launch import run
 from train.engine.method import Method, Progress, StepResult
-from train.networks.networks import build_network
+
+if TYPE_CHECKING:  # torch comes with the run: see train/engine/launch.py
+    from torch import Tensor
+
+    from pipeline.batch import Batch
 
 Adaptor = Literal["equal", "beta", "parabolic_increment", "linear_decay", "cosine_decay", "parabolic_decay", "separate"]
 ADAPTORS: tuple[Adaptor, ...] = get_args(Adaptor)
@@ -68,9 +69,11 @@ def adaptor_alpha(
             return 1.0 if epoch <= epochs_before(separation, last_epoch) else 0.0
 
 
-def bbn_loss(logits_BC: torch.Tensor, labels_c_B: torch.Tensor, labels_r_B: torch.Tensor, alpha: float) -> torch.Tensor:
+def bbn_loss(logits_BC: "Tensor", labels_c_B: "Tensor", labels_r_B: "Tensor", alpha: float) -> "Tensor":
     """Return α·E(p, y_c) + (1-α)·E(p, y_r) (BBN, Eq. 3): a scalar from logits (B, C) and int64 labels (B,)."""
-    return alpha * F.cross_entropy(logits_BC, labels_c_B) + (1 - alpha) * F.cross_entropy(logits_BC, labels_r_B)
+    from torch.nn.functional import cross_entropy
+
+    return alpha * cross_entropy(logits_BC, labels_c_B) + (1 - alpha) * cross_entropy(logits_BC, labels_r_B)
 
 
 class BBN(Method):
@@ -97,16 +100,17 @@ class BBN(Method):
         q: Exponent = -1.0
 
     def __init__(self, config: Any, train_counts_C: NDArray[np.int64]) -> None:
+        from train.networks.networks import build_network
+
         self.title = "BBN"
         self._settings = config.method
         self.streams = (
             Stream("uniform", q=1.0, augment=config.input.augment),
             Stream("reversed", q=config.method.q, augment=config.input.augment),
         )
-        model = config.model
-        self.network = build_network("bilateral", model.backbone, len(train_counts_C), model.weights)
+        self.network = build_network("bilateral", num_classes=len(train_counts_C), **config.network())
 
-    def step(self, batch: dict[str, Batch], progress: Progress) -> StepResult:  # noqa: D102
+    def step(self, batch: "dict[str, Batch]", progress: Progress) -> StepResult:  # noqa: D102
         alpha = adaptor_alpha(
             self._settings.adaptor,
             progress.epoch,

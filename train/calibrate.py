@@ -17,7 +17,7 @@ import numpy as np
 from jsonargparse.typing import ClosedUnitInterval
 from numpy.typing import NDArray
 
-from shards.cli import Parser
+from shards.cli import Parser, program_name
 from shards.errors import UserError, user_errors_exit_2
 from train.engine.calibration import Calibration, fit, probabilities, reject_threshold, write_calibration
 from train.engine.inference import open_model
@@ -110,14 +110,15 @@ def table(calibration: Calibration, about: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Calibrate as the command line says; a user's mistake exits with status 2."""
-    parser = Parser(prog="python -m train.calibrate", description=(__doc__ or "").split("\n")[0])
+    program = program_name("python -m train.calibrate", "calibrate")
+    parser = Parser(prog=program, description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="a run's folder")
     parser.add_argument(
         "--reject", type=ClosedUnitInterval | None, help="share of the labels given that is to be right"
     )
     parser.add_argument("--per-class", action="store_true", help="with --reject: a threshold for each class")
     asked = parser.parse_args(argv)
-    with user_errors_exit_2("python -m train.calibrate"):
+    with user_errors_exit_2(program):
         if asked.per_class and asked.reject is None:
             raise UserError("--per-class needs --reject, the share of the labels given that is to be right")
         _calibrate_run(asked.run, asked.reject, asked.per_class)

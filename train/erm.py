@@ -23,23 +23,23 @@ are those of train/engine/objectives.py, weights of train/engine/weights.py, mix
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jsonargparse.typing import NonNegativeFloat
 from numpy.typing import NDArray
-from torch import Tensor
 
-from pipeline.batch import Batch
-from pipeline.plan import Stream
 from pipeline.sampling import Exponent, class_probabilities, epochs_before
+from pipeline.stream import Stream
 from shards.errors import UserError
 from train.engine.launch import run
 from train.engine.method import Method, Progress, StepResult
 from train.engine.mixing import PARTNERS, ManifoldMixup, make_mixing, said
-from train.engine.objectives import Adjusted, make_objective
-from train.engine.weights import class_weights, make_weighting, mean_loss
-from train.networks.networks import HiddenMix, build_network
+
+if TYPE_CHECKING:  # torch comes with the run: see train/engine/launch.py
+    from torch import Tensor
+
+    from pipeline.batch import Batch
 
 
 class ERM(Method):
@@ -72,32 +72,36 @@ class ERM(Method):
         mix: str = "none"
 
     def __init__(self, config: Any, train_counts_C: NDArray[np.int64]) -> None:
-        settings, model = config.method, config.model
+        from train.engine.objectives import Adjusted, make_objective
+        from train.engine.weights import class_weights, make_weighting
+        from train.networks.networks import build_network
+
+        settings = config.method
         self._objective = make_objective(settings.objective, train_counts_C)
         self._defer, weighting = settings.defer, make_weighting(settings.weights)
         self._weights_C = None if weighting is None else class_weights(weighting, train_counts_C)
         self._mixing = make_mixing(settings.mix)
         network = build_network(
             "plain",
-            model.backbone,
-            len(train_counts_C),
-            model.weights,
+            num_classes=len(train_counts_C),
             classifier=self._objective.classifier,
             scale=self._objective.scale,
+            **config.network(),
         )
-        self._check(settings, model.backbone, network.depths)
+        adjusts = isinstance(self._objective, Adjusted)
+        self._check(settings, config.model.backbone, network.depths, adjusts)
         self.network = network
         augment, mix = config.input.augment, self._mixing.mix() if self._mixing else None
         train = Stream("train", q=settings.q, augment=augment, mix=mix, from_share=settings.defer)
         self.streams = (train,)
-        if isinstance(self._objective, Adjusted) and settings.q != 1:
+        if adjusts and settings.q != 1:
             self._objective.draw_by(lambda progress: _drawn(train_counts_C, train, progress))
         if self._mixing and self._mixing.partner_q is not None:
             self.streams += (Stream(PARTNERS, q=self._mixing.partner_q, augment=augment),)
         prefix, mixed = weighting.title if weighting else None, self._mixing.label if self._mixing else None
         self.title = _title(self._objective.title, prefix, settings, mixed)
 
-    def _check(self, settings: Any, backbone: str, depths: int) -> None:
+    def _check(self, settings: Any, backbone: str, depths: int, adjusts: bool) -> None:
         """Refuse settings that make no sense together."""
         if settings.defer >= 1:
             raise UserError(
@@ -116,10 +120,15 @@ class ERM(Method):
                 f"method.objective={settings.objective} counts which images are recognised, and method.mix="
                 f"{settings.mix} gives each two labels; choose another objective, or --method.mix none"
             )
-        if isinstance(self._objective, Adjusted) and self._mixing.partner_q is not None:
+        if adjusts and self._mixing.partner_q is not None:
             raise UserError(
                 f"method.objective={settings.objective} adjusts for the classes that one sampler draws, and method.mix="
                 f"{settings.mix} mixes those of two; leave partner_q out, or choose another objective"
+            )
+        if isinstance(self._mixing, ManifoldMixup) and self._mixing.depth != 0 and depths == 0:
+            raise UserError(
+                f"method.mix={settings.mix} mixes maps between a ResNet's stages, and model.backbone={backbone} shows"
+                " none; choose mixup, or manifold(depth=0)"
             )
         if isinstance(self._mixing, ManifoldMixup) and self._mixing.depth != "random" and self._mixing.depth > depths:
             raise UserError(
@@ -127,7 +136,9 @@ class ERM(Method):
                 f" {depths}; choose one of them"
             )
 
-    def step(self, batch: dict[str, Batch], progress: Progress) -> StepResult:  # noqa: D102
+    def step(self, batch: "dict[str, Batch]", progress: Progress) -> StepResult:  # noqa: D102
+        from train.engine.weights import mean_loss
+
         train, weights_C = batch["train"], None
         if self._weights_C is not None and progress.epoch > epochs_before(self._defer, progress.epochs):
             weights_C = self._weights_C = self._weights_C.to(train.labels_B.device)
@@ -135,7 +146,9 @@ class ERM(Method):
         loss = mean_loss(lambda labels_B: self._objective.losses(logits_BC, labels_B, progress), train, weights_C)
         return StepResult(loss, self._objective.sums(logits_BC, train.labels_B, progress))
 
-    def _logits(self, batch: dict[str, Batch], progress: Progress) -> Tensor:
+    def _logits(self, batch: "dict[str, Batch]", progress: Progress) -> "Tensor":
+        from train.networks.networks import HiddenMix
+
         train = batch["train"]
         if not isinstance(self._mixing, ManifoldMixup):  # pictures are mixed already
             logits_BC: Tensor = self.network(train.images_BHWC)
@@ -148,7 +161,7 @@ class ERM(Method):
         mixed_BC: Tensor = self.network(train.images_BHWC, mix, others_BHWC)
         return mixed_BC
 
-    def end_of_epoch(self, sums: dict[str, Tensor], progress: Progress) -> dict[str, float]:  # noqa: D102
+    def end_of_epoch(self, sums: "dict[str, Tensor]", progress: Progress) -> dict[str, float]:  # noqa: D102
         return self._objective.end_of_epoch(sums, progress)
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102

@@ -5,8 +5,8 @@
     images, uint8, (B, H, W, 3), RGB ─ centre square ─ resize to S×S ─ normalise ─ network ─ calibration ─ softmax
 
 `--input any` (the default) takes batches of any height and width; `--input network` those of the network's own S×S. The
-resize inside is the evaluation's (PIL's triangle filter with its integer weights and a rounding after each of its two
-passes) as two matrix products, so that every runtime computes the same pixels as PIL. What the file does not
+resize inside is the evaluation's (PIL's triangle or cubic filter with its integer weights and a rounding after each of
+its two passes) as two matrix products, so that every runtime computes the same pixels as PIL. What the file does not
 do is what happens before: turning by EXIF, and shrinking to --shorter-side where the dataset was built so. It carries
 the class names and the model's description in its metadata, with the calibration's thresholds. Calibration is inside:
 logits, too, are those whose softmax is the calibrated probabilities.
@@ -30,8 +30,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from pipeline.augment import find_recipe
 from shards.atomic import partial_file
-from shards.cli import Parser
+from shards.cli import Parser, program_name
 from shards.errors import UserError, user_errors_exit_2
 from train.engine.calibration import Calibration
 from train.engine.inference import Model, open_model
@@ -72,8 +73,9 @@ class ExportedModel(nn.Module):
 def centre_resize(images_BHWC: Tensor, size: int, recipe: str) -> Tensor:
     """Show the centre of images as an evaluation does: uint8 (B, H, W, 3) to float32 (B, size, size, 3).
 
-    PIL's resize of a window is, in each direction, a sum of pixels with weights max(0, 1 − |distance| / scale) that
-    sum to 1, rounded to grey levels: here a matrix with a row for each pixel of the result, 0 outside the window.
+    PIL's resize of a window is, in each direction, a sum of pixels with weights k(|distance| / scale) that sum to 1,
+    rounded to grey levels: here a matrix with a row for each pixel of the result, 0 outside the window. k is a
+    triangle, or Keys' cubic with a = −1/2.
     """
     weights_SH, weights_SW = _weights(images_BHWC, size, recipe)
     rows_BHSC = _grey_levels(torch.einsum("bhwc,sw->bhsc", images_BHWC.float(), weights_SW))
@@ -85,6 +87,7 @@ def _weights(images_BHWC: Tensor, size: int, recipe: str) -> tuple[Tensor, Tenso
     _, height, width, _ = images_BHWC.shape
     pixels_H, pixels_W = (torch.arange(length, dtype=torch.float32) for length in (height, width))
     lengths = [pixels.amax(0) + 1 for pixels in (pixels_H, pixels_W)]
+    kernel = {"bilinear": _triangle, "bicubic": _cubic}[find_recipe(recipe).interpolation]
     found = []
     for pixels_N, length in zip((pixels_H, pixels_W), lengths, strict=True):
         start, side = _window(length, torch.minimum(*lengths), recipe)
@@ -93,16 +96,29 @@ def _weights(images_BHWC: Tensor, size: int, recipe: str) -> tuple[Tensor, Tenso
         within_N = pixels_N - start
         distances_SN = (within_N + 0.5 - centres_S[:, None]).abs() / scale.clamp(min=1)
         inside_N = (within_N >= 0) & (within_N < side)
-        weights_SN = (1 - distances_SN).clamp(min=0) * inside_N
+        weights_SN = kernel(distances_SN) * inside_N
         found.append(_as_stored(weights_SN / weights_SN.sum(1, keepdim=True)))
     return found[0], found[1]
 
 
+def _triangle(distances: Tensor) -> Tensor:
+    return (1 - distances).clamp(min=0)
+
+
+def _cubic(distances: Tensor) -> Tensor:
+    """Keys, "Cubic Convolution Interpolation for Digital Image Processing", 1981, with a = −1/2."""
+    near = (1.5 * distances - 2.5) * distances**2 + 1
+    far = ((-0.5 * distances + 2.5) * distances - 4) * distances + 2
+    return torch.where(distances < 1, near, torch.where(distances < 2, far, 0.0))
+
+
 def _window(length: Tensor, shortest: Tensor, recipe: str) -> tuple[Tensor, Tensor]:
     """Return where the window of a recipe of `pipeline.augment` begins in one direction, and its length, in pixels."""
-    if recipe == "none":
-        return ((length - shortest) / 2).floor(), shortest
-    assert recipe == "eval", recipe
+    if not recipe.startswith("eval"):  # none, centre(share)
+        share = find_recipe(recipe).centre_share
+        assert share is not None, recipe
+        side = (shortest.double() * share).round().clamp(min=1).float()
+        return ((length - side) / 2).floor(), side
     # As `pipeline.augment` has it: torchvision's Resize(256) and CenterCrop(224) in the stored image's pixels.
     length, shortest = length.double(), shortest.double()
     resized = (256 * length / shortest).floor()
@@ -120,7 +136,7 @@ def _as_stored(weights_SN: Tensor) -> Tensor:
     one = torch.tensor(2.0**PRECISION)
     if IS_SIMD:
         one = torch.minimum(one, 2.0 ** torch.floor(torch.log2((2.0**15 - 0.5) / weights_SN.max())))
-    return (weights_SN * one + 0.5).floor() / one
+    return weights_SN.sign() * (weights_SN.abs() * one + 0.5).floor() / one
 
 
 def _grey_levels(values: Tensor) -> Tensor:
@@ -249,7 +265,8 @@ def _shown(model: Model, image: Image.Image) -> NDArray[np.uint8]:
 
 def main(argv: list[str] | None = None) -> None:
     """Export as the command line says; a user's mistake exits with status 2."""
-    parser = Parser(prog="python -m train.export", description=(__doc__ or "").split("\n")[0])
+    program = program_name("python -m train.export", "export")
+    parser = Parser(prog=program, description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="a run's folder")
     parser.add_argument("--format", type=Literal["onnx", "pt2"], default="onnx", help="of the file")
     parser.add_argument("--out", type=Path | None, metavar="FILE", help="default: model.onnx or model.pt2 in the run")
@@ -261,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         "--weights", type=Literal["last", "selected"] | None, help="default: those that val chose, where it chose"
     )
     asked = parser.parse_args(argv)
-    with user_errors_exit_2("python -m train.export"):
+    with user_errors_exit_2(program):
         model = open_model(asked.run, asked.weights)
         out = asked.out or asked.run / f"model.{asked.format}"
         check_new(out)

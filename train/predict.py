@@ -26,11 +26,12 @@ from jsonargparse.typing import PositiveInt
 from numpy.typing import NDArray
 
 from shards.atomic import partial_file
-from shards.cli import Parser
+from shards.cli import Parser, program_name
+from shards.encode import unread
 from shards.errors import UserError, user_errors_exit_2
 from shards.progress import Progress, say
 from train.engine.calibration import shares
-from train.engine.inference import Item, Model, find_images, open_model, show_images
+from train.engine.inference import Item, Model, find_images, left_out, open_model, show_images
 
 Format = Literal["table", "csv", "jsonl", "parquet"]
 
@@ -279,7 +280,8 @@ def read_list(file: Any) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Predict as the command line says; a user's mistake exits with status 2."""
-    parser = Parser(prog="python -m train.predict", description=(__doc__ or "").split("\n")[0])
+    program = program_name("python -m train.predict", "predict")
+    parser = Parser(prog=program, description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", action="append", metavar="RUN", help="a run's folder; several are averaged")
     parser.add_argument("paths", nargs="*", metavar="PATH", help="images, folders, .tar shards; - reads a list of them")
     parser.add_argument("--topk", type=PositiveInt, default=5, help="classes to name")
@@ -293,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
     asked = parser.parse_args(argv)
     try:
-        with user_errors_exit_2("python -m train.predict"):
+        with user_errors_exit_2(program):
             _main(asked)
     except BrokenPipeError:  # such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -313,6 +315,9 @@ def _main(asked: Any) -> None:
         check_new(asked.out)  # before any work
     listed = read_list(sys.stdin.buffer) if "-" in asked.paths else []
     items = find_images([path for path in asked.paths if path != "-"], listed)
+    for path in asked.paths:
+        if others := left_out(path):
+            say(f"{printable(path)}: {unread(others)}")
     for model in models:
         how = "calibrated" if model.calibration else "not calibrated"
         say(f"{printable(model.run)}: {model.description.method}, {model.weights} weights, {how}")

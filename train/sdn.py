@@ -26,23 +26,22 @@ leaves a choice, this is what was made of it:
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
 
-from pipeline.batch import Batch
-from pipeline.plan import Stream
 from pipeline.sampling import epochs_before
+from pipeline.stream import Stream
 from shards.errors import UserError
 from train.engine.launch import run
 from train.engine.method import Method, Progress, StepResult
-from train.engine.objectives import make_objective
-from train.engine.weights import class_weights, make_weighting, mean_loss
-from train.networks.networks import build_network
+
+if TYPE_CHECKING:  # torch comes with the run: see train/engine/launch.py
+    from torch import Tensor
+
+    from pipeline.batch import Batch
 
 BRANCHES = ("weak", "strong")
 
@@ -52,8 +51,10 @@ def classification_weight(epoch: int, epochs: int, gamma: float) -> float:
     return float((epoch / epochs) ** gamma)
 
 
-def divergences(logits_s_BC: Tensor, logits_w_BC: Tensor) -> Tensor:
+def divergences(logits_s_BC: "Tensor", logits_w_BC: "Tensor") -> "Tensor":
     """Return KL(P_s‖P_w) = Σ_i P_s^i·log(P_s^i / P_w^i) of each image, in nats, shape (B,) (SDNHL, section 2.1)."""
+    from torch.nn import functional as F
+
     log_s_BC, log_w_BC = logits_s_BC.log_softmax(1), logits_w_BC.log_softmax(1)
     return F.kl_div(log_w_BC, log_s_BC, reduction="none", log_target=True).sum(1)
 
@@ -86,7 +87,11 @@ class SDN(Method):
         hard_from: ClosedUnitInterval = 0.8
 
     def __init__(self, config: Any, train_counts_C: NDArray[np.int64]) -> None:
-        settings, model = config.method, config.model
+        from train.engine.objectives import make_objective
+        from train.engine.weights import class_weights, make_weighting
+        from train.networks.networks import build_network
+
+        settings = config.method
         self._settings, weighting = settings, make_weighting(settings.weights)
         if settings.defer >= 1:
             raise UserError(
@@ -111,14 +116,15 @@ class SDN(Method):
         self.streams = (weak, Stream("strong", augment=f"{weak.augment}+strong", repeats="weak"))
         self.network = build_network(
             "bilateral",
-            model.backbone,
-            len(train_counts_C),
-            model.weights,
+            num_classes=len(train_counts_C),
             classifier=first.classifier,
             scale=first.scale,
+            **config.network(),
         )
 
-    def step(self, batch: dict[str, Batch], progress: Progress) -> StepResult:  # noqa: D102
+    def step(self, batch: "dict[str, Batch]", progress: Progress) -> StepResult:  # noqa: D102
+        from train.engine.weights import mean_loss
+
         settings, weights_C = self._settings, None
         if self._weights_C is not None and progress.epoch > epochs_before(settings.defer, progress.epochs):
             weights_C = self._weights_C = self._weights_C.to(batch["weak"].labels_B.device)
@@ -126,7 +132,7 @@ class SDN(Method):
         logits_w_BC, logits_s_BC = self.network(batch["weak"].images_BHWC, batch["strong"].images_BHWC)
         logits = {"weak": logits_w_BC, "strong": logits_s_BC}
 
-        def classification(branch: str) -> Tensor:
+        def classification(branch: str) -> "Tensor":
             objective = self._objectives[branch, part]
             return mean_loss(lambda y_B: objective.losses(logits[branch], y_B, progress), batch[branch], weights_C)
 
@@ -140,7 +146,7 @@ class SDN(Method):
                 sums[f"{branch}_{part}_{name}"] = value
         return StepResult(loss, sums)
 
-    def end_of_epoch(self, sums: dict[str, Tensor], progress: Progress) -> dict[str, float]:  # noqa: D102
+    def end_of_epoch(self, sums: "dict[str, Tensor]", progress: Progress) -> dict[str, float]:  # noqa: D102
         logged: dict[str, float] = {}
         for (branch, part), objective in self._objectives.items():
             prefix = f"{branch}_{part}_"

@@ -127,7 +127,7 @@ def reason(errors: str) -> str:
 
 
 def header(**environment: Any) -> dict[str, Any]:
-    """What every result begins with: the command, the commit, and the machine with what else is told about it."""
+    """What every result begins with: the command, the commit, and the machine with whatever else is given."""
     return {
         "command": " ".join(sys.orig_argv[1:]),
         "commit": commit(),

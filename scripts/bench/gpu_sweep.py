@@ -133,6 +133,6 @@ def markdown(rows: list[dict[str, Any]], machine: str) -> str:
     ]
     for row in sorted(rows, key=lambda row: -(row["images_per_second"] or 0)):
         rate = row["images_per_second"]
-        told = f"{rate:,.0f}" if rate else row["error"]
-        lines.append("| " + " | ".join([*(str(row[key]) for key in keys[:-1]), told]) + " |")
+        shown = f"{rate:,.0f}" if rate else row["error"]
+        lines.append("| " + " | ".join([*(str(row[key]) for key in keys[:-1]), shown]) + " |")
     return "\n".join(lines) + "\n"

@@ -28,7 +28,7 @@ SECONDS_TO_END = 20
 
 
 class LoaderError(RuntimeError):
-    """A loader that did not start or did not go on; the message is its last line."""
+    """A loader that did not start or stopped; the message is its last line."""
 
 
 @dataclass(frozen=True)

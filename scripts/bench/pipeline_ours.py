@@ -21,7 +21,8 @@ from PIL import Image
 
 from bench.loader_process import Steps, serve
 from bench.pipeline_peers import BATCH, MEAN, SIZE, STD
-from pipeline.loader import LoaderKind, open_loader
+from pipeline.kinds import LoaderKind
+from pipeline.loader import open_loader
 from pipeline.plan import Stream, TrainPlan
 from pipeline.reader import ShardReader
 from pipeline.sampling import class_probabilities

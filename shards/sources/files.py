@@ -2,6 +2,7 @@
 
 import os
 import posixpath
+import stat
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,7 @@ class FileReader:
         except OSError:
             raise UserError(
                 f"{folder} was there when the images were listed and is not any more ({error.strerror}); bring it back,"
-                " and the same command goes on"
+                " and give the same command again to resume"
             ) from None
 
 
@@ -107,12 +108,20 @@ class FoundFiles:
         self.sizes = array("q")
         self.changed = array("q")
 
-    def add(self, name: str, found: os.stat_result | None) -> None:
-        """Add a file; None for one that is missing or cannot be looked at."""
+    def add(self, name: str, path: str) -> None:
+        """Look at a file and add it; one that is missing, or cannot be looked at, has a size of -1."""
         self.names.append(name)
-        self.sizes.append(-1 if found is None else found.st_size)
-        # A file that is moved to another's place keeps its time of writing, but not the other one.
-        self.changed.append(-1 if found is None else max(found.st_mtime_ns, found.st_ctime_ns))
+        try:
+            link = os.lstat(path)
+            found = os.stat(path) if stat.S_ISLNK(link.st_mode) else link
+        except OSError:
+            self.sizes.append(-1)
+            self.changed.append(-1)
+            return
+        self.sizes.append(found.st_size)
+        # A file that is moved to another's place keeps its time of writing, but not the other one. A link that leads to
+        # another file now may lead to one that is old in both.
+        self.changed.append(max(found.st_mtime_ns, found.st_ctime_ns, link.st_ctime_ns))
 
     def listing(self, labels: Sequence[int]) -> Listing:
         """Return them with their labels."""
@@ -129,10 +138,7 @@ def look_at(root: Path, names: Sequence[str], labels: Sequence[int]) -> Listing:
     found = FoundFiles()
     with Progress("list", len(names)) as progress:
         for i, name in enumerate(names, 1):
-            try:
-                found.add(name, os.stat(f"{root}/{name}"))
-            except OSError:
-                found.add(name, None)
+            found.add(name, f"{root}/{name}")
             if i % LOOKED_AT == 0:
                 progress.add(LOOKED_AT)
     return found.listing(labels)
@@ -162,7 +168,7 @@ def listed_source(
         UserError: an image with two labels, a name that leads out of the folder, no image there at all, a class
             whose training images are all missing, or fewer than two classes.
     """
-    told = list(skipped)
+    notes = list(skipped)
     splits = {}
     label_of: dict[str, int] = {}
     repeated: list[str] = []
@@ -185,10 +191,10 @@ def listed_source(
             labels.append(label)
         splits[split] = look_at(root, names, labels)
     if repeated:
-        told.append(f"images that are listed again are left out: {some(repeated)}")
+        notes.append(f"images that are listed again are left out: {some(repeated)}")
 
-    _check_files(root, splits, classes, told)
-    splits, kept = _without_untrained(splits, classes, told)
+    _check_files(root, splits, classes, notes)
+    splits, kept = _without_untrained(splits, classes, notes)
     names_C = _distinct([classes[j] for j in kept], kept)
     if len(names_C) < 2:
         raise UserError(f"{root}: classes with training images: {len(names_C)}; a dataset needs at least two")
@@ -201,12 +207,12 @@ def listed_source(
         fingerprint(names_C, splits),
         peek=reader.peek,
         notes=tuple(escaped_note(splits)),
-        skipped=tuple(told),
+        skipped=tuple(notes),
         **attributes,
     )
 
 
-def _check_files(root: Path, splits: dict[str, Listing], classes: Sequence[str], told: list[str]) -> None:
+def _check_files(root: Path, splits: dict[str, Listing], classes: Sequence[str], notes: list[str]) -> None:
     """Tell of files that are missing; UserError where nothing could be built without them."""
     missing = []
     for split, listing in splits.items():
@@ -217,7 +223,7 @@ def _check_files(root: Path, splits: dict[str, Listing], classes: Sequence[str],
                 f"none of the {len(listing):,} {split} images is there: {root / listing.names[0]} is missing"
             )
     if missing:
-        told.append(f"files that are listed and not there: {some(missing)}")
+        notes.append(f"files that are listed and not there: {some(missing)}")
     train = splits["train"]
     listed_C = train.class_counts(len(classes))
     there_C = np.bincount(train.labels[_sizes(train) >= 0], minlength=len(classes))
@@ -230,20 +236,20 @@ def _check_files(root: Path, splits: dict[str, Listing], classes: Sequence[str],
 
 
 def _without_untrained(
-    splits: dict[str, Listing], classes: Sequence[str], told: list[str]
+    splits: dict[str, Listing], classes: Sequence[str], notes: list[str]
 ) -> tuple[dict[str, Listing], list[int]]:
     """Leave out classes without a training image; return the splits with labels that count what is kept."""
     trained_C = splits["train"].class_counts(len(classes)) > 0
     if trained_C.all():
         return splits, list(range(len(classes)))
     untrained = [classes[j] for j in np.flatnonzero(~trained_C).tolist()]
-    told.append(f"classes without a training image are left out: {some(untrained)}")
+    notes.append(f"classes without a training image are left out: {some(untrained)}")
     new_label_C = np.cumsum(trained_C) - 1
     kept_splits = {}
     for split, listing in splits.items():
         kept = listing[np.flatnonzero(trained_C[listing.labels])]
         if len(kept) < len(listing):
-            told.append(f"{split} images of such classes are left out: {len(listing) - len(kept)}")
+            notes.append(f"{split} images of such classes are left out: {len(listing) - len(kept)}")
         kept_splits[split] = replace(kept, labels=new_label_C[kept.labels])
     return kept_splits, np.flatnonzero(trained_C).tolist()
 

@@ -3,20 +3,22 @@
     pets/cat/*.jpg                  or    pets/train/cat/*.jpg
     pets/dog/2024/may/*.png               pets/test/cat/*.jpg      (and/or val/; see splits.py for other names)
 
-Images may lie at any depth below their class folder. Hidden files and folders are skipped; so are files whose
-extension is not that of an image that PIL reads, and these are counted.
+Images may lie at any depth below their class folder. Hidden files and folders are skipped, and the thumbnails of a
+network drive; so are files whose extension is not that of an image that PIL reads, and these are counted.
 """
 
 import os
 from collections import Counter
 from pathlib import Path
 
-from shards.encode import EXTENSIONS, UNREAD_EXTENSIONS
+from shards.encode import EXTENSIONS, UNREAD_EXTENSIONS, unread
 from shards.errors import UserError
 from shards.progress import Progress
 from shards.sources.files import FileReader, FoundFiles, check_folder, escaped_note, printable
 from shards.sources.source import Source, fingerprint
 from shards.sources.splits import split_roots
+
+THUMBNAILS = "@eaDir"  # Synology's drives make one in each folder, with smaller copies of its pictures
 
 
 def open_source(path: Path | None) -> Source:
@@ -41,13 +43,16 @@ def open_source(path: Path | None) -> Source:
             files = FoundFiles()
             labels: list[int] = []
             for folder in folders:
-                found, foreign = _images(root, folder, progress)
+                found, foreign = _images(root, folder)
                 if not found:
                     only = f" (only {_kinds(foreign)})" if foreign else ""
-                    raise UserError(f"class folder {folder} holds no images{only}; add some or remove the folder")
+                    unreadable = _unread(foreign)
+                    why = f"; {unread(unreadable)}" if unreadable else ""
+                    raise UserError(f"class folder {folder} holds no images{only}; add some or remove the folder{why}")
                 others += foreign
-                for image in found:
-                    files.add(*image)
+                for name in found:
+                    files.add(name, f"{root}/{name}")
+                progress.add(len(found))
                 labels += [label_of[folder.name]] * len(found)
             splits[split] = files.listing(labels)
 
@@ -56,15 +61,10 @@ def open_source(path: Path | None) -> Source:
         raise UserError(f"class {untrained[0]!r} has no training images: {roots['train'] / untrained[0]} is missing")
     if loose := sum(_is_image(path.name) for folder in roots.values() for path in folder.iterdir()):
         notes.append(f"images that lie in no class folder are skipped: {loose}")
-    if plain := Counter({kind: n for kind, n in others.items() if kind not in UNREAD_EXTENSIONS}):
+    unreadable = _unread(others)
+    if plain := others - unreadable:
         notes.append(f"files that are no images are skipped: {_kinds(plain)}")
-    skipped = []
-    if unread := others - plain:
-        kind = unread.most_common(1)[0][0]
-        skipped.append(
-            f"images that this PIL does not read are left out: {_kinds(unread)};"
-            f" ImageMagick turns them into JPEG: magick mogrify -format jpg *{kind}"
-        )
+    skipped = (unread(unreadable),) if unreadable else ()
     notes += escaped_note(splits)
     classes = [printable(name) for name in folder_names]
     reader = FileReader(root)
@@ -75,12 +75,16 @@ def open_source(path: Path | None) -> Source:
         fingerprint(classes, splits),
         peek=reader.peek,
         notes=tuple(notes),
-        skipped=tuple(skipped),
+        skipped=skipped,
     )
 
 
 def _is_sub_folder(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith(".")
+    return path.is_dir() and not _is_hidden(path.name)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == THUMBNAILS
 
 
 def _sub_folders(folder: Path) -> list[Path]:
@@ -90,11 +94,9 @@ def _sub_folders(folder: Path) -> list[Path]:
     return found
 
 
-def _images(
-    root: Path, class_folder: Path, progress: Progress
-) -> tuple[list[tuple[str, os.stat_result | None]], Counter[str]]:
-    """List the image files below a class folder in a fixed order, looking at each once; count others by extension."""
-    images: list[tuple[str, os.stat_result | None]] = []
+def _images(root: Path, class_folder: Path) -> tuple[list[str], Counter[str]]:
+    """Name the image files below a class folder in a fixed order; count others by extension."""
+    images: list[str] = []
     others: Counter[str] = Counter()
     start = len(f"{root}/")
     waiting = [str(class_folder)]
@@ -105,30 +107,25 @@ def _images(
         if (place.st_dev, place.st_ino) in seen:  # a link back to where it came from
             continue
         seen.add((place.st_dev, place.st_ino))
-        before = len(images)
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if _is_hidden(entry.name):
                     continue
                 if entry.is_dir():  # links to folders too
                     waiting.append(entry.path)
                 elif _is_image(entry.name):
-                    images.append((entry.path[start:], _stat(entry)))
+                    images.append(entry.path[start:])
                 else:
                     others[os.path.splitext(entry.name)[1].lower() or "without extension"] += 1
-        progress.add(len(images) - before)
-    return sorted(images, key=lambda image: image[0].split("/")), others
-
-
-def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
-    try:
-        return entry.stat()
-    except OSError:  # a dangling link: told when it is read
-        return None
+    return sorted(images, key=lambda name: name.split("/")), others
 
 
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+
+
+def _unread(files: Counter[str]) -> Counter[str]:
+    return Counter({kind: count for kind, count in files.items() if kind in UNREAD_EXTENSIONS})
 
 
 def _kinds(files: Counter[str]) -> str:

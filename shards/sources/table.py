@@ -11,6 +11,7 @@ share: no path of this machine is stored, and images that are moved together sta
 
 import csv
 import os
+from functools import cache
 from io import StringIO
 from pathlib import Path
 
@@ -83,6 +84,13 @@ def _shared_folder(path: Path, names: list[str]) -> tuple[Path, list[str]]:
     fetched = path.resolve().is_relative_to(cache_folder().resolve())
     if fetched or not any(name.startswith("/") or ".." in name.split("/") for name in names):
         return path.parent, names
-    paths = [os.path.normpath(os.path.join(path.parent.absolute(), name)) for name in names]
+    real = cache(os.path.realpath)  # of few folders
+
+    def without_dots(name: str) -> str:
+        # Links stay, but for one that ".." follows: that leads to the folder above the link's goal.
+        before, dots, behind = name.rpartition("/../")
+        return os.path.normpath(os.path.join(real(f"{before}/.."), behind) if dots else name)
+
+    paths = [without_dots(os.path.join(real(path.parent), name)) for name in names]
     folder = os.path.commonpath({os.path.dirname(name) for name in paths})
     return Path(folder), [os.path.relpath(name, folder) for name in paths]

@@ -46,24 +46,29 @@ def write_run(
     epochs: int = 3,
     alpha: bool = True,
     test_images_per_class: int = 20,
+    test_counts: list[int] | None = None,
+    test_ids: NDArray[np.int64] | None = None,
+    data: str | None = None,
     predictions: bool = False,
+    diagnostics: bool = False,
     settings: dict[str, Any] | None = None,
     changed: list[str] | None = None,
     **summary: Any,
 ) -> Path:
     """Write one run folder whose recall falls toward the tail from 1 to about `recall`.
 
-    `settings` come over the configuration by dotted key; `changed` are the keys that differ from the preset.
+    `settings` come over the configuration by dotted key; `changed` are the keys that differ from the preset. Of test
+    images sorted by class, `test_ids` are the rows in the split of a dataset that lies at `data`.
     """
     counts_C = np.array(train_counts or [500, 101, 100, 20, 19, 3])
     size_C = np.log(counts_C) / np.log(counts_C.max()) if counts_C.max() > 1 else np.ones(len(counts_C))
     rng = np.random.default_rng(summary.get("seed", 0))
-    total_C = np.full(len(counts_C), test_images_per_class)
+    total_C = np.array(test_counts) if test_counts else np.full(len(counts_C), test_images_per_class)
     correct_C = rng.binomial(total_C, np.clip(recall + (0.97 - recall) * size_C, 0, 1))
     last = summarize(Tally(correct_C, total_C, np.zeros((3, 15))), counts_C) | {"ece": 0.0625}
 
     path.mkdir(parents=True)
-    write_config(path, epochs, summary, settings or {}, changed)
+    write_config(path, epochs, summary, {"about.data": data or f"data/{path.name}", **(settings or {})}, changed)
     with (path / "metrics.jsonl").open("w", encoding="utf-8") as lines:
         for epoch in range(1, epochs + 1):
             t = epoch / epochs
@@ -101,12 +106,33 @@ def write_run(
     }
     (path / "summary.json").write_text(json.dumps(complete | summary), encoding="utf-8")
     if predictions:
-        write_predictions(path, correct_C, total_C, complete | summary)
+        write_predictions(path, correct_C, total_C, complete | summary, test_ids)
+    if diagnostics:
+        write_diagnostics(path, counts_C, complete | summary)
     return path
 
 
+def write_diagnostics(path: Path, counts_C: NDArray[np.int64], summary: dict[str, Any]) -> None:
+    """Write what stage one keeps of a bilateral network, and what AFG keeps of its features and its β per class."""
+    size_C, rng = counts_C**0.25, np.random.default_rng(summary["seed"])
+    arrays = {"norms": np.hypot(size_C, 3 / size_C), "norms_conventional": size_C, "norms_rebalancing": 3 / size_C}
+    if summary["stage"] == 1:
+        arrays["distances"] = 1 / (1 + size_C)
+    else:
+        arrays["beta"] = np.where(counts_C > 100, 0, 0.6 + 0.1 / size_C)
+        labels = np.repeat(np.argsort(-counts_C, kind="stable")[[0, 1, -2, -1]], 10)
+        features = rng.normal(size=(40, 8)) + 5 * rng.normal(size=(len(counts_C), 8))[labels]
+        generated = np.tile([True, False], 20)
+        np.savez(path / "feature_sample.npz", features=features.astype(np.float16), labels=labels, generated=generated)
+    np.savez(path / "diagnostics.npz", **{name: array.astype(np.float32) for name, array in arrays.items()})
+
+
 def write_predictions(
-    path: Path, correct_C: NDArray[np.int64], total_C: NDArray[np.int64], summary: dict[str, Any]
+    path: Path,
+    correct_C: NDArray[np.int64],
+    total_C: NDArray[np.int64],
+    summary: dict[str, Any],
+    ids_N: NDArray[np.int64] | None,
 ) -> None:
     """Write predictions of which so many are correct: of each class the same images are the easiest in every run."""
     num_classes = len(total_C)
@@ -121,7 +147,7 @@ def write_predictions(
     shuffled = rng.permutation(len(labels_N))
     split = summary["evaluated_on"]
     arrays = {
-        "ids": np.arange(len(labels_N)) * 3,
+        "ids": np.arange(len(labels_N)) * 3 if ids_N is None else ids_N,
         "labels": labels_N,
         "topk_labels": order_NK.astype(np.int32),
         "topk_scores": scores_NK,

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from analysis.compare import Spread, group_runs, mismatched_datasets
+from analysis.compare import Spread, group_runs, mismatches
 from analysis.metrics import percent
 from analysis.runs import read_runs
 from analysis.tables import blocks, table
@@ -82,10 +82,25 @@ def test_the_table_fits_a_terminal(runs):
     assert all(len(line) <= 80 for line in table(blocks(group_runs(runs))).splitlines())
 
 
-def test_datasets_with_different_class_counts_are_named(runs, make_run):
-    assert mismatched_datasets(runs) == []
-    thinner = read_runs([make_run("thin", train_counts=[50, 40, 30, 20, 10, 5])])
-    assert mismatched_datasets([*runs, *thinner]) == ["digits"]
+def test_runs_on_different_data_are_named(runs, make_run):
+    assert mismatches(runs) == []
+    thinner = make_run("thin", train_counts=[50, 40, 30, 20, 10, 5])
+    renamed = make_run("renamed", classes=list("abcdef"))
+    held_out = make_run("held-out", evaluated_on="val")
+    fewer = make_run("fewer", test_images_per_class=19)
+    for path, said in (
+        (thinner, "were trained on different class counts"),
+        (renamed, "have different classes, or these in another order"),
+        (held_out, "were evaluated on test and val"),
+        (fewer, "were evaluated on different numbers of images"),
+    ):
+        assert mismatches([*runs, *read_runs([path])]) == [f"the runs on digits {said}"]
+
+
+def test_figures_of_different_splits_or_classes_are_never_averaged(make_run):
+    changes = [{}, {"evaluated_on": "val"}, {"classes": list("abcdef")}]
+    entries = group_runs(read_runs([make_run(f"{seed}", seed=seed, **change) for seed, change in enumerate(changes)]))
+    assert [entry.title for entry in entries] == ["BBN, on test", "BBN, on val", "BBN, on test (2)"]
 
 
 @pytest.mark.parametrize(("value", "text"), [(None, "–"), (0, "0.0"), (1, "100.0"), (0.8425, "84.2")])

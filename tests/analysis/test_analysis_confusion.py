@@ -25,3 +25,8 @@ def test_pairs_are_those_of_the_last_entry_and_one_mistake_is_none():
     assert [(pair.true, pair.predicted) for pair in pairs] == [(1, 0), (2, 0)]
     assert [pair.shares for pair in pairs] == [[1 / 3, 1], [0, 1]]
     assert confused_pairs([first], 3) == []
+
+
+def test_one_image_that_all_seeds_mistake_is_no_pattern():
+    one = predicted([0, 0, 1], [1, 0, 1])
+    assert confused_pairs([Answers(one.runs * 3, one.correct_N)], 2) == []

@@ -16,7 +16,12 @@ NASTY = "<script>alert(1)</script> $x_2$ & 100 %"
 
 @pytest.fixture
 def two(make_run):
-    return [make_run("ce", title="CE", recall=0.3, predictions=True), make_run("bbn", predictions=True)]
+    kept = {"predictions": True, "diagnostics": True}
+    return [
+        make_run("ce", title="CE", recall=0.3, **kept),
+        make_run("bbn", **kept),
+        make_run("afg", title="BBN + AFG", stage=2, **{"from": "bbn"}, **kept),
+    ]
 
 
 def test_the_command_line_knows_every_figure():
@@ -30,7 +35,8 @@ def test_every_figure_is_an_svg_with_its_entries_named(two, tmp_path, name, caps
     assert capsys.readouterr().out == f"{out}\n"
     text = out.read_text(encoding="utf-8")
     assert ET.fromstring(text).tag.endswith("svg")
-    assert (">BBN<" in text) == (name not in ("class-counts", "confusion"))
+    assert (">BBN<" in text) == (name not in ("class-counts", "confusion", "features"))
+    assert (">class 5<" in text) == (name == "features")
     assert "var(--" not in text  # colours of its own
 
 
@@ -57,6 +63,10 @@ def test_hostile_titles_are_text(make_run, tmp_path):
         ("alpha", "x.svg", "nothing to draw for alpha"),
         ("reliability", "x.svg", "nothing to draw for reliability: all of them need a predictions.npz"),
         ("confusion", "x.svg", "nothing to draw for confusion: it needs predictions.npz, and at most 100 classes"),
+        ("weight-norms", "x.svg", "nothing to draw for weight-norms: it needs a diagnostics.npz"),
+        ("compactness", "x.svg", "nothing to draw for compactness: it needs a diagnostics.npz of a first stage"),
+        ("beta", "x.svg", "only AFG with --method.beta adaptive has a β per class"),
+        ("features", "x.svg", "nothing to draw for features: it needs a feature_sample.npz, which AFG writes"),
         ("groups", "x.png", "x.png is neither SVG nor PDF; name a file such as --out x.pdf"),
         ("groups", "no/such/x.svg", "x.svg cannot be written"),
     ],

@@ -31,16 +31,16 @@ def say(make_run):
 def test_two_entries_and_their_single_seeds(say):
     assert say(CE=[0.7], BBN=[0.75]) == (
         "BBN does better than CE: counting every class equally, it recognises 75.0 % of the test images, 5.0 points"
-        " more than CE. The head (many) stayed level and the tail (few) gained 5.0 points. Each has a single seed, and"
-        " another may turn out differently: train two more before relying on this."
+        " more than CE with 70.0 %. It gains 5.0 points in the tail (few), and stays level in the head (many). Both"
+        " have a single seed, and another may turn out differently: train two more to be sure."
     )
 
 
 def test_the_best_of_several_is_not_the_last(say):
     told = say(CE=[0.5, 0.51], BBN=[0.8, 0.81], AFG=[0.7])
     assert told.startswith(
-        "BBN (mean of 2 seeds) does best: counting every class equally, it recognises 80.5 % of the test images, 30.0"
-        " points more than CE (mean of 2 seeds)."
+        "BBN (mean of 2 seeds) does best of 3 methods: counting every class equally, it recognises 80.5 % of the test"
+        " images, 30.0 points more than CE with 50.5 %."
     )
     assert "seed, and" not in told
     assert "within the spread" not in told
@@ -48,18 +48,17 @@ def test_the_best_of_several_is_not_the_last(say):
 
 def test_a_first_that_nobody_beats_is_told_as_it_is(say):
     assert say(CE=[0.8], BBN=[0.7]).startswith(
-        "BBN does no better than CE: counting every class equally, it recognises 70.0 % of the test images, 10.0"
-        " points less than CE. The head (many) stayed level and the tail (few) lost 10.0 points."
+        "BBN does worse than CE: counting every class equally, it recognises 70.0 % of the test images, 10.0 points"
+        " fewer than CE with 80.0 %. It loses 10.0 points in the tail (few), and stays level in the head (many)."
     )
     assert say(CE=[0.8], BBN=[0.6], AFG=[0.7]).startswith(
-        "CE does best, and AFG is next: counting every class equally, AFG"
+        "CE does best of 3 methods. AFG comes next: counting every class equally, it recognises 70.0 %"
     )
 
 
 def test_level_entries_need_no_caution(say):
     assert say(CE=[0.7], BBN=[0.7]) == (
-        "BBN does no better than CE: counting every class equally, it recognises 70.0 % of the test images, just as"
-        " many as CE. The head (many) stayed level and the tail (few) stayed level."
+        "BBN does as well as CE: counting every class equally, it recognises 70.0 % of the test images, as does CE."
     )
 
 
@@ -67,7 +66,7 @@ def test_level_entries_need_no_caution(say):
     ("low", "said"),
     [
         (0.01, "is more than the choice of test images explains (+5.0 [1.0, 9.0] points, 95 % interval)"),
-        (-0.01, "may be chance: other test images could turn it (+5.0 [−1.0, 9.0] points, 95 % interval)"),
+        (-0.01, "may be chance: other test images could reverse it (+5.0 [−1.0, 9.0] points, 95 % interval)"),
     ],
 )
 def test_an_interval_says_how_sure_a_difference_is(say, low, said):
@@ -85,3 +84,17 @@ def test_one_entry_alone(say):
 
 def test_only_one_side_has_a_single_seed(say):
     assert "BBN has a single seed, and another may" in say(CE=[0.7, 0.71], BBN=[0.8])
+
+
+def test_gains_and_losses_are_one_sentence(make_run):
+    first, second = (dict.fromkeys(("top1", "balanced_accuracy", "ece"), x) for x in (0.5, 0.6))
+    runs = read_runs(
+        [
+            make_run("a", title="CE", last=first | {"many": 0.9, "medium": 0.5, "few": 0.2}),
+            make_run("b", title="BBN", last=second | {"many": 0.8, "medium": 0.6, "few": 0.5}),
+        ]
+    )
+    assert (
+        "It gains 30.0 points in the tail (few) and 10.0 points in the middle (medium), but loses 10.0 points in the"
+        " head (many)." in headline(group_runs(runs), "test", {})
+    )

@@ -140,11 +140,28 @@ def test_a_paired_interval_is_narrower_than_two_apart():
 
 def test_edges():
     assert intervals([], [], COUNTS_C) == {}
-    one = intervals([1.0], [1], COUNTS_C)
+    one = intervals([1.0] * 6, [1] * 6, COUNTS_C)
     assert set(one) == {"top1", "balanced_accuracy", "medium"}
     assert (one["medium"].low, one["medium"].high, one["medium"].is_clear) == (1.0, 1.0, True)
-    none = intervals([0.0] * 4, [0, 0, 1, 2], COUNTS_C)
+    none = intervals([0.0] * 8, [0, 0, 0, 0, 1, 2, 2, 2], COUNTS_C)
     assert not none["top1"].is_clear
+    # Even if five images all turned, that could be chance.
+    assert set(none) == {"top1", "balanced_accuracy"}
+    assert intervals([1.0] * 5, [1] * 5, COUNTS_C) == {}
+
+
+def test_classes_of_a_single_image_still_add_their_variance():
+    # A user's tail: forty few-shot classes with one test image each. Alone, each would seem to be without error.
+    rng = np.random.default_rng(6)
+    values_N = (rng.random(40) < 0.6).astype(float)
+    found = intervals(values_N, np.arange(40), np.full(40, 4))
+    assert found["few"].estimate == pytest.approx(values_N.mean())
+    error = values_N.std(ddof=1) / 40**0.5
+    assert found["few"].high - found["few"].low == pytest.approx(2 * 1.96 * error, rel=0.15)
+    # Beside classes with more, they weigh as much as before.
+    both = intervals(np.append(values_N, [1.0] * 10), np.append(np.arange(40), [40] * 10), [4] * 40 + [500])
+    assert both["balanced_accuracy"].estimate == pytest.approx((values_N.sum() + 1) / 41)
+    assert both["top1"].estimate == pytest.approx((values_N.sum() + 10) / 50)
 
 
 def test_a_difference_over_seeds_is_that_of_the_means(make_run):

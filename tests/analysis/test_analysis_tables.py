@@ -9,9 +9,10 @@ import pytest
 
 from analysis.__main__ import main
 from analysis.compare import group_runs
+from analysis.comparison import comparison
 from analysis.predictions import differences
 from analysis.runs import read_runs
-from analysis.tables import FORMATS, blocks, comma_separated, html, json_text, latex, markdown, table
+from analysis.tables import FORMATS, blocks, comma_separated, json_text, latex, markdown, table
 
 NASTY = "<script>alert('x')</script> | \\ {} $x^2$ & 100 % _a_\n`b`\x1b[31m"
 
@@ -29,8 +30,7 @@ def compared(make_run):
 @pytest.fixture
 def nasty(make_run):
     paths = [make_run(str(i), title=f"{NASTY}{i}", dataset=NASTY, predictions=True, recall=i / 2) for i in range(2)]
-    entries = group_runs(read_runs(paths))
-    return blocks(entries, versus=differences(entries)[0])
+    return group_runs(read_runs(paths))
 
 
 def test_the_table_shows_differences_with_their_intervals(compared):
@@ -57,10 +57,12 @@ def test_predictions_of_some_runs_only_are_noted(make_run, capsys):
     runs = [make_run("ce", title="CE", predictions=True), make_run("bbn")]
     main(["compare", *map(str, runs)])
     captured = capsys.readouterr()
-    assert captured.err == (
-        "note: the runs on digits are not compared image by image: there are no predictions of BBN\n"
-    )
+    assert captured.err == ("note: not compared image by image on digits, no predictions of the same images: BBN\n")
     assert " vs " not in captured.out
+    main(["compare", *map(str, runs), str(make_run("afg", title="AFG", predictions=True))])
+    captured = capsys.readouterr()
+    assert captured.err.endswith("no predictions of the same images: BBN\n")
+    assert [line.split()[0] for line in captured.out.splitlines()[-2:]] == ["balanced", "AFG"]
 
 
 def test_markdown(compared):
@@ -95,10 +97,11 @@ def test_latex(compared):
 def test_baselines_stand_in_every_format(make_run):
     figures = dict.fromkeys(("top1", "many", "medium", "few", "balanced_accuracy", "ece"), 0.5)
     rows = {"selected_on": "val", "rows": [{"name": "cRT", "setting": {}, **figures}]}
-    tables = blocks(group_runs(read_runs([make_run("afg", title="AFG", baselines=rows)])), baselines=True)
+    entries = group_runs(read_runs([make_run("afg", title="AFG", baselines=rows)]))
+    tables = blocks(entries, baselines=True)
     assert "&ensp;cRT" in markdown(tables)
     assert r"\quad cRT" in latex(tables)
-    assert "cRT" in html(tables)
+    assert "cRT" in comparison(entries, {}, baselines=True)
     _, baseline = csv.DictReader(io.StringIO(comma_separated(tables)))
     assert (baseline["title"], baseline["baseline_of"]) == ("cRT", "AFG")
 
@@ -111,29 +114,30 @@ def test_json_has_the_intervals(compared):
 
 
 def test_hostile_names_stay_text(nasty):
-    page = html(nasty)
+    versus = differences(nasty)[0]
+    tables, page = blocks(nasty, versus=versus), comparison(nasty, versus)
     assert page.count("<script") == 1  # our own, which holds no names
     assert "alert" not in page[page.index("<script") :]
-    assert "\x1b" not in table(nasty) + markdown(nasty) + latex(nasty)
-    assert "<script" not in markdown(nasty).replace("\\<script", "")
-    for line in markdown(nasty).splitlines()[2:]:
+    assert "\x1b" not in table(tables) + markdown(tables) + latex(tables)
+    assert "<script" not in markdown(tables).replace("\\<script", "")
+    for line in markdown(tables).splitlines()[2:]:
         assert line.replace("\\|", "").count("|") == 11
-    assert r"\$x\textasciicircum{}2\$ \& 100 \% \_a\_" in latex(nasty)
-    assert [row["title"] for row in csv.DictReader(io.StringIO(comma_separated(nasty), newline=""))] == [
+    assert r"\$x\textasciicircum{}2\$ \& 100 \% \_a\_" in latex(tables)
+    assert [row["title"] for row in csv.DictReader(io.StringIO(comma_separated(tables), newline=""))] == [
         f"{NASTY}{i}" for i in range(2)
     ]
 
 
 def test_the_html_page_needs_nothing_else(compared):
-    entries, versus = compared
-    page = html(blocks(entries, versus=versus))
+    page = comparison(*compared)
     assert "http" not in page
     assert not re.search(r"<(link|img|iframe)|\bsrc=|@import|url\(", page)
     assert "data-value=" in page
-    assert "+" in page
+    assert "BBN does better than CE (mean of 2 seeds):" in page
+    assert page.count("<pre>") == 3  # each run's configuration
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, "html", "json"])
 def test_every_format_from_the_command_line(make_run, capsys, name):
     main(["compare", "--format", name, str(make_run("bbn")), str(make_run("ce", title="CE"))])
     assert "BBN" in capsys.readouterr().out

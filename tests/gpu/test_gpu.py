@@ -10,7 +10,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from pipeline.loader import LoaderKind, open_loader
+from pipeline.kinds import LoaderKind
+from pipeline.loader import open_loader
 from pipeline.plan import EvalPlan, Stream, TrainPlan
 from pipeline.resident_loader import decoded_of
 from shards.errors import UserError
@@ -79,7 +80,7 @@ def test_the_resident_loader_keeps_and_cuts_images_on_the_gpu(photos, digits, na
 
 def test_images_that_do_not_fit_the_gpu_are_refused(digits):
     split = replace(digits.splits["train"])
-    with pytest.raises(UserError, match="may set 1e-05 GB aside on cuda:0"):
+    with pytest.raises(UserError, match="may use 1e-05 GB on cuda:0"):
         open_loader(EvalPlan(split, 4, 16), "resident", "cuda:0", resident_gb=1e-5)
 
 

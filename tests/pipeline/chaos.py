@@ -1,7 +1,7 @@
 """Damage shards under running loaders. Runs as a process of its own, so that a crash or a hang is seen from outside.
 
 python chaos.py KIND,… DATASET FOLDER SEED…: for each kind and seed opens a loader on a copy of the dataset, damages a
-shard in the middle, goes on, and prints one line with what became of it: "whole", "mended" or "error: …". After each,
+shard in the middle, keeps loading, and prints one line with the outcome: "whole", "replaced" or "error: …". After each,
 all threads, processes and files must be gone. Leaves a last loader of each kind open, with which the interpreter must
 end.
 """
@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.loader import LoaderKind, open_loader
+from pipeline.kinds import LoaderKind
+from pipeline.loader import open_loader
 from pipeline.mix import CutMix, Mixup
 from pipeline.plan import EvalPlan, Stream, TrainPlan
 from shards.errors import UserError
@@ -90,7 +91,7 @@ def disturb(kind: LoaderKind, threads: int, root: Path, chance: random.Random) -
         for step in islice(loader, plan.steps or 15):
             check_step(plan, step)
             steps += 1
-        outcome = "mended" if loader.faults.bad else "whole"
+        outcome = "replaced" if loader.faults.bad else "whole"
     except UserError as error:
         outcome = f"error: {error}"
     if chance.random() < 0.5:  # else it is abandoned

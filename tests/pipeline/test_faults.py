@@ -55,9 +55,9 @@ def marked(split: Split, *samples: int) -> Faults:
 def test_a_sound_draw_is_left_alone(photos):
     plan = train_plan(photos.splits["train"])
     (draw,) = plan.draws(0)
-    assert marked(plan.split).mend(plan, draw) is draw
+    assert marked(plan.split).replace(plan, draw) is draw
     other = next(sample for sample in range(len(plan.split)) if sample not in draw.ids_B)
-    assert marked(plan.split, other).mend(plan, draw) is draw
+    assert marked(plan.split, other).replace(plan, draw) is draw
 
 
 def test_training_shows_the_next_image_of_the_class(photos):
@@ -65,12 +65,12 @@ def test_training_shows_the_next_image_of_the_class(photos):
     (draw,) = plan.draws(0)
     bad = int(draw.ids_B[2])
     faults = marked(plan.split, bad)
-    mended = faults.mend(plan, draw)
-    assert mended.ids_B[2] == class_ring(plan.split, bad)[1]
+    replaced = faults.replace(plan, draw)
+    assert replaced.ids_B[2] == class_ring(plan.split, bad)[1]
     others = np.arange(7) != 2
-    np.testing.assert_array_equal(mended.ids_B[others], draw.ids_B[others])
-    np.testing.assert_array_equal(mended.windows_B4[others], draw.windows_B4[others])
-    np.testing.assert_array_equal(mended.flips_B, draw.flips_B)
+    np.testing.assert_array_equal(replaced.ids_B[others], draw.ids_B[others])
+    np.testing.assert_array_equal(replaced.windows_B4[others], draw.windows_B4[others])
+    np.testing.assert_array_equal(replaced.flips_B, draw.flips_B)
 
 
 def test_the_class_is_a_ring(photos):
@@ -79,7 +79,7 @@ def test_the_class_is_a_ring(photos):
     ring = class_ring(split, int(np.flatnonzero(split.samples["label"] == 0)[-1]))
     faults = marked(split, *ring[:3])
     draw = Draw(np.array(ring[:1]), np.array([[0, 0, 9, 9]], dtype=np.int32), np.array([False]))
-    assert faults.mend(plan, draw).ids_B.tolist() == ring[3:4]
+    assert faults.replace(plan, draw).ids_B.tolist() == ring[3:4]
 
 
 def test_the_replacement_shows_the_same_part_of_itself(photos):
@@ -90,7 +90,7 @@ def test_the_replacement_shows_the_same_part_of_itself(photos):
         height, width = int(bad["height"]), int(bad["width"])
         windows = [[0, 0, height, width], [height // 2, width // 2, height - height // 2, 1], [-4, -9, 20, 30]]
         draw = Draw(np.full(3, sample), np.array(windows, dtype=np.int32), np.zeros(3, dtype=bool))
-        whole, corner, padded = marked(split, sample).mend(plan, draw).windows_B4.tolist()
+        whole, corner, padded = marked(split, sample).replace(plan, draw).windows_B4.tolist()
         assert whole == [0, 0, good["height"], good["width"]]
         assert corner[0] + corner[2] == good["height"]
         assert 0 <= corner[1] < corner[1] + corner[3] <= good["width"]
@@ -106,11 +106,11 @@ def test_a_class_without_a_good_image_gives_its_place_to_the_next_of_the_batch(p
     others = np.flatnonzero(split.samples["label"] != 0)[:2]
     ids_B = np.array([lost[0], others[0], lost[1], lost[0], others[1], lost[0]])
     draw = Draw(ids_B, np.tile(np.array([0, 0, 5, 5], dtype=np.int32), (6, 1)), np.arange(6) % 2 == 0)
-    mended = marked(split, *lost.tolist()).mend(plan, draw)
-    np.testing.assert_array_equal(mended.ids_B, others[[0, 0, 1, 1, 1, 0]])
-    np.testing.assert_array_equal(mended.flips_B, draw.flips_B[[1, 1, 4, 4, 4, 1]])
+    replaced = marked(split, *lost.tolist()).replace(plan, draw)
+    np.testing.assert_array_equal(replaced.ids_B, others[[0, 0, 1, 1, 1, 0]])
+    np.testing.assert_array_equal(replaced.flips_B, draw.flips_B[[1, 1, 4, 4, 4, 1]])
     with pytest.raises(UserError, match=r"^no image of a batch of train decodes: the image at byte .* run: python -m"):
-        marked(split, *range(len(split))).mend(plan, draw)
+        marked(split, *range(len(split))).replace(plan, draw)
 
 
 def test_evaluation_leaves_bad_images_out(photos):
@@ -118,7 +118,7 @@ def test_evaluation_leaves_bad_images_out(photos):
     plan = EvalPlan(split, 5, 32)
     (draw,) = plan.draws(1)
     faults = marked(split, 6, 0)
-    assert faults.mend(plan, draw).ids_B.tolist() == [5, 7, 8, 9]
+    assert faults.replace(plan, draw).ids_B.tolist() == [5, 7, 8, 9]
     faults.count(draw)
     assert faults.times == {6: 1}
     images_BHWC, shown = marked(split, *range(11)).rescue(plan, ShardReader(split), draw)
@@ -141,8 +141,8 @@ def test_rescue_finds_the_bad_images_by_itself(dataset):
     assert faults.times == {sample: (draw.ids_B == sample).sum() for sample in bad}
     # What was known before makes no difference.
     known = marked(split, *bad)
-    np.testing.assert_array_equal(known.mend(plan, draw).ids_B, shown.ids_B)
-    np.testing.assert_array_equal(known.mend(plan, draw).windows_B4, shown.windows_B4)
+    np.testing.assert_array_equal(known.replace(plan, draw).ids_B, shown.ids_B)
+    np.testing.assert_array_equal(known.replace(plan, draw).windows_B4, shown.windows_B4)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture at all", b"\xff\xd8\xff\xe0\x00\x10JFIF"])
@@ -168,16 +168,16 @@ def test_a_picture_of_another_size_than_the_index_says_is_bad(dataset):
         decode(split, ShardReader(split), 0)
 
 
-def test_bad_images_are_told_once_and_up_to_a_limit(photos, capsys):
+def test_bad_images_are_reported_once_and_up_to_a_limit(photos, capsys):
     split = photos.splits["train"]
     faults = marked(split, 4, 1)
     faults.limit = 2
     faults.check()
     faults.check()
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2
-    assert told[0].startswith(f"warning: the image at byte {split.samples['offset'][1]} of {split.shard_paths[0]}")
-    assert told[0].endswith("(sample 1) does not decode (zeroed)")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(f"warning: the image at byte {split.samples['offset'][1]} of {split.shard_paths[0]}")
+    assert lines[0].endswith("(sample 1) does not decode (zeroed)")
     with pytest.raises(UserError, match=r"^3 images do not decode and input.fault_limit is 2: .*sample 1.* verify /"):
         faults.add(split, UndecodableError(2, "zeroed"))
     assert [row["sample"] for row in faults.rows()] == [1, 2, 4]
@@ -241,8 +241,8 @@ def test_a_stream_keeps_its_classes_over_bad_images(dataset, loading, capfd):
     np.testing.assert_array_equal(shown != drawn, np.isin(drawn, bad))
     assert [row["sample"] for row in rows] == bad
     assert [row["times"] for row in rows] == [(drawn == sample).sum() for sample in bad]
-    told = [line for line in capfd.readouterr().err.splitlines() if "does not decode" in line]
-    assert len(told) == len(bad)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "does not decode" in line]
+    assert len(lines) == len(bad)
 
 
 def test_mixed_labels_are_those_of_the_images_that_are_shown(dataset, loading):
@@ -265,7 +265,7 @@ def test_mixed_labels_are_those_of_the_images_that_are_shown(dataset, loading):
         np.testing.assert_array_equal(mixed.labels_B, labels_N[mixed.ids_B])
         np.testing.assert_array_equal(mixed.partners_B, partners_B)
         np.testing.assert_array_equal(of_two.partners_B, labels_N[mixed.ids_B])
-        draw = faults_of(split).mend(plan, plan.draws(number)[0])
+        draw = faults_of(split).replace(plan, plan.draws(number)[0])
         np.testing.assert_array_equal(draw.ids_B, mixed.ids_B)
         np.testing.assert_array_equal(
             mixed.shares_B, Remix().label_shares(draw.mixing_B, labels_N[draw.ids_B], partners_B, split.class_counts)

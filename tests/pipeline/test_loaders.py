@@ -1,5 +1,7 @@
 import shutil
+import struct
 from dataclasses import replace
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,14 +10,17 @@ import numpy as np
 import pytest
 import torch
 from nvidia.dali import Pipeline, fn
+from PIL import Image
 
 from pipeline.augment import find_recipe
 from pipeline.dali_loader import build_pipeline
 from pipeline.loader import REMOTE_WINDOW, open_loader, windowed
 from pipeline.plan import EvalPlan, Stream, TrainPlan
+from shards.build import build
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
 from shards.remote import RemoteShards
+from shards.verify import verify
 
 KINDS = ("dali", "resident", "torch")
 
@@ -40,6 +45,7 @@ def load(plan, kind: str, steps: int | None = None, start_step: int = 0):
         ("photos", "imagenet", 64),
         ("photos", "cifar", 32),
         ("photos", "none", 48),
+        ("photos", "centre(0.8)+bicubic", 64),
         ("photos", "strong", 64),
         ("photos", "imagenet+rand(2,9)", 64),
         ("photos", "cifar+autoaugment+cutout(16)", 32),
@@ -111,6 +117,50 @@ def test_a_rank_without_samples_gets_an_empty_evaluation(photos, kind):
     assert load(plan, kind) == []
 
 
+def turned(image: Image.Image, count: int) -> bytes:
+    """A JPEG whose EXIF block says so and says it wrongly: PIL leaves the picture alone, and DALI would turn it."""
+    buffer = BytesIO()
+    image.save(buffer, "JPEG")
+    block = b"Exif\0\0II*\0\x08\0\0\0\1\0" + struct.pack("<HHIHHI", 0x112, 3, count, 6, 0, 0)
+    return b"\xff\xd8\xff\xe1" + struct.pack(">H", len(block) + 2) + block + buffer.getvalue()[2:]
+
+
+@pytest.mark.parametrize("augment", ["imagenet", "cifar"])
+def test_no_loader_turns_what_is_stored(tmp_path, augment):
+    generator = np.random.default_rng(0)
+    for i in range(8):
+        noise = Image.fromarray(generator.integers(0, 256, (4, 6, 3), dtype=np.uint8)).resize((90, 60))
+        path = tmp_path / "source" / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(turned(noise, count=0))
+    out = build("folder", source=tmp_path / "source", out=tmp_path / "out", test_fraction=0, val_fraction=0, workers=1)
+    plan = both_streams(open_dataset(out), augment, 32, batch_size=4)
+    for dali, torchs in zip(load(plan, "dali", 4), load(plan, "torch", 4), strict=True):
+        for name, (images, *_) in torchs.items():
+            assert (images.int() - dali[name][0].int()).abs().float().mean() < 1
+
+
+def test_batches_that_only_dali_refuses_are_pils_and_named_when_there_are_too_many(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("shards.encode.markers_follow", lambda data: True)  # as an older build, which let these in
+    for i in range(8):
+        buffer = BytesIO()
+        Image.new("RGB", (40, 30), (20 * i, 90, 30)).save(buffer, "JPEG")
+        path = tmp_path / "source" / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(buffer.getvalue().replace(b"\xff\xdb", b"\0\xff\xdb", 1))
+    out = build("folder", source=tmp_path / "source", out=tmp_path / "out", test_fraction=0, val_fraction=0, workers=1)
+    plan = both_streams(open_dataset(out), "imagenet", 32, batch_size=4)
+    with open_loader(plan, "dali", fault_limit=2) as loader:
+        for step, shown in zip(islice(loader, 2), load(plan, "torch", 2), strict=True):
+            assert torch.equal(step["reversed"].images_BHWC, shown["reversed"][0])
+        with pytest.raises(UserError, match=r"run: python -m shards verify .*, or use --input.loader torch") as raised:
+            next(loader)
+    assert "\n" not in str(raised.value)
+    assert "DALI failed on a batch that PIL decodes, and PIL's was taken" in capfd.readouterr().err
+    monkeypatch.undo()
+    assert len(verify(out, workers=1)) == 8
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_stay_valid_after_the_loader_went_on(digits, kind):
     plan = both_streams(digits, "none", 16)
@@ -127,6 +177,13 @@ def test_worker_processes_change_nothing(digits, augment):
         with_workers = [step["reversed"].images_BHWC for step in islice(loader, 6)]
     for images, alone in zip(with_workers, load(plan, "torch", 6), strict=True):
         assert torch.equal(images, alone["reversed"][0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opening_a_loader_takes_no_random_number_of_a_method(digits, kind):
+    before = torch.get_rng_state()
+    load(both_streams(digits, "cifar+rand(1,5)", 16), kind, 2)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def damaged(dataset: Dataset, tmp_path: Path, how: str) -> Dataset:

@@ -113,7 +113,7 @@ def test_a_run_may_go_on_with_another_number_of_ranks_at_any_step():
     alone = make_plan()
     uninterrupted = [alone.draws(step) for step in range(20)]
     for world_size, steps in ((1, range(5)), (4, range(5, 11)), (2, range(11, 17)), (8, range(17, 20))):
-        # A run that goes on knows nothing but the step: its plans are new.
+        # A resumed run knows nothing but the step: its plans are new.
         ranks = [make_plan(rank=rank, world_size=world_size) for rank in range(world_size)]
         for step in steps:
             assert_same(joined([plan.draws(step) for plan in ranks]), uninterrupted[step])
@@ -151,7 +151,7 @@ def test_explicit_probabilities_are_followed():
         ([1, 1, 1, 1, 1, 1, 1], "add up to 7 and must add up to 1; divide them by their sum"),
     ],
 )
-def test_probabilities_that_are_none_are_told(probabilities, message):
+def test_probabilities_that_are_none_are_reported(probabilities, message):
     with pytest.raises(UserError, match=message):
         make_plan(Stream("s", probabilities=probabilities))
 
@@ -235,7 +235,7 @@ def test_empty_shards_do_no_harm():
         ({"repeats": "a", "shard_window": 2}, "repeats the ids of 'a' and has shard_window; leave one out"),
     ],
 )
-def test_fields_that_exclude_each_other_are_told(fields, message):
+def test_fields_that_exclude_each_other_are_reported(fields, message):
     with pytest.raises(UserError, match=message) as raised:
         Stream("s", **fields)
     assert "\n" not in str(raised.value)
@@ -252,7 +252,7 @@ def test_fields_that_exclude_each_other_are_told(fields, message):
         ),
     ],
 )
-def test_a_stream_that_repeats_none_is_told(streams, message):
+def test_a_stream_that_repeats_none_is_reported(streams, message):
     with pytest.raises(UserError, match=message):
         make_plan(*streams)
 

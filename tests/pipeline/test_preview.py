@@ -115,7 +115,7 @@ def test_a_users_mistake_is_one_line_and_exit_status_2(digits, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_dataset_is_told(tmp_path, capsys):
+def test_no_dataset_is_reported(tmp_path, capsys):
     with pytest.raises(SystemExit) as exited:
         main([str(tmp_path)])
     assert exited.value.code == 2

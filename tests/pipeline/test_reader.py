@@ -94,7 +94,7 @@ def test_a_shard_that_shrinks_while_it_is_open_is_named(split):
     reader = ShardReader(split)
     reader.encoded([0])
     os.truncate(split.shard_paths[0], 700)
-    with pytest.raises(UserError, match=r"train-000000.tar is 700 bytes long but .* run: python -m shards verify /"):
+    with pytest.raises(UserError, match=r"train-000000.tar is 700 bytes long but .* run: tailstream verify /"):
         reader.encoded([0])
 
 

@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_refused_with_both_sizes(fresh, monkeypatch):
     # 16 x 16 pixels with a margin of 2
     size = 3 * 16 * 18 * len(fresh["digits"]) + 3 * 20
     plan = EvalPlan(fresh["digits"], 4, 8)
-    message = rf"train take {size / 1e9:.3g} GB decoded .* may set 1e-05 GB aside on cpu; .*--input.resident_gb"
+    message = rf"train take {size / 1e9:.3g} GB decoded .* may use 1e-05 GB on cpu; .*--input.resident_gb"
     with pytest.raises(TooLargeError, match=message) as raised:
         open_loader(plan, "resident", resident_gb=1e-5)
     assert isinstance(raised.value, UserError)

@@ -42,6 +42,13 @@ def test_probability_of_a_class_is_its_count_to_the_power_q(q):
     assert abs(probabilities.sum() - 1) < 1e-12
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_exponent_that_nothing_can_be_computed_with_is_named(sign):
+    assert class_probabilities(COUNTS, sign * 1e300).tolist() == [1, 0, 0, 0, 0, 0, 0][::sign]
+    with pytest.raises(UserError, match="is too far from 0 for classes of such different sizes"):
+        class_probabilities(COUNTS, sign * 1.7e308)
+
+
 def test_reversed_sampler_is_equation_4_of_bbn():
     weights = COUNTS.max() / COUNTS
     np.testing.assert_allclose(class_probabilities(COUNTS, -1.0), weights / weights.sum(), rtol=1e-12)

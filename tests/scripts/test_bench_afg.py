@@ -15,17 +15,17 @@ def test_it_writes_every_figure_and_judges_the_bars(tmp_path, monkeypatch):
     # The package would come over the network.
     monkeypatch.setattr(bench_afg, "fetch_tailcalib", lambda folder: "not installed: a test")
     bench_afg.bench(json=tmp_path / "made/bench.json", size=0.02, chunks=1, peers=0.1)
-    told = json.loads((tmp_path / "made/bench.json").read_text())
-    compared = told["results"]["imagenet-lt"]
+    kept = json.loads((tmp_path / "made/bench.json").read_text())
+    compared = kept["results"]["imagenet-lt"]
     assert set(compared["samplers"]) == {"ours", "cholesky", "multivariate"}
     assert compared["skipped"] == {"tailcalib": "not installed: a test"}
     for row in compared["samplers"].values():
         assert row["samples_per_second"] == pytest.approx(compared["samples"] / row["seconds"])
-    scale = told["results"]["inat2018"]
+    scale = kept["results"]["inat2018"]
     assert 0 < scale["measured_samples"] < scale["samples_per_epoch"]
     assert 0 < scale["memory_above_bank_gb"] < 5
-    assert [bar["figure"] for bar in told["bars"]] == list(told["figures"])
-    by_figure = {bar["figure"]: bar for bar in told["bars"]}
+    assert [bar["figure"] for bar in kept["bars"]] == list(kept["figures"])
+    by_figure = {bar["figure"]: bar for bar in kept["bars"]}
     assert by_figure["times_tailcalib_at_512"]["reached"] is None
     assert by_figure["memory_above_bank_gb"]["reached"] is True
 
@@ -50,7 +50,7 @@ def test_all_samplers_draw_from_the_same_gaussians(tmp_path):
     torch.testing.assert_close(samples_MD.T.cov(), spread_1DD[0], rtol=0.1, atol=0.01)
 
 
-def test_wrong_arguments_are_told(tmp_path):
+def test_wrong_arguments_are_reported(tmp_path):
     with pytest.raises(UserError, match="peers and size must lie in"):
         bench_afg.bench(peers=0)
     with pytest.raises(UserError, match="cannot be read"):

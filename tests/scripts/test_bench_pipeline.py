@@ -82,7 +82,7 @@ def test_it_runs_from_end_to_end(tmp_path):
         ({"rounds": 0}, "--rounds 0 is too small; give at least 1"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(options, message):
+def test_a_mistake_is_reported_in_one_line(options, message):
     with pytest.raises(UserError, match=re.escape(message)):
         bench(**options)
 

@@ -21,7 +21,7 @@ def shell(command: str, where: Path, status: int = 0) -> str:
 
 @pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="scripts/setup.sh has not run here")
 def test_build_train_generate_report(tmp_path):
-    assert "next: accelerate launch train/bbn.py" in shell(f"{ROOT}/scripts/build_shards.sh digits", tmp_path)
+    assert "next: tailstream train bbn" in shell(f"{ROOT}/scripts/build_shards.sh digits", tmp_path)
     shell(f"accelerate launch {ROOT}/train/bbn.py --optim.epochs 1", tmp_path)
     shell(f"accelerate launch {ROOT}/train/afg.py --optim.epochs 1", tmp_path)
     table = shell("python -m analysis compare runs/digits-bbn-1 runs/digits-afg-1", tmp_path)
@@ -37,7 +37,7 @@ def test_a_mistake_exits_with_2_and_one_line(tmp_path):
     said = shell(f"python {ROOT}/train/bbn.py --data nowhere", tmp_path, status=2)
     assert said.strip().splitlines() == [
         "train/bbn.py: error: nowhere does not exist, so it is not a dataset;"
-        " build one with: scripts/build_shards.sh digits --out nowhere"
+        " build one with: tailstream build digits --out nowhere"
     ]
 
 

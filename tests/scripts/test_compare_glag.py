@@ -1,4 +1,4 @@
-"""The comparison: which runs it starts, and that it goes on where it was cut off. No network is trained here."""
+"""The comparison: which runs it starts, and that it resumes where it was cut off. No network is trained here."""
 
 import json
 import subprocess

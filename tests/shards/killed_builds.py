@@ -1,6 +1,6 @@
-"""Kill builds and let them go on. Runs as a process of its own, without threads, so that it may fork.
+"""Kill builds and resume them. Runs as a process of its own, without threads, so that it may fork.
 
-python killed_builds.py MODE SOURCE FOLDER: builds SOURCE in FOLDER, killed in different ways as MODE says, goes on
+python killed_builds.py MODE SOURCE FOLDER: builds SOURCE in FOLDER, killed in different ways as MODE says, resumes
 until it is done, and compares all bytes with those of a build that nobody disturbed. Prints how often it killed.
 """
 

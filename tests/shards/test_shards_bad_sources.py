@@ -52,7 +52,7 @@ def test_a_csv_builds_and_is_named_after_its_folder(tmp_path, listing):
     assert verify(root, workers=1) == []
 
 
-def test_missing_files_are_told_before_and_listed_after(tmp_path, listing, capsys):
+def test_missing_files_are_reported_before_and_listed_after(tmp_path, listing, capsys):
     source = listing({"0.jpg": JPEG, "1.jpg": JPEG, "ü2.jpg": None, "3.jpg": JPEG})
     root = built(source, tmp_path / "out")
     assert rejected(root) == {"ü2.jpg": "cannot be read"}

@@ -195,7 +195,7 @@ def test_overwrite_deletes_nothing_but_a_dataset(tmp_path, pets):
     foreign.mkdir()
     (foreign / "chapter1.tex").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="is there and is no dataset; give another --out"):
+        with pytest.raises(UserError, match="exists and is not a dataset; give another --out"):
             build("folder", source=pets, out=foreign, workers=1, overwrite=overwrite)
     root = build("folder", source=pets, out=tmp_path / "out", workers=1)
     (root / "notes.md").write_text("mine")

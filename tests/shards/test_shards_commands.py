@@ -46,12 +46,24 @@ def test_build_verify_inspect(tmp_path, image_folder, command, monkeypatch):
     assert out.splitlines() == [
         "folder: train 25, val 4, test 16; 2 classes",
         "training images per class: 20 to 5, imbalance factor 4; 0 many, 1 medium, 1 few",
-        "built in data/folder; next: accelerate launch train/bbn.py --data data/folder",
+        "built in data/folder; next: tailstream train bbn --data data/folder",
     ]
     assert command("verify", "data/folder") == (0, "data/folder: no problem found\n", "")
     status, out, _ = command("inspect", "data/folder")
     assert status == 0
     assert "image height 20 to 20, width 24 to 24 pixels" in out
+
+
+def test_names_that_neither_utf_8_nor_the_terminal_can_write(tmp_path, image_folder):
+    """A folder of bytes, a class in Chinese, and a terminal that knows ASCII alone: nothing ends in a traceback."""
+    image_folder(tmp_path / "source", {"cat": 6, "猫": 6})
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/o\xff")
+    for arguments in (["build", "folder", "--source", tmp_path / "source", "--out", out], ["inspect", out]):
+        command = [sys.executable, "-m", "shards", *map(str, arguments)]
+        ran = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)
+        assert ran.returncode == 0, ran.stderr
+    assert b"\\u732b  " in ran.stdout
+    assert open_dataset(out).name == "o\\xff"
 
 
 def test_verify_exits_1_on_a_problem_and_2_on_no_dataset(tmp_path, image_folder, command):
@@ -70,13 +82,21 @@ def test_verify_exits_1_on_a_problem_and_2_on_no_dataset(tmp_path, image_folder,
         ([], 'expected "subcommand" to be one of {build,verify,inspect}, but it was not provided; see --help'),
         (["build"], "the following arguments are required: dataset; see --help"),
         (["build", "digits", "--bogus", "1"], "unrecognized arguments: --bogus 1; see --help"),
+        (
+            ["build", "digits", "--factor", "9"],
+            "unrecognized arguments: --factor 9; did you mean --imbalance-factor? (see --help)",
+        ),
+        (
+            ["inspect", "x", "--duplicate"],
+            "unrecognized arguments: --duplicate; did you mean --duplicates? (see --help)",
+        ),
         (["build", "digits", "--workers", "many"], "--workers cannot be 'many'; see --help"),
         (["build", "digits", "--seed", "x"], "--seed cannot be 'x'; see --help"),
         (["build", "mnist"], None),
         (["inspect", "nowhere"], None),
     ],
 )
-def test_mistakes_are_told_in_one_line_with_status_2(command, arguments, message):
+def test_mistakes_are_reported_in_one_line_with_status_2(command, arguments, message):
     status, out, err = command(*arguments)
     assert (status, out) == (2, "")
     assert err.startswith("python -m shards: error: ")
@@ -124,7 +144,7 @@ def test_an_interrupt_leaves_no_process_and_says_how_to_go_on(tmp_path, workers,
         _, err = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert err.startswith("new/out is unfinished; the same command goes on with it\n")
+    assert err.startswith("new/out is unfinished; the same command resumes it\n")
     assert process.returncode == status
     assert not list(tmp_path.glob("new/out/.build/*.tar"))
     while group_lives(process.pid):  # Python's own helper process takes a moment to leave
@@ -136,6 +156,7 @@ def test_the_script_takes_paths_from_where_it_is_called(tmp_path, image_folder):
     if not (REPOSITORY / ".venv" / "bin" / "python").exists():
         pytest.skip("the script would set up .venv first")
     image_folder(tmp_path / "pets", {"a": 2, "b": 2})
+    (tmp_path / "shards").mkdir()  # as people call what they keep
     script = REPOSITORY / "scripts" / "build_shards.sh"
     subprocess.run([script, "folder", "--source", "pets", "--out", "here/pets"], cwd=tmp_path, check=True)
     assert open_dataset(tmp_path / "here" / "pets").name == "pets"

@@ -1,4 +1,4 @@
-"""A build that is killed goes on with the same command, and ends as if nothing had been."""
+"""A build that is killed is resumed by the same command, and ends as if nothing had been."""
 
 import fcntl
 import json
@@ -100,7 +100,7 @@ def test_other_options_do_not_go_on_with_it(tmp_path, pets, monkeypatch):
         build(**options, seed=1)
     assert str(error.value) == (
         f"{tmp_path / 'out'} holds an unfinished build with seed 0, not 1;"
-        " give --overwrite to begin anew, or another --out"
+        " give --overwrite to start over, or another --out"
     )
     build(**options, seed=1, overwrite=True)
     assert open_dataset(tmp_path / "out").manifest["options"]["seed"] == 1
@@ -135,7 +135,7 @@ def test_a_full_disk_is_one_line_and_the_build_goes_on(tmp_path, pets, monkeypat
     error = build_until(3, monkeypatch, OSError(28, "No space left on device"), **options)
     assert str(error) == (
         f"{out} cannot be written: No space left on device; fix that or give another --out"
-        " (shards that are done are kept, and the same command goes on with them)"
+        " (shards that are done are kept, and the same command resumes the build)"
     )
     assert contents_without_staging(out) == before
     assert not list((out / STAGING).glob("*.tmp"))
@@ -164,7 +164,7 @@ def test_half_a_file_is_removed_when_writing_fails(tmp_path):
 def test_an_interrupt_says_that_the_same_command_goes_on(tmp_path, pets, monkeypatch, capsys):
     options = {"dataset": "folder", "source": pets, "out": tmp_path / "out", "shard_samples": 2}
     build_until(2, monkeypatch, KeyboardInterrupt(), **options)
-    assert capsys.readouterr().err.endswith(f"{tmp_path / 'out'} is unfinished; the same command goes on with it\n")
+    assert capsys.readouterr().err.endswith(f"{tmp_path / 'out'} is unfinished; the same command resumes it\n")
 
 
 def test_a_second_builder_is_refused(tmp_path, pets):
@@ -194,7 +194,7 @@ def test_files_of_others_are_in_the_way_of_an_unfinished_build(tmp_path, pets, m
     options = {"dataset": "folder", "source": pets, "out": tmp_path / "out", "shard_samples": 2}
     build_until(2, monkeypatch, Killed(), **options)
     (tmp_path / "out" / "notes.md").write_text("mine")
-    with pytest.raises(UserError, match="is there and is no dataset"):
+    with pytest.raises(UserError, match="exists and is not a dataset"):
         build(**options)
 
 
@@ -280,7 +280,9 @@ def test_too_little_memory_is_no_fault_of_the_image(tmp_path, image_folder, monk
 
     with monkeypatch.context() as patch:
         patch.setattr("shards.encode._encode", lacking)
-        with pytest.raises(UserError, match=r"not enough memory to build \S+/out; give fewer --workers"):
+        with pytest.raises(
+            UserError, match=r"not enough memory to build \S+/out; resume with the same command and fewer --workers"
+        ):
             build(**options)
     build(**options)
     assert open_dataset(tmp_path / "out").manifest["rejected"]["total"] == 0
@@ -294,7 +296,7 @@ def test_an_unfinished_build_that_remembers_nothing_begins_anew(tmp_path, pets, 
     assert verify(tmp_path / "out", workers=1) == []
 
 
-def test_classes_that_look_the_same_are_told(tmp_path, image_folder, capsys):
+def test_classes_that_look_the_same_are_reported(tmp_path, image_folder, capsys):
     source = image_folder(tmp_path / "source", {"Cat": 2, "cat": 2, "été": 2, "e\u0301te\u0301": 2, "dog": 2})
     build("folder", source=source, out=tmp_path / "out", workers=1, test_fraction=0, val_fraction=0)
     assert (

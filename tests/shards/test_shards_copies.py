@@ -5,6 +5,8 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+from PIL import Image
+from shards_pictures import encoded
 from test_shards_plan import plan_splits, source
 
 from shards.build import build
@@ -65,6 +67,37 @@ def test_copies_of_different_sizes_and_endings_are_found_once(tmp_path, image_fo
         ["a/1.jpg", "a/3.jpg"],
         ["a/2.jpg", "a/4.jpg"],
     ]
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_the_same_pixels_in_two_splits_are_told_whatever_their_bytes(tmp_path, image_folder, official, capsys):
+    """A PNG compressed otherwise, a JPEG with an EXIF block, a GIF: other bytes, and for the last other stored ones."""
+    train, test = ("train/", "test/") if official else ("", "")
+    root = image_folder(tmp_path / "source", dict.fromkeys([f"{train}a", f"{train}b", f"{test}a", f"{test}b"], 12))
+    for i in range(6):
+        first = root / f"{test}a" / f"{i:03d}.png"
+        image = Image.open(first)
+        if i % 2:
+            image = image.quantize(200)
+            first.with_suffix(".gif").write_bytes(encoded(image, "GIF"))
+            first.unlink()
+        (root / f"{train}a" / f"copy-{i}.png").write_bytes(encoded(image, "PNG", compress_level=1 + i))
+    out = build("folder", source=root, out=tmp_path / "o ut", workers=1, shard_samples=5)
+    err = capsys.readouterr().err
+    found = {}
+    for name, split in open_dataset(out).splits.items():
+        for sample in split.sample_names():
+            found.setdefault(Image.open(root / sample).convert("RGB").tobytes(), set()).add(name)
+    torn = sum({"train", "test"} <= where for where in found.values())
+    assert torn == 6 if official else torn > 0
+    assert f"note: train and test have pictures in common: {torn} such as {train}a/" in err
+    assert f" = {test}a/" in err
+    assert f"; python -m shards inspect '{out}' --duplicates lists them\n" in err
+
+
+def test_nothing_is_told_where_no_two_splits_show_the_same(tmp_path, copied, capsys):
+    build("folder", source=copied, out=tmp_path / "out", workers=1)
+    assert "in common" not in capsys.readouterr().err
 
 
 def test_official_splits_are_not_rearranged_and_not_read_for_it(tmp_path, image_folder, monkeypatch, capsys):

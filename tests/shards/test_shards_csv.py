@@ -126,6 +126,23 @@ def test_images_anywhere_on_this_machine(tmp_path):
     assert opened(written(tmp_path / "there")).fingerprint == source.fingerprint
 
 
+def test_two_dots_behind_a_link_lead_where_the_system_would_go(tmp_path, image_folder):
+    """The folder of the list is a link, and beside the link lie other images of the same names."""
+    image_folder(tmp_path / "disk" / "photos", {".": 4})
+    image_folder(tmp_path / "other" / "photos", {".": 4})
+    (tmp_path / "disk" / "lists" / "deep").mkdir(parents=True)
+    (tmp_path / "other" / "link").symlink_to(tmp_path / "disk" / "lists", target_is_directory=True)
+    names = ["../photos/000.png", "../photos/001.png", "deep/../../photos/002.png", "./../photos/003.png"]
+    csv = tmp_path / "other" / "link" / "images.csv"
+    csv.write_text("path,label\n" + "".join(f"{name},{i % 2}\n" for i, name in enumerate(names)))
+    for i in range(4):
+        (tmp_path / "other" / "photos" / f"{i:03d}.png").write_bytes(b"not this")
+    source = open_source("csv", csv)
+    for split in source.splits.values():
+        assert [source.read(name)[:4] for name in split.names] == [b"\x89PNG"] * len(split)
+        assert split.names == [f"{i:03d}.png" for i in range(4)]
+
+
 def test_the_same_image_by_two_paths_is_one(csv, tmp_path):
     source = opened(csv(f"path,label\na.jpg,x\n{tmp_path}/a.jpg,x\nb.jpg,y\n"))
     assert source.splits["train"].names == ["a.jpg", "b.jpg"]

@@ -40,7 +40,7 @@ def test_a_cluster_builds_the_same_bytes(tmp_path, image_folder, cluster, monkey
     assert verify(out, workers=1) == []
 
 
-def test_what_a_worker_of_the_cluster_meets_is_told_here(tmp_path, image_folder, cluster):
+def test_what_a_worker_of_the_cluster_meets_is_reported_here(tmp_path, image_folder, cluster):
     source = image_folder(tmp_path / "source", {"a": 2, "b": 2})
     (source / "a" / "text.jpg").write_text("no image")
     with pytest.raises(UserError, match=r"a/text\.jpg: not an image; fix or remove it, or leave out --strict"):

@@ -147,8 +147,8 @@ def test_inspect_tells_of_a_missing_shard(tmp_path, digits, inspected):
         status, text, _ = inspected(out, *arguments)
         assert status == 1
         assert text.splitlines()[-2:] == [
-            f"train-000001.tar: missing; run: python -m shards verify {out}",
-            f"test-000000.tar: {size:,} bytes long, not {size - 1:,}; run: python -m shards verify {out}",
+            f"train-000001.tar: missing; run: tailstream verify {out}",
+            f"test-000000.tar: {size:,} bytes long, not {size - 1:,}; run: tailstream verify {out}",
         ]
 
 

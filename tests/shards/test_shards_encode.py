@@ -1,13 +1,11 @@
 """What is stored for each kind of image file, and which files are turned away."""
 
-import struct
-import zlib
 from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, features
-from shards_pictures import encoded, picture
+from shards_pictures import encoded, picture, png_of_16_bits
 from sklearn.datasets import load_sample_image
 
 import shards.encode
@@ -83,14 +81,7 @@ def test_16_bit_grey_is_scaled_and_not_clipped(kind, extension):
 
 
 def test_16_bit_colour_png_is_reduced_to_8():
-    # Pillow cannot write one: a hand-made 1x1 PNG whose pixel is (0x1234, 0x5678, 0x9abc).
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-    data += chunk(b"IDAT", zlib.compress(b"\0" + bytes.fromhex("123456789abc"))) + chunk(b"IEND", b"")
-    stored = encode(data)
+    stored = encode(png_of_16_bits(np.array([[[0x1234, 0x5678, 0x9ABC]]])))
     assert stored.data[24] == 8
     assert pixels(stored.data).ravel().tolist() == [0x12, 0x56, 0x9A]
 
@@ -202,6 +193,14 @@ def test_an_image_above_the_limit_of_stored_ones_is_shrunk(monkeypatch):
         encode(JPEG)
     for data in (JPEG, PNG):
         assert encode(data, shorter_side=60).width == 75
+
+
+@pytest.mark.parametrize(("size", "shorter_side"), [((20, 400), 20), ((20, 400), 500), ((60, 800), 30)])
+def test_what_stays_too_large_for_a_loader_is_turned_away_with_shorter_side_too(monkeypatch, size, shorter_side):
+    monkeypatch.setattr("shards.encode.MOST_PIXELS", 20 * 400 - 1)
+    for kind in ("JPEG", "PNG"):
+        with pytest.raises(BadImageError, match="more than 0 megapixels, shrunk as far as --shorter-side asks"):
+            encode(encoded(picture(size=size), kind), shorter_side)
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])

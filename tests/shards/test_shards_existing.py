@@ -43,6 +43,24 @@ def test_an_image_replaced_by_one_of_the_same_size_is_found(tmp_path, pets, as_o
     build("folder", source=pets, out=out, workers=1)
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_link_that_leads_to_another_old_file_is_found(tmp_path, pets, monkeypatch, listed):
+    for i in range(2):
+        (tmp_path / f"{i}.bmp").write_bytes(encoded(picture(90 + i), "BMP"))
+    monkeypatch.setattr("shards.build.FILE_TIMES", 0)
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"pets/cat/{i}.bmp,{i % 4}\n" for i in range(0, 12, 2)))
+    dataset, source = ("csv", tmp_path / "list.csv") if listed else ("folder", pets)
+    link = pets / "cat" / "4.bmp"
+    link.unlink()
+    link.symlink_to(tmp_path / "0.bmp")
+    out = build(dataset, source=source, out=tmp_path / "out", workers=1)
+    build(dataset, source=source, out=out, workers=1)
+    link.unlink()
+    link.symlink_to(tmp_path / "1.bmp")
+    with pytest.raises(UserError, match=r"from other images \((pets/)?cat/4\.bmp has changed since\)"):
+        build(dataset, source=source, out=out, workers=1)
+
+
 def test_a_bad_image_that_was_fixed_is_found(tmp_path, pets):
     out = build("folder", source=pets, out=tmp_path / "out", workers=1)
     replace_by(pets / "dog" / "bad.bmp", encoded(picture(99), "BMP"))
@@ -90,12 +108,12 @@ def test_another_encoder_is_no_change_of_the_images(tmp_path, pets, monkeypatch)
     build("folder", source=pets, out=out, workers=1)
 
 
-def test_photographs_given_as_data_are_told_how_to_become_it(pets):
+def test_photographs_given_as_data_are_refused_with_a_command(pets):
     with pytest.raises(UserError) as error:
         open_dataset(pets)
     assert str(error.value) == (
         f"{pets} has no dataset.json, but images; build a dataset from them with:"
-        f" scripts/build_shards.sh folder --source {pets} --out data/pets"
+        f" tailstream build folder --source {pets} --out data/pets"
     )
 
 
@@ -106,7 +124,7 @@ def test_a_folder_of_datasets_and_one_of_something_else(tmp_path, digits):
         open_dataset(tmp_path / "data")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
-    with pytest.raises(UserError, match=r"so it is not a dataset; give a folder that scripts/build_shards\.sh made"):
+    with pytest.raises(UserError, match=r"so it is not a dataset; give a folder that .tailstream build. made"):
         open_dataset(tmp_path / "thesis")
     with pytest.raises(UserError, match=r"chapter1\.tex is a file"):
         open_dataset(tmp_path / "thesis" / "chapter1.tex")
@@ -119,7 +137,7 @@ def test_photographs_given_as_out_are_left_alone(tmp_path, pets, overwrite):
         build("digits", out=pets, workers=1, overwrite=overwrite)
     assert str(error.value) == (
         f"{pets} holds images and no dataset, and is left alone; to build from them:"
-        f" scripts/build_shards.sh folder --source {pets} --out data/pets"
+        f" tailstream build folder --source {pets} --out data/pets"
     )
     assert sorted(pets.rglob("*")) == before
 
@@ -149,11 +167,11 @@ def test_a_csv_file_may_lie_above_its_dataset(tmp_path, pets):
     build("csv", source=tmp_path / "list.csv", out=tmp_path / "data" / "csv", workers=1)
 
 
-def test_the_factor_that_was_reached_is_told(tmp_path, image_folder, capsys):
+def test_the_factor_that_was_reached_is_reported(tmp_path, image_folder, capsys):
     source = image_folder(tmp_path / "source", {"a": 30, "b": 30, "c": 2})
     options = {"source": source, "workers": 1, "profile": "exp", "test_fraction": 0, "val_fraction": 0}
     build("folder", out=tmp_path / "4", **options, imbalance_factor=4)
-    assert "note: imbalance factor 15 is reached, of 4 that was asked for\n" in capsys.readouterr().err
+    assert "note: the imbalance factor is 15, not the 4 that was asked for\n" in capsys.readouterr().err
     assert open_dataset(tmp_path / "4").train_counts.tolist() == [30, 15, 2]
     build("folder", out=tmp_path / "15", **options, imbalance_factor=15)
     assert "factor" not in capsys.readouterr().err

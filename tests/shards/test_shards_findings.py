@@ -1,14 +1,12 @@
 """What is found out before shards are written: classes that are lost, splits that are, and the bits of grey images."""
 
 import json
-import struct
-import zlib
 from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image
-from shards_pictures import encoded
+from shards_pictures import encoded, png_of_16_bits
 
 import shards.build
 from shards.build import build
@@ -31,7 +29,7 @@ def half_lost(tmp_path, image_folder):
     return source
 
 
-def test_a_class_of_bad_images_is_left_out_and_told(tmp_path, half_lost, capsys):
+def test_a_class_of_bad_images_is_left_out_and_reported(tmp_path, half_lost, capsys):
     out = build("folder", source=half_lost, out=tmp_path / "out", workers=1, shard_samples=4)
     err = capsys.readouterr().err
     assert "note: classes of which no training image can be read are left out: 1 (b), for example b/" in err
@@ -136,25 +134,15 @@ def test_16_bit_images_share_one_scale(tmp_path, capsys, largest, bits):
     assert build("folder", source=source, out=out, workers=1, test_fraction=0, val_fraction=0) == out
 
 
-def png16(colour: int, channels: int) -> bytes:
-    """A PNG of 16 bits a channel, which PIL cannot write: IHDR, one IDAT of 8×8 pixels, IEND."""
-    rows = b"".join(b"\0" + np.full((8, channels), 0x0FFF, ">u2").tobytes() for _ in range(8))
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, colour, 0, 0, 0)),
-        (b"IDAT", zlib.compress(rows)),
-        (b"IEND", b""),
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
-    )
-
-
-@pytest.mark.parametrize(("colour", "channels", "deep"), [(2, 3, True), (6, 4, True), (4, 2, True), (0, 1, False)])
-def test_what_16_bit_colour_loses_is_said(tmp_path, capsys, colour, channels, deep):
-    source = tmp_path / "source"
-    grey(source / "a", [200, 100])
-    (source / "b\n").mkdir()
-    (source / "b\n/deep.png").write_bytes(png16(colour, channels))
-    out = build("folder", source=source, out=tmp_path / "out", workers=1, test_fraction=0, val_fraction=0)
-    assert ("note: of 16-bit colour, as in b\\n/deep.png, the upper 8 bits" in capsys.readouterr().err) == deep
+@pytest.mark.parametrize("brightest", [15, 200])
+def test_16_bit_colour_loses_its_lower_byte_and_that_is_told(tmp_path, image_folder, brightest, capsys):
+    source = image_folder(tmp_path / "source", {"a": 3, "b": 3})
+    build("folder", source=source, out=tmp_path / "none", workers=1)
+    assert "16-bit" not in capsys.readouterr().err
+    for i in range(3):
+        (source / "b" / f"{i:03d}.png").write_bytes(png_of_16_bits(np.full((4, 5, 3), 256 * brightest + 77)))
+    out = build("folder", source=source, out=tmp_path / "out", workers=1)
+    err = capsys.readouterr().err
+    assert "note: of 16-bit colour the upper byte is stored" in err
+    assert ("; the brightest that was looked at is then 15 of 255: scale them first\n" in err) == (brightest == 15)
     assert verify(out, workers=1) == []

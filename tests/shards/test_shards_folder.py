@@ -49,7 +49,7 @@ def test_official_splits(tmp_path, image_folder, train, val, test):
     }
 
 
-def test_a_class_named_train_is_no_split_and_is_told(tmp_path, image_folder):
+def test_a_class_named_train_is_no_split_and_is_reported(tmp_path, image_folder):
     source = opened(image_folder(tmp_path, {"car": 1, "train": 1}))
     assert source.classes == ["car", "train"]
     assert source.notes == ("taken for a class, not for a split, as no folders lie in it: 'train'",)
@@ -67,7 +67,7 @@ def test_a_train_folder_alone_is_the_training_split(tmp_path, image_folder):
     assert source.notes == ("pets holds Train alone: what is to be held out is taken from it",)
 
 
-def test_extensions_in_any_case_count_and_other_files_are_told(tmp_path, image_folder):
+def test_extensions_in_any_case_count_and_other_files_are_reported(tmp_path, image_folder):
     root = image_folder(tmp_path, {"a": 1, "b": 1})
     (root / "a" / "X.JPG").write_bytes(encoded(picture(), "JPEG"))
     (root / "a" / "notes.txt").write_text("no image")
@@ -80,7 +80,16 @@ def test_extensions_in_any_case_count_and_other_files_are_told(tmp_path, image_f
     assert source.notes == ("files that are no images are skipped: 1 .txt, 1 without extension",)
 
 
-def test_images_beside_the_class_folders_are_told(tmp_path, image_folder):
+def test_thumbnails_that_a_network_drive_made_are_no_images(tmp_path, image_folder):
+    counts = dict.fromkeys(["a", "b", "a/deep", "@eaDir/a", "a/@eaDir/000.png", "a/deep/@eaDir"], 2)
+    source = opened(image_folder(tmp_path, counts))
+    assert source.classes == ["a", "b"]
+    assert sorted(source.splits["train"].names) == [
+        f"{folder}/{i:03d}.png" for folder in ("a", "a/deep", "b") for i in range(2)
+    ]
+
+
+def test_images_beside_the_class_folders_are_reported(tmp_path, image_folder):
     root = image_folder(tmp_path, {"a": 1, "b": 1})
     (root / "loose.png").write_bytes(encoded(picture(), "PNG"))
     assert opened(root).notes == ("images that lie in no class folder are skipped: 1",)
@@ -183,7 +192,7 @@ def test_a_link_back_is_not_followed_for_ever(tmp_path, image_folder):
     assert opened(root).splits["train"].names == ["a/deep/000.png", "b/000.png"]
 
 
-def test_photographs_that_this_pil_does_not_read_are_told_with_a_remedy(tmp_path, image_folder):
+def test_photographs_that_this_pil_does_not_read_are_reported_with_a_remedy(tmp_path, image_folder):
     root = image_folder(tmp_path / "source", {"a": 2, "b": 2})
     for name in ("x.heic", "y.HEIC", "z.jxl"):
         (root / "a" / name).write_bytes(b"picture")
@@ -192,7 +201,7 @@ def test_photographs_that_this_pil_does_not_read_are_told_with_a_remedy(tmp_path
     assert source.notes == ("files that are no images are skipped: 1 .txt",)
     assert source.skipped == (
         "images that this PIL does not read are left out: 2 .heic, 1 .jxl;"
-        " ImageMagick turns them into JPEG: magick mogrify -format jpg *.heic",
+        " for .heic: pip install pi-heif; ImageMagick turns .jxl into JPEG: magick mogrify -format jpg *.jxl",
     )
     options = {"source": root, "out": tmp_path / "out", "workers": 1}
     for _ in range(2):  # also where the dataset is there already

@@ -49,13 +49,13 @@ def inat(tmp_path: Path) -> Callable[..., Path]:
 
     def write(train: Change = lambda _: None, val: Change = lambda _: None) -> Path:
         for file, labels, change in (("train2018.json", TRAIN, train), ("val2018.json", VAL, val)):
-            told = content(labels, "train_val2018")
-            for image in told["images"]:
+            data = content(labels, "train_val2018")
+            for image in data["images"]:
                 path = tmp_path / image["file_name"]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(JPEG)
-            change(told)
-            (tmp_path / file).write_text(json.dumps(told), encoding="utf-8")
+            change(data)
+            (tmp_path / file).write_text(json.dumps(data), encoding="utf-8")
         return tmp_path
 
     return write
@@ -103,7 +103,7 @@ def test_the_other_years(inat, dataset, files, preset):
 
 def test_the_order_of_annotations_plays_no_part(inat):
     first = open_source("inat2018", inat())
-    again = open_source("inat2018", inat(train=lambda told: told["annotations"].reverse()))
+    again = open_source("inat2018", inat(train=lambda data: data["annotations"].reverse()))
     assert listed(again, "train") == listed(first, "train")
     assert again.fingerprint == first.fingerprint
 
@@ -111,7 +111,7 @@ def test_the_order_of_annotations_plays_no_part(inat):
 def test_a_label_that_changed_is_another_collection(inat):
     first = open_source("inat2018", inat()).fingerprint
     assert (
-        open_source("inat2018", inat(train=lambda told: told["annotations"][0].update(category_id=3))).fingerprint
+        open_source("inat2018", inat(train=lambda data: data["annotations"][0].update(category_id=3))).fingerprint
         != first
     )
 
@@ -123,7 +123,7 @@ def test_a_byte_order_mark_is_no_obstacle(inat):
 
 
 def test_names_that_two_categories_share_get_their_label_behind(inat):
-    source = open_source("inat2018", inat(train=lambda told: told["categories"][0].update(name="Lynx lynx")))
+    source = open_source("inat2018", inat(train=lambda data: data["categories"][0].update(name="Lynx lynx")))
     assert source.classes == ["Ängelchen", "Lynx lynx (1)", "Lynx lynx (3)"]
 
 
@@ -133,10 +133,10 @@ def skipped(source: Source) -> list[str]:
 
 def test_what_can_be_left_out_is_counted_and_named(inat):
     root = inat(
-        train=lambda told: (
-            told["annotations"].append({"id": 9, "image_id": 555, "category_id": 3}),
-            told["annotations"].append({"id": 10, "image_id": 7, "category_id": 70}),
-            told["images"].append({"id": 77, "file_name": "train_val2018/x.jpg"}),
+        train=lambda data: (
+            data["annotations"].append({"id": 9, "image_id": 555, "category_id": 3}),
+            data["annotations"].append({"id": 10, "image_id": 7, "category_id": 70}),
+            data["images"].append({"id": 77, "file_name": "train_val2018/x.jpg"}),
         )
     )
     source = open_source("inat2018", root)
@@ -149,8 +149,8 @@ def test_what_can_be_left_out_is_counted_and_named(inat):
 
 
 def test_a_training_image_that_is_also_a_test_image_stays_with_the_test(inat):
-    def same(told):
-        told["images"][0]["file_name"] = "train_val2018/Group 70/ß-2.jpg"
+    def same(data):
+        data["images"][0]["file_name"] = "train_val2018/Group 70/ß-2.jpg"
 
     source = open_source("inat2018", inat(train=same))
     assert len(source.splits["test"]) == 3
@@ -167,7 +167,7 @@ def test_a_missing_image_is_named_and_stays_listed_to_be_rejected(inat):
 
 
 def test_test_images_of_a_class_without_training_images_go_with_it(inat):
-    source = open_source("inat2018", inat(val=lambda told: told["annotations"][1].update(category_id=41)))
+    source = open_source("inat2018", inat(val=lambda data: data["annotations"][1].update(category_id=41)))
     assert len(source.splits["test"]) == 2
     assert source.skipped == (
         "classes without a training image are left out: 1 (unused)",

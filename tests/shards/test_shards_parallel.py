@@ -28,7 +28,7 @@ def test_what_a_job_raises_arrives(workers):
         run_jobs(int, ["1", "x"], n_images=2, workers=workers, done=lambda _: None)
 
 
-def test_a_dead_worker_is_told():
+def test_a_dead_worker_is_reported():
     with pytest.raises(UserError, match=r"a worker process died, .* try fewer than --workers 2"):
         run_jobs(os._exit, [1, 1], n_images=2, workers=2, done=lambda _: None)
 

@@ -47,7 +47,7 @@ def test_names_keep_their_labels():
         assert all(name.startswith(f"train{label}-") for name, label in zip(split.names, split.labels, strict=True))
 
 
-def test_a_single_image_stays_in_train_and_is_told():
+def test_a_single_image_stays_in_train_and_is_reported():
     planned = plan(source([40, 1, 1]), test=0.99, val=0.99)
     assert counts(planned, "train", 3) == [1, 1, 1]
     assert counts(planned, "test", 3) == [39, 0, 0]
@@ -65,7 +65,7 @@ def test_fraction_0_makes_no_split():
     assert planned.notes == []
 
 
-def test_classes_too_small_to_share_make_no_split_and_are_told():
+def test_classes_too_small_to_share_make_no_split_and_are_reported():
     planned = plan(source([3, 3]))
     assert sorted(planned.splits) == ["test", "train"]
     assert planned.notes == ["the classes are too small to hold out any val images; there is no val split"]
@@ -88,7 +88,7 @@ def test_the_profile_thins_train_only_and_what_is_held_out_does_not_depend_on_it
     assert set(strong.splits["train"].names) < set(mild.splits["train"].names)
 
 
-def test_a_class_with_too_few_images_keeps_all_and_is_told():
+def test_a_class_with_too_few_images_keeps_all_and_is_reported():
     planned = plan(source([40, 4, 40]), "exp", 4, test=0, val=0)
     assert counts(planned, "train", 3) == [40, 4, 20]
     assert planned.notes == ["too few images for profile exp in 1 class (class1): all of theirs are kept"]

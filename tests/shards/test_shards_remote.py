@@ -116,7 +116,7 @@ def images(dataset):
 def test_a_bucket_holds_the_same_bytes_and_training_reads_them(tmp_path, pets, bucket, cache, capsys):
     local = build("folder", source=pets, out=tmp_path / "where", shard_samples=4, workers=1)
     assert build("folder", source=pets, out=bucket, shard_samples=4, workers=2) == bucket
-    assert f"built in {bucket}; next: accelerate launch train/bbn.py --data {bucket}" in capsys.readouterr().out
+    assert f"built in {bucket}; next: tailstream train bbn --data {bucket}" in capsys.readouterr().out
     assert remote_contents(bucket) == contents(local)
 
     dataset = open_dataset(bucket)
@@ -317,6 +317,38 @@ def test_builds_from_one_url_copy_it_by_turns(tmp_path, pets, memory, monkeypatc
     assert len(copied) == len(set(copied))
 
 
+def test_a_file_that_was_replaced_by_one_of_its_size_is_copied_anew(memory, monkeypatch):
+    files, root = fsspec.core.url_to_fs(memory)
+    files.pipe({f"{root}/labels.csv": b"a.png,cat", f"{root}/a.png": b"pixels"})
+    fetch, copied = shards.remote._fetch, []
+    monkeypatch.setattr(shards.remote, "_fetch", lambda *what: copied.append(what[1]) or fetch(*what))
+    for labels, names in ((b"a.png,cat", ["a.png", "labels.csv"]), (b"a.png,cat", []), (b"a.png,dog", ["labels.csv"])):
+        if files.cat_file(f"{root}/labels.csv") != labels:
+            files.pipe_file(f"{root}/labels.csv", labels)
+        folder = shards.remote.cached_source(memory)
+        assert (folder / "labels.csv").read_bytes() == labels
+        assert sorted(copied) == names
+        copied.clear()
+    (folder / "a.png").write_bytes(b"pix")
+    assert (shards.remote.cached_source(memory) / "a.png").read_bytes() == b"pixels"
+    assert copied == ["a.png"]
+
+
+def test_containers_that_share_a_cache_may_have_the_same_process_number(remote, cache, monkeypatch):
+    monkeypatch.setattr(shards.remote.os, "getpid", lambda: 1)
+    replace = Path.replace
+
+    def late(path, place):  # each has written before one takes the name
+        barrier.wait(20)
+        return replace(path, place)
+
+    barrier = threading.Barrier(2)
+    monkeypatch.setattr(Path, "replace", late)
+    with ThreadPoolExecutor(2) as pool:
+        folders = {pool.submit(shards.remote.cached_dataset, remote, "dataset.json") for _ in range(2)}
+        assert len({folder.result() for folder in folders}) == 1
+
+
 def test_verify_names_what_is_wrong_behind_a_url(remote):
     assert verify(remote, workers=1) == []
     files, root = fsspec.core.url_to_fs(remote)
@@ -400,8 +432,13 @@ def test_inspect_finds_copies_and_misses_shards_behind_a_url(remote, memory):
     dataset = open_dataset(memory)
     assert lost_shards(dataset) == []
     assert find_duplicates(dataset, workers=1) == []
-    fsspec.filesystem("memory").rm_file("/bucket/some/where/train-000000.tar")
-    assert lost_shards(dataset) == [f"train-000000.tar: missing; run: python -m shards verify {memory}"]
+    files, shard = fsspec.filesystem("memory"), "/bucket/some/where/train-000000.tar"
+    data = files.cat_file(shard)
+    files.pipe_file(shard, data[:-512])
+    (line,) = lost_shards(dataset)
+    assert line.startswith(f"train-000000.tar: {len(data) - 512:,} bytes long, not {len(data):,}; run: ")
+    files.rm_file(shard)
+    assert lost_shards(dataset) == [f"train-000000.tar: missing; run: tailstream verify {memory}"]
 
 
 def test_a_source_image_of_the_same_size_is_another_one_behind_a_url_too(tmp_path, memory, image_folder):

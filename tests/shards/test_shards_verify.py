@@ -130,7 +130,7 @@ def test_by_class_out_of_order_is_named(root):
     assert verify(root, workers=1) == ["train.by_class.npy: not the sample ids sorted by class"]
 
 
-def test_a_lost_name_is_told(root):
+def test_a_lost_name_is_reported(root):
     text = (root / "train.names.txt").read_text()
     overwrite_with_checksum(root, "train.names.txt", text[text.index("\n") + 1 :].encode())
     n = len(open_dataset(root).splits["train"])
@@ -146,7 +146,7 @@ def test_a_lost_name_is_told(root):
         (lambda m: m["splits"]["train"]["shards"].pop(), "dataset.json: the train shards do not add up"),
     ],
 )
-def test_a_manifest_that_contradicts_the_files_is_told(root, change, problem):
+def test_a_manifest_that_contradicts_the_files_is_reported(root, change, problem):
     edit_manifest(root, change)
     assert any(p.startswith(problem) for p in verify(root, workers=1))
 
@@ -278,7 +278,7 @@ def test_a_shard_that_cannot_be_read_is_named(root):
     assert any(problem.startswith("train-000000.tar: ") for problem in problems)
 
 
-def test_an_unfinished_build_is_told(root):
+def test_an_unfinished_build_is_reported(root):
     (root / "dataset.json").unlink()
     (root / ".build").mkdir()
     with pytest.raises(UserError, match="holds an unfinished build; give the command that began it again"):

@@ -1,14 +1,20 @@
 import multiprocessing
+import shutil
 from multiprocessing import forkserver
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from train.engine.config import Config, Input, Loop, Model, Optim
+from train.engine.launch import run as run_stage_one
+from train.erm import ERM
+
 # Processes of tests are forked from a server that has imported everything. A session has one such server, so it starts
 # before a loader starts it with less.
-multiprocessing.set_forkserver_preload(["train.bbn", "train.erm", "pipeline.dali_loader", "pipeline.torch_loader"])
+multiprocessing.set_forkserver_preload(
+    ["train.bbn", "train.erm", "train.engine.session", "pipeline.dali_loader", "pipeline.torch_loader"]
+)
 forkserver.ensure_running()
 
 
@@ -28,17 +34,30 @@ def workplace(tmp_path, monkeypatch, digits):
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def stage_one(tmp_path_factory, digits):
+    """A short finished run of stage one on the digits."""
+    folder = tmp_path_factory.mktemp("stage") / "ce"
+    arguments = ["--data", str(digits.root), "--run", str(folder), "--optim.epochs", "3", "--optim.lr", "0.02"]
+    run_stage_one(ERM, [*arguments, "--input.batch_size", "32"])
+    return folder
+
+
+@pytest.fixture
+def here(workplace, stage_one):
+    """A workplace with that run under runs/."""
+    shutil.copytree(stage_one, workplace / "runs/ce")
+    shutil.rmtree(workplace / "runs/ce/features", ignore_errors=True)
+    return workplace
+
+
 @pytest.fixture
 def make_method():
     """Make a method with settings of its own for small images: make_method(BBN, train_counts_C, q=0.0)."""
 
-    def make(method_class, train_counts_C, **settings):
+    def make(method_class, train_counts_C, model=None, **settings):
         torch.manual_seed(0)
-        config = SimpleNamespace(
-            input=SimpleNamespace(augment="cifar"),
-            model=SimpleNamespace(backbone="resnet32", weights=None),
-            method=method_class.Settings(**settings),
-        )
+        config = Config(Input(), Model(**(model or {})), method_class.Settings(**settings), Optim(), Loop())
         return method_class(config, train_counts_C)
 
     return make

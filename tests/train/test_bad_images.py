@@ -52,4 +52,4 @@ def test_a_resident_loader_without_room_is_a_users_mistake(damaged, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(ERM, [*SHORT, "--input.loader", "resident", "--input.resident_gb", "0"])
     assert stopped.value.code == 2
-    assert "may set 0 GB aside on cpu" in capsys.readouterr().err
+    assert "may use 0 GB on cpu" in capsys.readouterr().err

@@ -53,7 +53,7 @@ def test_what_is_code_is_neither_markup_nor_an_entity(tmp_path, capsys):
     main(["--run", str(run)])
     capsys.readouterr()
     text = (run / "README.md").read_text()
-    assert "python -m train.predict --run 'my_run `x`\\n---\\nlicense: mine' PICTURES…\n" in text
+    assert "tailstream predict --run 'my_run `x`\\n---\\nlicense: mine' PICTURES…\n" in text
     assert "fingerprint ` a `" in text
     assert "\u202e" not in text
     assert [line for line in text.splitlines() if line.startswith("license:")] == ["license: other"]

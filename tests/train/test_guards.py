@@ -238,7 +238,7 @@ def test_parts_that_do_not_divide_the_batch(workplace, capsys):
 
 def test_machines_that_see_different_checkpoints(workplace, capsys, monkeypatch):
     monkeypatch.setattr(
-        "train.engine.launch.broadcast_object_list", lambda objects: [40 if x == 0 else x for x in objects]
+        "train.engine.session.broadcast_object_list", lambda objects: [40 if x == 0 else x for x in objects]
     )
     message = fails_with(capsys, "--run", "runs/a", "--resume")
     assert "finds a checkpoint of step 0 in runs/a, the first process one of step 40; put the run on a file" in message

@@ -3,6 +3,7 @@
 import os
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,27 @@ def test_accelerate_reads_the_configurations(name, machines, processes):
     assert (config.num_machines, config.num_processes) == (machines, processes)
     assert config.mixed_precision == "bf16"
     assert config.distributed_type == ("NO" if processes == 1 else "MULTI_GPU")
+
+
+def test_accelerate_has_nothing_to_remark_on_a_launch_with_one(tmp_path):
+    (tmp_path / "script.py").write_text("print('started')\n")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.accelerate_cli",
+            "launch",
+            "--config_file",
+            LAUNCH / "one-gpu.yaml",
+            "script.py",
+        ],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("started\n", "")
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (2, False)])

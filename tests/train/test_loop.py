@@ -13,15 +13,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import pipeline.loader
 from shards.build import build
 from shards.index import open_dataset
 from train.bbn import BBN
-from train.engine import config as config_module
-from train.engine import launch as launch_module
 from train.engine import runs as runs_module
+from train.engine import session
 from train.engine.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
 from train.engine.launch import run
-from train.engine.loop import lr_factor
+from train.engine.optimisers import lr_factor
 from train.erm import ERM
 from train.networks.model_files import load_model
 
@@ -76,9 +76,8 @@ def test_a_run_needs_no_arguments_but_time_and_leaves_a_whole_folder(workplace, 
 
 def test_auto_is_decided_once_printed_and_recorded(workplace, monkeypatch, capsys):
     decided = []
-    choose = config_module.choose_loader
-    monkeypatch.setattr(config_module, "choose_loader", lambda *about: decided.append(choose(*about)) or decided[-1])
-    monkeypatch.setattr("pipeline.loader.choose_loader", None)  # opened with auto, a loader would decide by itself
+    choose = pipeline.loader.choose_loader
+    monkeypatch.setattr("pipeline.loader.choose_loader", lambda *about: decided.append(choose(*about)) or decided[-1])
     run(ERM, [*SHORT, "--run", "runs/auto", "--input.resident_gb", "0"])
     assert [chosen for chosen, _ in decided] == ["dali"]
     summary = json.loads((workplace / "runs/auto/summary.json").read_text())
@@ -118,7 +117,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(workplace, monkeypatch, sto
 
 def test_resume_without_a_name_takes_the_newest_unfinished_run(workplace, monkeypatch, capsys):
     run(BBN, [*SHORT, "--run", "runs/finished"])
-    monkeypatch.setattr(launch_module, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(session, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(BBN, [*SHORT, "--run", "runs/cut"])
     monkeypatch.undo()
@@ -212,7 +211,7 @@ def test_data_must_be_one_or_named(workplace, capsys, photos):
     assert "choose one: --data data/digits | data/photos" in message
     for path in (workplace / "data").iterdir():
         path.unlink()
-    assert "scripts/build_shards.sh digits" in fails_with(capsys, BBN)
+    assert "tailstream build digits" in fails_with(capsys, BBN)
 
 
 def test_a_diverging_run_stops_and_says_where(workplace, capsys):

@@ -10,8 +10,8 @@ import torch
 
 from shards.errors import UserError
 from train.engine import machine
-from train.engine.launch import make_accelerator, run
-from train.engine.machine import check_launcher, launched_by, take_threads, unusable_gpu
+from train.engine.launch import run
+from train.engine.machine import check_launcher, launched_by, make_accelerator, take_threads, unusable_gpu
 from train.erm import ERM
 
 ROOT = Path(__file__).parents[2]

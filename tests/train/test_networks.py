@@ -377,7 +377,7 @@ def test_missing_and_damaged_files(plain, tmp_path):
     [
         (
             ("plain", "resnet9", 10),
-            r"backbone 'resnet9' is unknown; choose one of: resnet32, resnet10, resnet101, .*resnext50",
+            r"backbone 'resnet9' is unknown; did you mean resnet.*\?; choose one of: resnet32, resnet10, .*resnext50",
         ),
         (("plain", "vgg16", 10), "backbone 'vgg16' is unknown"),
         (("triple", "resnet32", 10), "network kind 'triple' is unknown; choose one of: plain, bilateral"),
@@ -408,7 +408,7 @@ def test_pretrained_files_that_do_not_fit(resnet18_state, tmp_path):
     message = r"layer1\.0\.conv1\.weight is .* in it and .* here; give the state dict of torchvision's resnet50"
     with pytest.raises(UserError, match=message):
         build_network("plain", "resnet50", 10, str(path))
-    torch.save({"state_dict": resnet18_state, "epoch": 3}, path)
+    torch.save({"weights": resnet18_state, "epoch": 3}, path)
     with pytest.raises(UserError, match="holds no plain state dict"):
         build_network("plain", "resnet18", 10, str(path))
     torch.save(nn.Linear(1, 1), path)  # a pickled module could run anything

@@ -3,8 +3,6 @@
 import copy
 import json
 import shutil
-import sys
-from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -58,7 +56,9 @@ def test_parts_of_a_batch_are_its_images_in_order():
 )
 def test_a_step_in_parts_is_the_step_but_for_batch_norm(workplace, monkeypatch, settings):
     build = build_network
-    monkeypatch.setattr("train.erm.build_network", lambda *a, **head: freeze_statistics(build(*a, **head)))
+    monkeypatch.setattr(
+        "train.networks.networks.build_network", lambda *a, **head: freeze_statistics(build(*a, **head))
+    )
     small = ["--optim.lr", "1e-3", *settings]
     whole, parts = loss_of(workplace, *small), loss_of(workplace, *small, "--optim.accumulate", "4")
     assert parts == pytest.approx(whole, rel=1e-4)
@@ -190,41 +190,3 @@ def test_options_together_train_and_resume(workplace):
     losses = [json.loads(line)["loss"] for line in (workplace / "runs/a/metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 2
     assert np.isfinite(losses).all()
-
-
-def test_tensorboard_missing_is_told(workplace, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(SystemExit):
-        run(ERM, [*SHORT, "--loop.track", "tensorboard"])
-    error = capsys.readouterr().err
-    assert "loop.track=tensorboard needs the package tensorboard (" in error
-    assert "install it, or use --loop.track none" in error
-    assert not (workplace / "runs").exists()
-
-
-def test_tensorboard_gets_the_curves(workplace, monkeypatch):
-    written: dict[str, dict[int, float]] = {}
-    opened = []
-
-    class Writer:
-        def __init__(self, folder, purge_step):
-            opened.append((folder, purge_step))
-
-        def add_scalar(self, name, value, step):
-            written.setdefault(name, {})[step] = value
-
-        def flush(self): ...
-
-        def close(self):
-            opened.append("closed")
-
-    module = ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    run(BBN, [*SHORT, "--loop.track", "tensorboard", "--run", "runs/a"])
-    assert opened == [("runs/a/tensorboard", 0), "closed"]
-    wanted = {"train/loss", "train/lr", "train/alpha", "train/images_per_second", "train/eval_seconds"}
-    wanted |= {f"val/{name}" for name in ("top1", "many", "medium", "few")}
-    assert wanted <= set(written)
-    row = SimpleNamespace(**json.loads((workplace / "runs/a/metrics.jsonl").read_text()))
-    assert written["train/loss"] == {row.step: row.loss}

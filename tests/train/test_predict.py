@@ -156,6 +156,7 @@ def test_bad_images_are_named_and_skipped(tmp_path, capsys, photo_folder):
     with tarfile.open(folder / "shard.tar", "w") as tar:
         tar.add(folder / "01.jpg", "x/one.JPG")
         tar.add(folder / "01.jpg", "x/one.cls")
+    (folder / "04.jxl").write_bytes(b"picture")
     (folder / "broken.tar").write_bytes(b"no tar at all" * 100)
     main(["--run", str(run), str(folder), "--format", "jsonl", "--batch-size", "3"])
     said = capsys.readouterr()
@@ -165,6 +166,7 @@ def test_bad_images_are_named_and_skipped(tmp_path, capsys, photo_folder):
     assert "skipped" in said.err
     assert "03\\x1b[2J.jpg: empty file" in said.err
     assert "broken.tar: not an image" in said.err
+    assert "images that this PIL does not read are left out: 1 .jxl; ImageMagick turns .jxl into JPEG" in said.err
     assert "3 of 9 images could not be read and were skipped" in said.err
 
     out = tmp_path / "out.csv"
@@ -238,6 +240,10 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys, photo_folder):
     assert "no model is named" in fails_with(capsys, image)
     assert "holds no trained model" in fails_with(capsys, "--run", tmp_path / "empty", image)
     assert "holds no images" in fails_with(capsys, "--run", run, tmp_path / "empty")
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone/1.HEIC").write_bytes(b"picture")
+    message = fails_with(capsys, "--run", run, tmp_path / "phone")
+    assert "does not read are left out: 1 .heic; for .heic: pip install pi-heif); give images" in message
     assert "does not exist" in fails_with(capsys, "--run", run, tmp_path / "nowhere.jpg")
     assert "there are no images" in fails_with(capsys, "--run", run)
     (tmp_path / "taken").write_text("mine")

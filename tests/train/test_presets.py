@@ -13,9 +13,9 @@ from shards.index import SAMPLE, Dataset, Split
 from train import afg
 from train.bbn import BBN
 from train.engine.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
-from train.engine.loop import lr_factor
 from train.engine.method import Progress
 from train.engine.objectives import make_objective
+from train.engine.optimisers import lr_factor
 from train.erm import ERM
 from train.features.commands import stage_parser
 from train.sdn import SDN

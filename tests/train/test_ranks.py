@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from pipeline import resident_loader
 from train.bbn import BBN
-from train.engine import launch
+from train.engine import session
 from train.engine.interrupts import EXIT_STATUS, Consensus
 from train.engine.launch import run
 from train.engine.loop import Training
@@ -182,7 +182,7 @@ def test_a_run_goes_on_with_another_number_of_processes(workplace, before, after
 def _train_in_folders_of_their_own(rank: int, argv: list[str]) -> None:
     os.makedirs(f"rank-{rank}")
     os.chdir(f"rank-{rank}")
-    launch.SEEN_WITHIN_S = 0.0
+    session.SEEN_WITHIN_S = 0.0
     run(BBN, argv)
 
 

@@ -1,12 +1,16 @@
-"""What the README shows of a method and an objective of one's own is code that runs."""
+"""What the README shows is what runs: a method and an objective of one's own, and every command's words and options."""
 
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from test_networks import images
 
+import tailstream
 from pipeline.batch import Batch
 from train.engine.method import Progress
 from train.engine.objectives import make_objective
@@ -44,3 +48,38 @@ def test_the_method(make_method):
     method = make_method(names["Mine"], np.array([3, 1]), share=0.0)
     batch = {name: Batch(images(2), torch.tensor([0, 1]), np.arange(2)) for name in ("head", "tail")}
     assert method.step(batch, Progress(1, 1, 0, 0)).loss.isfinite()
+
+
+def commands() -> list[list[str]]:
+    """Return the words of each tailstream command in the README, from blocks and from tables."""
+    text = README.read_text(encoding="utf-8")
+    lines = re.findall(r"^tailstream (.*?)(?: +#.*)?$", text, re.MULTILINE) + re.findall(r"`tailstream (.+?)`", text)
+    return [shlex.split(line) for line in lines]
+
+
+def test_the_commands_are_found():
+    assert len(commands()) > 40
+    assert {words[0] for words in commands()} >= set(tailstream.COMMANDS) - {"train"}
+    assert {words[1] for words in commands() if words[0] == "train"} >= set(tailstream.METHODS)
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_a_command_of_the_readme_is_understood(words, tmp_path, monkeypatch, capsys):
+    """In an empty folder each goes as far as missing what it works on: that is after its options are understood."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text("optim: {epochs: 3}\n")
+    monkeypatch.setattr(sys, "argv", ["tailstream", *words])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    if words[:2] == ["build", "cifar100"]:
+        words += ["--source", "nowhere"]
+        sys.argv += ["--source", "nowhere"]
+    with pytest.raises(SystemExit) as ended:
+        tailstream.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert re.search(
+        r"does not exist|there is no dataset|no finished run|no .*run|is not a folder|is missing|not a run|holds no",
+        error,
+    ), error
+    assert "see --help" not in error
+    assert "unrecognized" not in error

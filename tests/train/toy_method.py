@@ -47,7 +47,7 @@ class Toy(Method):
         self.title = "Toy"
         self._share, self._classes = config.method.share, len(train_counts_C)
         self.streams = (Stream("first", augment=config.input.augment), Stream("second", q=0.0, augment="none"))
-        self.network = WithHead(build_network("plain", config.model.backbone, self._classes), self._classes)
+        self.network = WithHead(build_network("plain", num_classes=self._classes, **config.network()), self._classes)
         self._weights_C = torch.ones(self._classes)
 
     @property

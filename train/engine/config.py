@@ -8,33 +8,39 @@ A resumed run takes the `config.yaml` of its folder in the preset's place. The r
 import difflib
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import (
-    ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
-    OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
+    restricted_string_type,
 )
 
-from pipeline.batch import Loader
-from pipeline.loader import ChosenLoader, Decode, LoaderKind, choose_loader, open_loader
-from pipeline.plan import Plan
+from pipeline.kinds import ChosenLoader, Decode, LoaderKind
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
-from train.engine.tracking import Tracker
+from train.engine.model import Model
+from train.engine.optimisers import Optim
+
+if TYPE_CHECKING:  # a command line is read without torch, which takes seconds: see train/engine/launch.py
+    import torch
+    from accelerate import Accelerator
+
+    from pipeline.batch import Loader
+    from pipeline.plan import Plan
 
 PRESETS = Path(__file__).parents[1] / "presets"
 DATA = Path("data")
+
+
+Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
+Duration = restricted_string_type("Duration", r"(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s)?$", docstring="such as 1h30m")
 
 
 @dataclass
@@ -71,10 +77,13 @@ class Input:
     fault_limit: NonNegativeInt | None = None
     shard_window: NonNegativeInt | None = None
 
-    def settle_loader(self, dataset: Dataset, accelerator: Accelerator) -> None:
+    def settle_loader(self, dataset: Dataset, accelerator: "Accelerator") -> None:
         """Decide what the loader `auto` is, once for all splits and all processes, and say so."""
         if self.loader != "auto":
             return
+        from accelerate.utils import gather_object
+
+        from pipeline.loader import choose_loader
 
         def agree(mine: ChosenLoader) -> ChosenLoader:
             return min(gather_object([mine]), key=("torch", "dali", "resident").index)  # what all of them can
@@ -82,64 +91,13 @@ class Input:
         self.loader, why = choose_loader(dataset.splits.values(), accelerator.device, self.resident_gb, agree)
         accelerator.print(f"loader: {self.loader} ({why})")
 
-    def open_loader(self, plan: Plan, device: torch.device, start_step: int = 0) -> Loader:
+    def open_loader(self, plan: "Plan", device: "torch.device", start_step: int = 0) -> "Loader":
         """Open a loader for a plan as configured."""
+        from pipeline.loader import open_loader
+
         return open_loader(
             plan, self.loader, device, self.threads, start_step, self.resident_gb, self.fault_limit, self.decode
         )
-
-
-@dataclass
-class Model:
-    """The network.
-
-    Attributes:
-        backbone: resnet32 (for small images), resnet10, or a torchvision ResNet such as resnet50, resnet152 or
-            resnext50_32x4d.
-        weights: pretrained weights: a torchvision name such as DEFAULT, or a local file.
-    """
-
-    backbone: str = "resnet32"
-    weights: str | None = None
-
-
-@dataclass
-class Optim:
-    """SGD and its learning rate.
-
-    Attributes:
-        epochs: passes over the training images.
-        lr: the learning rate after warm-up.
-        momentum: of SGD.
-        nesterov: whether momentum is Nesterov's.
-        weight_decay: L2, on all parameters.
-        schedule: step (times `decay` at each milestone), cosine (to 0), or constant.
-        warmup_epochs: epochs at the start over which the rate rises linearly. Without any, BBN stays stuck at a
-            rate of 0.1: its doubled features make the first steps too large.
-        warmup_start: the share of the rate that warm-up starts from, at epoch 0, before the first; BBN's is a third.
-        milestones: at which shares of the epochs the rate drops (so that drops scale with `epochs`): 0.6 of 200 makes
-            epoch 120 the first one with the lower rate, as BBN's code does.
-        decay: the factor of each drop.
-        accumulate: in how many parts a process works through its share of a batch, to need less memory. Batch norm
-            sees the parts one by one.
-        clip_norm: the largest norm that a step's gradient may have.
-        ema: the decay of an exponential moving average of the weights and of batch norm's statistics, such as 0.999,
-            which is then what is evaluated and kept.
-    """
-
-    epochs: PositiveInt = 200
-    lr: PositiveFloat = 0.1
-    momentum: ClosedUnitInterval = 0.9
-    nesterov: bool = True
-    weight_decay: NonNegativeFloat = 2e-4
-    schedule: Literal["step", "cosine", "constant"] = "step"
-    warmup_epochs: NonNegativeInt = 5
-    warmup_start: ClosedUnitInterval = 1 / 3
-    milestones: list[ClosedUnitInterval] = field(default_factory=lambda: [0.6, 0.8])
-    decay: PositiveFloat = 0.01
-    accumulate: PositiveInt = 1
-    clip_norm: PositiveFloat | None = None
-    ema: OpenUnitInterval | None = None
 
 
 @dataclass
@@ -154,6 +112,8 @@ class Loop:
             divided among the processes of this machine.
         channels_last: whether pixels are laid out channels last, which most GPUs and CPUs compute faster.
         compile: whether torch.compile makes the network's kernels; the first steps take a minute longer then.
+        grad_checkpointing: whether only what the trunk's blocks take is kept for the backward pass, which computes the
+            rest again: much less memory for a third more time.
         sync_batch_norm: whether batch norm's statistics are those of all processes' images.
         eval_every: evaluate after every so many epochs, and after the last.
         select: keep the weights of the epoch that did best on the val split, where the dataset has one.
@@ -162,7 +122,11 @@ class Loop:
         checkpoint_minutes: also after so many minutes without one.
         keep_checkpoints: how many to keep; from two on, a damaged one is skipped for the one before.
         stall_minutes: how long to wait for a batch before the run ends with a message.
-        track: tensorboard, or none.
+        track: where curves can be watched: tensorboard, wandb, mlflow, trackio, or none.
+        budget: the longest that the run may take, such as 15m or 1h30m: it lowers optim.epochs, and the schedule with
+            them. A resumed run keeps its epochs.
+        estimate: whether to say before the first step what the run takes, measured on a few, and to refuse what does
+            not fit the memory.
     """
 
     seed: NonNegativeInt = 0
@@ -171,6 +135,7 @@ class Loop:
     threads: PositiveInt | None = None
     channels_last: bool = True
     compile: bool = False
+    grad_checkpointing: bool = False
     sync_batch_norm: bool = False
     eval_every: PositiveInt = 1
     select: bool = True
@@ -180,6 +145,8 @@ class Loop:
     keep_checkpoints: PositiveInt = 2
     stall_minutes: PositiveFloat = 10.0
     track: Tracker = "none"
+    budget: Duration | None = None
+    estimate: bool = True
 
 
 @dataclass
@@ -191,6 +158,10 @@ class Config:
     method: Any
     optim: Optim
     loop: Loop
+
+    def network(self) -> dict[str, Any]:
+        """Return what `build_network` takes besides the kind, the classes and the classifier."""
+        return {**self.model.network(), "image_size": self.input.image_size}
 
 
 class _ConfigFile(ActionConfigFile):
@@ -228,8 +199,18 @@ def find_dataset(data: str | None) -> Dataset:
     if len(found) == 1:
         return open_dataset(found[0])
     if not found:
-        raise UserError("there is no dataset under data/; build one: scripts/build_shards.sh digits")
+        raise UserError("there is no dataset under data/; build one: tailstream build digits")
     raise UserError(f"several datasets lie under data/; choose one: --data {' | '.join(map(str, found))}")
+
+
+def find_dataset_of(run: Path, about: dict[str, Any], data: str | None) -> Dataset:
+    """Open the dataset that a run was trained on, which may lie elsewhere now: `data` says where."""
+    try:
+        return find_dataset(data or about["data"])
+    except UserError as error:
+        if data:
+            raise
+        raise UserError(f"{error}; {run} was trained on it: if it has moved, name its new place with --data") from None
 
 
 def preset(dataset: Dataset, *parts: str, variant: str | None = None) -> dict[str, Any]:

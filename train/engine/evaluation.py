@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from analysis.metrics import Tally, percent, summarize, tally
 from pipeline.augment import find_recipe
 from pipeline.faults import faults_of
+from pipeline.pictures import FILTER_NAMES
 from pipeline.plan import EvalPlan
 from shards.atomic import write_json
 from shards.errors import UserError
@@ -20,6 +21,7 @@ from shards.index import MANIFEST, Dataset, Split
 from train.engine import runs
 from train.engine.checkpoints import Counters, read_selected
 from train.engine.config import Config, Input
+from train.engine.diagnostics import Compactness, write_diagnostics
 from train.engine.method import Method, unwrapped
 from train.engine.predictions import FILES as PREDICTIONS
 from train.engine.predictions import Collector, Predictions, write_predictions
@@ -47,7 +49,12 @@ def test_split(dataset: Dataset) -> Split:
 
 @torch.inference_mode()
 def evaluate(
-    method: Method, split: Split, input: Input, accelerator: Accelerator, collector: Collector | None = None
+    method: Method,
+    split: Split,
+    input: Input,
+    accelerator: Accelerator,
+    collector: Collector | None = None,
+    compactness: Compactness | None = None,
 ) -> Tally:
     """Evaluate `method.predict` on every image of a split exactly once over all ranks; `collector` takes the logits.
 
@@ -79,6 +86,8 @@ def evaluate(
                 raise UserError(f"on {split.name}, {error}") from None
             if collector is not None:
                 collector.add(batch["eval"].ids_B, batch["eval"].labels_B, logits_BC)
+            if compactness is not None:
+                compactness.add(batch["eval"].labels_B)
     network.train(was_training)
     # Through float64, which the counts fit exactly.
     vector = torch.from_numpy(total.to_vector()).to(accelerator.device)
@@ -91,18 +100,22 @@ def finish(
     """Evaluate the last and the selected weights on the test split and write the run's results."""
     network, test = method.model, test_split(dataset)
 
-    def measure() -> tuple[Tally, dict[str, Predictions]]:
+    def measure(compactness: Compactness | None = None) -> tuple[Tally, dict[str, Predictions]]:
         tallies, kept = {}, {}
         # What results are reported on comes first. Calibration needs a split beside it.
         for split in dict.fromkeys([test.name, *held_out_beside(test, dataset)]):
             collector = Collector(len(dataset.classes), logits=split != test.name)
-            tallies[split] = evaluate(method, dataset.splits[split], config.input, accelerator, collector)
+            watching = compactness if split == test.name else None
+            tallies[split] = evaluate(method, dataset.splits[split], config.input, accelerator, collector, watching)
             kept[split] = collector.gather(accelerator)
         return tallies[test.name], kept
 
-    final, kept = measure()
+    with Compactness(network, len(dataset.classes)) as compactness:
+        final, kept = measure(compactness)
     last, selected = summarize(final, dataset.train_counts), None
+    distances_C = compactness.distances(accelerator)
     if accelerator.is_main_process:
+        write_diagnostics(run_folder, network, distances=distances_C)
         for name in (runs.CALIBRATION, *PREDICTIONS.values()):  # of weights that are replaced now
             (run_folder / name).unlink(missing_ok=True)
         # Until `describe` has its turn, nobody takes what is there for a model.
@@ -161,7 +174,7 @@ def describe(
         summary: the run's figures.
         epochs: for "last", and "selected" where there is one: the epoch of these weights.
     """
-    options = dataset.manifest["options"]
+    options, recipe = dataset.manifest["options"], find_recipe(input.eval_augment)
     weights = {name: {"file": FILES[name], "epoch": epoch, "figures": summary[name]} for name, epoch in epochs.items()}
     describe_model(
         run_folder,
@@ -170,7 +183,8 @@ def describe(
             train_counts=dataset.train_counts.tolist(),
             image_size=input.image_size,
             eval_augment=input.eval_augment,
-            crop_share=find_recipe(input.eval_augment).centre_share,
+            crop_share=recipe.centre_share,
+            interpolation=FILTER_NAMES[recipe.interpolation],
             mean=network.normalize.mean.flatten().tolist(),
             std=network.normalize.std.flatten().tolist(),
             shorter_side=options.get("shorter_side"),
@@ -209,7 +223,7 @@ def write_results(run_folder: Path, summary: dict[str, Any], final: Tally, datas
         chosen = summary["selected"].get("name") or f"{summary['title']}, epoch {summary['selected']['epoch']}"
         told = f"{chosen}, which {summary['selected_on']} chose"
         print(f"{told}, on {summary['evaluated_on']}: {accuracy_line(summary['selected'])}")
-    print(f"wrote {run_folder}/summary.json; for a page with figures: python -m analysis report {run_folder}")
+    print(f"wrote {run_folder}/summary.json; for a page with figures: tailstream report {run_folder}")
 
 
 def collect_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str, Any]]:
@@ -223,7 +237,7 @@ def collect_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str,
     if found:
         accelerator.print(
             f"{len(found)} images did not decode and were replaced or left out, {times.total()} times in all:"
-            f" see summary.json, and run: python -m shards verify {dataset.place}"
+            f" see summary.json, and run: tailstream verify {dataset.place}"
         )
     return [row | {"times": times[image]} for image, row in sorted(found.items())]
 

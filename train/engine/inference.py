@@ -12,7 +12,7 @@ import stat
 import tarfile
 import threading
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipeline.augment import find_recipe
-from shards.encode import EXTENSIONS, BadImageError, decode
+from pipeline.pictures import FILTER_NAMES, FILTERS
+from shards.encode import EXTENSIONS, UNREAD_EXTENSIONS, BadImageError, decode, unread
 from shards.errors import UserError
 from train.engine import runs
 from train.engine.calibration import Calibration, probabilities, read_calibration
@@ -53,10 +53,11 @@ class View(NamedTuple):
         """
         image = decode(data, self.shorter_side, self.quality, self.grey_bits)
         sides = np.array([image.height]), np.array([image.width])
-        windows_B4, _ = find_recipe(self.eval_augment).draw(np.random.default_rng(0), *sides, self.image_size)
+        recipe = find_recipe(self.eval_augment)
+        windows_B4, _ = recipe.draw(np.random.default_rng(0), *sides, self.image_size)
         ((top, left, height, width),) = windows_B4.tolist()
         window = image.crop((left, top, left + width, top + height))
-        return np.array(window.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR))
+        return np.array(window.resize((self.image_size, self.image_size), FILTERS[recipe.interpolation]))
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def _describe_older(run: Path) -> Description:
             image_size=int(source["input"]["image_size"]),
             eval_augment=recipe.name,
             crop_share=recipe.centre_share,
+            interpolation=FILTER_NAMES[recipe.interpolation],
             mean=network.normalize.mean.flatten().tolist(),
             std=network.normalize.std.flatten().tolist(),
             shorter_side=None,  # unknown; images were shrunk to it for speed
@@ -215,13 +217,21 @@ def find_images(paths: Sequence[str], listed: Sequence[str] = ()) -> list[Item]:
             raise UserError(f"{path!r} does not exist; give images, folders or .tar shards")
         found = list(_images_at(path))
         if not found:
-            raise UserError(f"{path!r} holds no images; give images, folders or .tar shards")
+            why = f" ({unread(others)})" if (others := left_out(path)) else ""
+            raise UserError(f"{path!r} holds no images{why}; give images, folders or .tar shards")
         items += found
     for path in listed:
         items += _images_at(path)
     if not items:
         raise UserError("there are no images to look at; give images, folders, .tar shards, or - and a list of them")
     return items
+
+
+def left_out(folder: str) -> Counter[str]:
+    """Return how many pictures lie in or below a folder that this PIL does not read, by their extension."""
+    names = (name for _, _, files in os.walk(folder, followlinks=True) for name in files)
+    ends = (Path(name).suffix.lower() for name in names if not name.startswith("."))
+    return Counter(end for end in ends if end in UNREAD_EXTENSIONS)
 
 
 def _images_at(path: str) -> Iterator[Item]:

@@ -86,6 +86,14 @@ def _say_what_is_waited_for(reader: int) -> None:
                 told = True
 
 
+class Stops(Interrupts):
+    """Raises Interrupted where the program is: files appear whole or not at all, so that nothing has to be finished."""
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        super()._receive(number, frame)
+        raise Interrupted(number)
+
+
 class Consensus:
     """The largest of each number over the ranks, which every rank gets at the same call.
 

@@ -1,7 +1,6 @@
 """The loop: one for all methods, on Accelerate. It never asks which method runs."""
 
 import copy
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -17,14 +16,16 @@ from tqdm import tqdm
 from analysis.metrics import summarize
 from pipeline.batch import Batch, Loader
 from pipeline.plan import TrainPlan
+from pipeline.sampling import random_generator
 from shards.index import Dataset
 from train.engine import runs
 from train.engine.checkpoints import Counters, read_selected, save_checkpoint, save_selected
-from train.engine.config import Config, Loop, Optim
+from train.engine.config import Config, Loop
 from train.engine.evaluation import device_text, epoch_line, evaluate, test_split
 from train.engine.guards import LossGuard, StallGuard, check_weights
 from train.engine.interrupts import Consensus, Interrupted, Interrupts
 from train.engine.method import Method, Progress, unwrapped
+from train.engine.optimisers import lr_factor, make_optimizer, warnings_about
 from train.engine.tracking import Tracking
 from train.networks.backbones import Normalize
 from train.networks.batch_norm import use_stream_batch_norm
@@ -59,7 +60,7 @@ class Training:
         self._method, self._config, self._dataset, self._plan = method, config, dataset, plan
         self._run_folder, self._accelerator, self._counters = run_folder, accelerator, counters
         self._tracking = tracking
-        prepare_network(method.network, config.loop)
+        prepare_method(method, config)
         self._average = None
         if config.optim.ema is not None:
             self._average = AveragedModel(
@@ -69,13 +70,7 @@ class Training:
                 # Batch norm's statistics, too: those of the weights of this step fit the average of many steps' badly.
                 use_buffers=True,
             )
-        optimizer = torch.optim.SGD(
-            method.parameter_groups(),
-            lr=config.optim.lr,
-            momentum=config.optim.momentum,
-            nesterov=config.optim.nesterov and config.optim.momentum > 0,
-            weight_decay=config.optim.weight_decay,
-        )
+        optimizer = make_optimizer(method, config.optim)
         method.network, self._optimizer = accelerator.prepare(method.network, optimizer)
         # What methods are given, and what is logged: there each part counts by its share of the step, so that a run may
         # be resumed with other numbers of parts and processes in the middle of an epoch.
@@ -113,12 +108,8 @@ class Training:
             f" classes, {config.optim.epochs} epochs of {plan.steps_per_epoch} steps, {config.model.backbone},"
             f" {device_text(accelerator.device)} -> {self._run_folder}"
         )
-        if config.optim.warmup_epochs > config.optim.epochs:
-            reached = config.optim.lr * lr_factor(config.optim, config.optim.epochs)
-            accelerator.print(
-                f"warning: optim.warmup_epochs={config.optim.warmup_epochs} is more than the {config.optim.epochs}"
-                f" epochs: the rate rises to {reached:.2g} only, not to optim.lr={config.optim.lr:g}; lower it"
-            )
+        for warning in warnings_about(config.optim, plan.steps_per_epoch):
+            accelerator.print(warning)
         self._started = time.perf_counter() - counters.seconds
         self._saved = time.perf_counter()
         self._consensus = Consensus(accelerator.num_processes)
@@ -145,7 +136,7 @@ class Training:
         began = time.perf_counter() - counters.epoch_seconds
         while counters.step < last_step:
             within = counters.step % plan.steps_per_epoch
-            lr = config.optim.lr * lr_factor(config.optim, epoch)
+            lr = config.optim.lr * lr_factor(config.optim, epoch, within, plan.steps_per_epoch)
             batch = next(batches)
             progress = Progress(epoch, config.optim.epochs, within, config.loop.seed)
             loss = self._step(batch, progress, lr)
@@ -163,6 +154,12 @@ class Training:
     def _step(self, batch: dict[str, Batch], progress: Progress, lr: float) -> torch.Tensor:
         """Make one step of the optimiser and add to the epoch's sums; return the loss, detached."""
         accelerator, optim = self._accelerator, self._config.optim
+        if self._config.model.drop_path:
+            # What is dropped depends on the step alone, and differs between ranks.
+            drawn = random_generator(
+                progress.seed, "drop path", progress.epoch, progress.step, accelerator.process_index
+            )
+            torch.manual_seed(int(drawn.integers(2**63)))
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         loss = torch.zeros((), device=accelerator.device)
@@ -208,7 +205,8 @@ class Training:
         images = plan.steps_per_epoch * plan.batch_size * len(plan.streams)
         row: dict[str, Any] = {"epoch": epoch, "step": counters.step}
         means = {name: float(total) / plan.steps_per_epoch for name, total in self._means.totals().items()}
-        row |= {"loss": means.pop("loss"), "lr": config.optim.lr * lr_factor(config.optim, epoch)}
+        lr = config.optim.lr * lr_factor(config.optim, epoch, plan.steps_per_epoch - 1, plan.steps_per_epoch)
+        row |= {"loss": means.pop("loss"), "lr": lr}
         row |= {"images_per_second": images / took, **means}
         progress = Progress(epoch, epochs, plan.steps_per_epoch, config.loop.seed)
         row |= self._method.end_of_epoch(self._sums.totals(), progress)
@@ -315,6 +313,15 @@ class Sums:
         self._sums, self._gathered = {}, {}
 
 
+def prepare_method(method: Method, config: Config) -> None:
+    """Set how a method's network computes, what of it is trained and what is kept for the backward pass, in place."""
+    prepare_network(method.network, config.loop)
+    if config.optim.freeze == "trunk":
+        method.model.freeze_trunk()
+    if config.loop.grad_checkpointing:
+        method.model.set_grad_checkpointing()
+
+
 def prepare_network(network: torch.nn.Module, loop: Loop) -> None:
     """Set how a network computes, in place: its memory layout, its batch norm, whether it is compiled."""
     for module in network.modules():
@@ -338,20 +345,3 @@ def split_batch(batch: dict[str, Batch], parts: int) -> list[dict[str, Batch]]:
         return of.part(slice(number * size, (number + 1) * size))
 
     return [{name: part(of, number) for name, of in batch.items()} for number in range(parts)]
-
-
-def lr_factor(optim: Optim, epoch: int) -> float:
-    """Return the learning rate's factor in an epoch counted from 1, as the papers' codes count.
-
-    Warm-up rises linearly from `warmup_start`, reached at epoch 0, to 1 at its last epoch, a stair an epoch; a drop
-    counts from its milestone's epoch on. Both are BBN's (lib/utils/lr_scheduler.py, stepped before each epoch).
-    """
-    if epoch <= optim.warmup_epochs:
-        return optim.warmup_start + (1 - optim.warmup_start) * epoch / optim.warmup_epochs
-    if optim.schedule == "step":
-        # Not the first one: a run of an epoch or two would never have the rate that was asked for.
-        return optim.decay ** sum(epoch >= max(2, round(share * optim.epochs)) for share in optim.milestones)
-    if optim.schedule == "cosine":
-        gone = (epoch - 1 - optim.warmup_epochs) / (optim.epochs - optim.warmup_epochs)
-        return 0.5 * (1 + math.cos(math.pi * gone))
-    return 1.0

@@ -38,7 +38,7 @@ class Objective(ABC):
     class Settings:
         """No settings."""
 
-    classifier: ClassVar[Classifier] = "linear"
+    classifier: Classifier = "linear"
     scale: float = SCALE
     counts_hits: ClassVar[bool] = False
     title: str
@@ -119,7 +119,7 @@ class LDAM(Objective):
         max_margin: NonNegativeFloat = 0.5
         scale: PositiveFloat = 30.0
 
-    classifier = "cosine"
+    classifier: Classifier = "cosine"
     title = "LDAM"
 
     def __init__(self, settings: Any, train_counts_C: NDArray[np.int64]) -> None:

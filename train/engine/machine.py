@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from shards.errors import UserError
+from train.engine.guards import check_devices, told_in_one_line
 
 PROC = Path("/proc")
 DEVICES = Path("/dev")
@@ -53,6 +55,17 @@ def check_launcher(environment: Mapping[str, str], device: str = "auto") -> None
         raise UserError("accelerate is configured for mixed precision fp8, which is not supported; use bf16")
     if device == "cuda" and environment.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes"):
         raise UserError("loop.device=cuda, but accelerate was started with --cpu; leave one of them out")
+
+
+def usable_gpu(device: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a run will be on a GPU.
+
+    Args:
+        device: auto, cpu or cuda, as the user asked.
+        environment: of the process, with what the launcher has set.
+    """
+    cpu = device == "cpu" or environment.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+    return not cpu and torch.cuda.is_available()
 
 
 def unusable_gpu(environment: Mapping[str, str]) -> str | None:
@@ -120,9 +133,10 @@ def _is_launched(environment: Mapping[str, str]) -> bool:
 def launched_by(script: str) -> list[str]:
     """Return the words before the script on the command line that started this process, as one would type them.
 
-    Such as python, or accelerate launch with its options; a launcher is the parent process.
+    Such as python, or accelerate launch with its options; a launcher is the parent process. A command that is no Python
+    file, such as tailstream, needs no word before it.
     """
-    words = [sys.executable]
+    words = [sys.executable] if script.endswith(".py") else []
     if _is_launched(os.environ):
         try:
             line = (PROC / str(os.getppid()) / "cmdline").read_bytes().decode().split("\0")[:-1]
@@ -132,7 +146,7 @@ def launched_by(script: str) -> list[str]:
             words = line[: line.index(script, 1)]
     if len(words) > 1 and _is_on_path(words[1]):
         words = [Path(words[1]).name, *words[2:]]
-    elif _is_on_path(words[0]):
+    elif words and _is_on_path(words[0]):
         words = [Path(words[0]).name, *words[1:]]
     return words
 
@@ -140,3 +154,23 @@ def launched_by(script: str) -> list[str]:
 def _is_on_path(program: str) -> bool:
     found = shutil.which(Path(program).name)
     return found is not None and os.path.abspath(found) == os.path.abspath(program)
+
+
+def make_accelerator(precision: str, device: str = "auto", threads: int | None = None) -> Accelerator:
+    """Make the Accelerator and take this process's share of the cores, or say in one line what stands in the way."""
+    check_launcher(os.environ, device)
+    check_devices(os.environ, device, torch.cuda.device_count())
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    if device != "cpu" and os.environ.get("RANK", "0") == "0" and (warning := unusable_gpu(os.environ)):
+        print(warning, file=sys.stderr, flush=True)
+    take_threads(threads, os.environ)
+    if cpu and precision == "fp16":
+        raise UserError("loop.precision=fp16 needs a GPU; use --loop.precision bf16, or no")
+    try:
+        with told_in_one_line():
+            # Without cpu=True several processes on CPUs would each run as if they were alone.
+            return Accelerator(mixed_precision=None if precision == "auto" else precision, cpu=cpu)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"loop.precision={precision}: {' '.join(str(error).split())}") from None

@@ -1,17 +1,21 @@
 """What the loop asks of a method. It never asks which method runs."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from pipeline.stream import Stream
 
-from pipeline.batch import Batch
-from pipeline.plan import Stream
-from train.networks.networks import Network
+if TYPE_CHECKING:  # launchable files import this, and torch takes seconds: see train/engine/launch.py
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from pipeline.batch import Batch
+    from train.networks.networks import Network
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from shards.errors import UserError
 from train.engine.calls import make_settings, split_call, unknown
 from train.engine.losses import LDAM, CrossEntropy, Focal, Form, HardAware, LabelAwareSmoothing, Objective
 from train.engine.method import Progress
+from train.networks.cosine import SCALE
 
 
 class Adjusted(Objective):
@@ -45,9 +46,13 @@ class Adjusted(Objective):
 
         Attributes:
             tau: τ; 1 is balanced softmax, 0 cross-entropy.
+            cosine: whether z are scaled cosines, as LIFT has them (Shi et al., ICML 2024).
+            scale: of the cosines.
         """
 
         tau: NonNegativeFloat = 1.0
+        cosine: bool = False
+        scale: PositiveFloat = SCALE
 
     _shares_of_epoch: Callable[[Progress], NDArray[np.float64]] | None = None
     _prior_of: int | None = None
@@ -55,6 +60,9 @@ class Adjusted(Objective):
     def __init__(self, settings: Any, train_counts_C: NDArray[np.int64]) -> None:
         super().__init__(settings, train_counts_C)
         self.title = f"logit-adjusted, τ={settings.tau:g}" if settings.tau != 1 else "balanced softmax"
+        if settings.cosine:
+            self.title += ", cosine"
+            self.classifier, self.scale = "cosine", settings.scale
         self._log_prior_C = log_prior(train_counts_C)
 
     def draw_by(self, shares_of_epoch: Callable[[Progress], NDArray[np.float64]]) -> None:

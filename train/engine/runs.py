@@ -7,6 +7,7 @@ runs/digits-bbn-1/
     model.safetensors      the weights after the last epoch, with model.json, which says all that it takes to use them
     model-selected.safetensors   those of the epoch that did best on val, where it chose one
     predictions.npz        what the last weights say of each test and val image; predictions-selected.npz likewise
+    diagnostics.npz        lengths of the classifier's rows and how compact features are; feature_sample.npz, from AFG
     per_class.json         the last epoch's correct answers per class
     summary.json           written last: a run that has it is finished
     .lock                  held by the process that writes here
@@ -28,6 +29,7 @@ from typing import Any, TextIO
 import yaml
 
 from shards.atomic import write_text
+from shards.cli import program_name
 from shards.errors import UserError
 
 RUNS = Path("runs")
@@ -68,12 +70,13 @@ def lock(run: Path) -> None:
             file.close()
 
 
-def unlock() -> None:
-    """Let other processes write to the runs that this one holds."""
-    for path, file in _held.items():
-        path.unlink(missing_ok=True)  # while it is locked
-        file.close()
-    _held.clear()
+def unlock(run: Path | None = None) -> None:
+    """Let other processes write to a run that this one holds, or to all of them."""
+    for path in list(_held) if run is None else [run.resolve() / LOCK]:
+        file = _held.pop(path, None)
+        if file is not None:
+            path.unlink(missing_ok=True)  # while it is locked
+            file.close()
 
 
 def write_config(run: Path, content: dict[str, Any]) -> None:
@@ -238,4 +241,4 @@ def resuming(run: Path, data: str | None = None) -> str:
 
 def command() -> str:
     """Return the command line of this process, as one would type it."""
-    return shlex.join([Path(sys.argv[0]).name if not sys.argv[0] else os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    return shlex.join([program_name(os.path.relpath(sys.argv[0]) if sys.argv[0] else ""), *sys.argv[1:]])

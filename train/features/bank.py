@@ -6,9 +6,8 @@
         labels.npy      (R,) int64
         seen.npy        (R,) bool: the rows that are filled; after a kill the others are still to do
 
-A bank is reused while everything in bank.json but `complete` is what would make it now, else it is made anew. The
-selected weights have folders of their own, train-selected and so on. All ranks fill a bank together, on a filesystem
-that they share: where a row belongs is known from the dataset's index alone.
+A bank is reused while everything in bank.json but `complete` is what would make it now, else it is made anew. All ranks
+fill it together, on a filesystem that they share: where a row belongs is known from the dataset's index alone.
 """
 
 import hashlib
@@ -33,6 +32,7 @@ from pipeline.sampling import random_generator
 from shards.atomic import write_json
 from shards.errors import UserError
 from shards.index import MANIFEST, Dataset, Split
+from train.engine import runs
 from train.engine.config import Input
 from train.networks.model_files import FILES
 from train.networks.networks import BilateralNetwork, PlainNetwork
@@ -70,7 +70,7 @@ class ViewPlan:
     def recipes(self) -> tuple[Recipe, ...]:
         """The recipe as far as it draws windows and mirrors: what else it may do to pictures is left out."""
         recipe = find_recipe(self.augment)
-        return (Recipe(recipe.name, recipe.draw, recipe.pads),)
+        return (Recipe(recipe.name, recipe.draw, recipe.pads, interpolation=recipe.interpolation),)
 
     @property
     def rank_batch(self) -> int:  # noqa: D102
@@ -84,7 +84,7 @@ class ViewPlan:
         """Return the one Draw of a step counted from 0."""
         ids_B = self.ids_R[step * self.batch_size : (step + 1) * self.batch_size]
         windows_N4, flips_N = self.shown
-        return [Draw(ids_B, windows_N4[ids_B], flips_N[ids_B])]
+        return [Draw(ids_B, windows_N4[ids_B], flips_N[ids_B], interpolation=self.recipes[0].interpolation)]
 
 
 def feature_bank(
@@ -111,14 +111,56 @@ def feature_bank(
         weights: which of the run's weights the network has: "last" or "selected".
 
     Returns:
-        features_RD, float16, >= 0, and labels_R, int64, ascending: R = images × max(1, views), less those that do not
+        features_RD, float16, and labels_R, int64, ascending: R = images × max(1, views), less those that do not
         decode. On a CPU the features are memory-mapped; else both are on the accelerator's device.
 
     Raises:
-        UserError: the disk is full, or what the loader raises.
+        UserError: the disk is full, another process takes features of this run, features that half precision cannot
+            hold, or what the loader raises.
     """
-    folder = bank_folder(run, split, weights)
-    wanted = {
+    folder = run / FOLDER / split
+    wanted = _wanted(run, network, dataset, split, input, accelerator, views, weights)
+    if _read(folder) != wanted | {"complete": True}:
+        accelerator.wait_for_everyone()  # all have looked
+        if accelerator.is_main_process:
+            try:
+                folder.parent.mkdir(exist_ok=True)
+                runs.lock(folder.parent)
+            except OSError as error:
+                raise _unwritable(folder, error, wanted) from None
+            told = _read(folder)  # another process may have finished it meanwhile
+            if told and {**told, "complete": True} == wanted | {"complete": True}:
+                print(f"resuming the features of {split} in {folder}")
+            else:
+                if told:
+                    differing = ", ".join(key for key in wanted if told.get(key) != wanted[key])
+                    print(f"the features of {split} in {folder} have another {differing}; taking them anew")
+                _begin(folder, wanted)
+        accelerator.wait_for_everyone()
+        _fill(folder, network, dataset.splits[split], input, accelerator, wanted)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_json(folder / "bank.json", wanted | {"complete": True})
+            runs.unlock(folder.parent)
+    # Copy on write: nothing is written, but torch warns about memory that cannot be.
+    features_RD, labels_R, seen_R = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ARRAYS)
+    if not seen_R.all():
+        features_RD, labels_R = features_RD[seen_R], labels_R[seen_R]
+    return torch.from_numpy(features_RD).to(accelerator.device), torch.from_numpy(labels_R).to(accelerator.device)
+
+
+def _wanted(
+    run: Path,
+    network: PlainNetwork | BilateralNetwork,
+    dataset: Dataset,
+    split: str,
+    input: Input,
+    accelerator: Accelerator,
+    views: int,
+    weights: str,
+) -> dict[str, Any]:
+    """Return what bank.json says of such a bank; arguments as for `feature_bank`."""
+    return {
         "split": split,
         "network": run.resolve().name,
         "weights": _digest(run / FILES[weights]),
@@ -130,37 +172,33 @@ def feature_bank(
         "class_counts": (dataset.splits[split].class_counts * max(1, views)).tolist(),
         "dimensions": network.classifier.in_features,
     }
-    told = _read(folder)
-    if told != wanted | {"complete": True}:
-        accelerator.wait_for_everyone()  # all have looked
-        if accelerator.is_main_process:
-            if told != wanted | {"complete": False}:
-                if told:
-                    differing = ", ".join(key for key in wanted if told.get(key) != wanted[key])
-                    print(f"the features of {split} in {folder} have another {differing}; taking them anew")
-                _begin(folder, wanted)
-            else:
-                print(f"going on with the features of {split} in {folder}")
-        accelerator.wait_for_everyone()
-        _fill(folder, network, dataset.splits[split], input, accelerator, wanted)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            write_json(folder / "bank.json", wanted | {"complete": True})
-    # Copy on write: nothing is written, but torch warns about memory that cannot be.
-    features_RD, labels_R, seen_R = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ARRAYS)
-    if not seen_R.all():
-        features_RD, labels_R = features_RD[seen_R], labels_R[seen_R]
-    return torch.from_numpy(features_RD).to(accelerator.device), torch.from_numpy(labels_R).to(accelerator.device)
 
 
-def bank_folder(run: Path, split: str, weights: str) -> Path:
-    """Return where a run keeps its bank of a split, by the "last" or the "selected" weights."""
-    return run / FOLDER / (split if weights == "last" else f"{split}-{weights}")
+def has_bank(
+    run: Path,
+    network: PlainNetwork | BilateralNetwork,
+    dataset: Dataset,
+    split: str,
+    input: Input,
+    accelerator: Accelerator,
+    views: int = 0,
+    weights: str = "last",
+) -> bool:
+    """Return whether the run keeps such a bank, whole; arguments as for `feature_bank`."""
+    wanted = _wanted(run, network, dataset, split, input, accelerator, views, weights)
+    return _read(run / FOLDER / split) == wanted | {"complete": True}
 
 
-def bank_ids(run: Path, split: Split, weights: str) -> NDArray[np.int64]:
+def keep_bank(run: Path, split: str, weights: str = "last") -> None:
+    """Say that a finished bank fits the run's weights as they are now: their classifier alone has changed."""
+    folder = run / FOLDER / split
+    known = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
+    write_json(folder / "bank.json", known | {"weights": _digest(run / FILES[weights])})
+
+
+def bank_ids(run: Path, split: Split) -> NDArray[np.int64]:
     """Return the samples that a finished bank of one view holds, row by row: ids_R, int64."""
-    seen_R = np.load(bank_folder(run, split.name, weights) / "seen.npy")
+    seen_R = np.load(run / FOLDER / split.name / "seen.npy")
     return np.asarray(split.by_class[seen_R], np.int64)
 
 
@@ -188,7 +226,6 @@ def _begin(folder: Path, wanted: dict[str, Any]) -> None:
     """Make the files of an empty bank, with room on the disk for all of it."""
     counts = wanted["class_counts"]
     arrays = {"labels": np.repeat(np.arange(len(counts)), counts), "seen": np.zeros(sum(counts), np.bool_)}
-    size = sum(counts) * wanted["dimensions"] * 2
     try:
         # New files, not new contents: somebody may have the old ones mapped.
         shutil.rmtree(folder, ignore_errors=True)
@@ -199,14 +236,23 @@ def _begin(folder: Path, wanted: dict[str, Any]) -> None:
             header = {"descr": "<f2", "fortran_order": False, "shape": (sum(counts), wanted["dimensions"])}
             np.lib.format.write_array_header_1_0(file, header)
             file.flush()
-            os.posix_fallocate(file.fileno(), file.tell(), size)
+            os.posix_fallocate(file.fileno(), file.tell(), _size(wanted))
     except OSError as error:
         (folder / "features.npy").unlink(missing_ok=True)
-        raise UserError(
-            f"{folder} cannot be written ({error.strerror}): the features of {wanted['split']} take"
-            f" {size / 1e9:.2f} GB; make room"
-        ) from None
+        raise _unwritable(folder, error, wanted) from None
     write_json(folder / "bank.json", wanted | {"complete": False})
+
+
+def _size(wanted: dict[str, Any]) -> int:
+    """Return the bytes that features take."""
+    return 2 * int(wanted["dimensions"]) * sum(wanted["class_counts"])
+
+
+def _unwritable(folder: Path, error: OSError, wanted: dict[str, Any]) -> UserError:
+    return UserError(
+        f"{folder} cannot be written ({error.strerror}): the features of {wanted['split']} take"
+        f" {_size(wanted) / 1e9:.2f} GB; make room"
+    )
 
 
 def _fill(
@@ -244,7 +290,15 @@ def _features(
         for batch in tqdm(loader, title, plan.steps, unit="batch", leave=False, disable=None):
             with accelerator.autocast():
                 features_BD = network.features(batch["eval"].images_BHWC)
-            yield batch["eval"].ids_B, features_BD.half().cpu().numpy()
+            half_BD = features_BD.half()
+            if not half_BD.isfinite().all():
+                least, most = features_BD.min().item(), features_BD.max().item()
+                raise UserError(
+                    f"features of {plan.split.name} reach from {least:g} to {most:g}, and half precision, in which they"
+                    f" are kept, holds {torch.finfo(torch.half).max:g} at most; a network whose features are that large"
+                    " has diverged: train it again with a lower optim.lr"
+                )
+            yield batch["eval"].ids_B, half_BD.cpu().numpy()
 
 
 class _Rows:

@@ -1,10 +1,8 @@
 """Linear classifiers on features: how they are trained, those that need no training, and how they are measured."""
 
 import copy
-from dataclasses import dataclass
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,46 +11,6 @@ from shards.errors import UserError
 
 # Features that are evaluated at once: a bound on memory.
 FEATURES_PER_BLOCK = 16384
-
-
-@dataclass
-class ClassifierOptim:
-    """SGD with a cosine from `lr` to 0.
-
-    Attributes:
-        epochs: generation epochs; each draws new features.
-        batch_size: features per step, over all processes.
-        lr: the learning rate at the start.
-        momentum: of SGD.
-        weight_decay: L2.
-    """
-
-    epochs: PositiveInt = 40
-    batch_size: PositiveInt = 512
-    lr: PositiveFloat = 0.1
-    momentum: ClosedUnitInterval = 0.9
-    weight_decay: NonNegativeFloat = 5e-4
-
-
-@dataclass
-class ReferenceOptim:
-    """cRT and LWS as their reference trains them (Kang et al., ICLR 2020): a cosine whose last epoch has rate 0.
-
-    Attributes:
-        crt_epochs: epochs of cRT; each holds n_max draws of every class.
-        lws_epochs: epochs of LWS.
-        batch_size: features per step, over all processes.
-        lr: the learning rate, on features as they are; the held-out split may choose another.
-        momentum: of SGD.
-        weight_decay: L2.
-    """
-
-    crt_epochs: PositiveInt = 10
-    lws_epochs: PositiveInt = 5
-    batch_size: PositiveInt = 512
-    lr: PositiveFloat = 0.2
-    momentum: ClosedUnitInterval = 0.9
-    weight_decay: NonNegativeFloat = 5e-4
 
 
 @torch.no_grad()

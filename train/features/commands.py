@@ -1,19 +1,21 @@
-"""The command line of second stages: common settings, presets and variants, and signals that end them."""
+"""The settings of second stages: what all of them share, presets and variants."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from pipeline.loader import LoaderKind
+from pipeline.kinds import LoaderKind
 from shards.errors import UserError
 from shards.index import Dataset
 from train.engine.config import make_parser, preset
-from train.engine.interrupts import Interrupted, Interrupts
-from train.features.classifiers import ClassifierOptim, ReferenceOptim
+
+# Factors of a learning rate that the held-out split chooses from. The first is taken where nothing chooses.
+RATES = (1.0, 0.25, 4.0)
+# AFG's β in its paper, where the adaptive one starts.
+BETA_START = 0.6
 
 
 @dataclass
@@ -25,12 +27,57 @@ class Extraction:
         loader: dali, torch, or auto.
         threads: decoding threads.
         views: how often each training image is taken with stage one's training recipe; 0: once, as in evaluation.
+        branch: of a bilateral network: both, or the features of one alone, conventional or rebalancing (BBN, Table 5).
+        shift_batch_norm: whether batch norm's running statistics are first taken anew, from classes in balance
+            (train/features/shift.py); by default where the classifier's reference does so: for mislas.
     """
 
     views: NonNegativeInt = 0
     batch_size: PositiveInt = 256
     loader: LoaderKind = "auto"
     threads: PositiveInt = 2
+    branch: Literal["both", "conventional", "rebalancing"] = "both"
+    shift_batch_norm: bool | None = None
+
+
+@dataclass
+class ClassifierOptim:
+    """SGD with a cosine from `lr` to 0.
+
+    Attributes:
+        epochs: generation epochs; each draws new features.
+        batch_size: features per step, over all processes.
+        lr: the learning rate at the start.
+        momentum: of SGD.
+        weight_decay: L2.
+    """
+
+    epochs: PositiveInt = 40
+    batch_size: PositiveInt = 512
+    lr: PositiveFloat = 0.1
+    momentum: ClosedUnitInterval = 0.9
+    weight_decay: NonNegativeFloat = 5e-4
+
+
+@dataclass
+class ReferenceOptim:
+    """cRT and LWS as their reference trains them (Kang et al., ICLR 2020): a cosine whose last epoch has rate 0.
+
+    Attributes:
+        crt_epochs: epochs of cRT; each holds n_max draws of every class.
+        lws_epochs: epochs of LWS.
+        batch_size: features per step, over all processes.
+        lr: the learning rate, on features as they are; the held-out split may choose another.
+        momentum: of SGD.
+        weight_decay: L2.
+    """
+
+    crt_epochs: PositiveInt = 10
+    lws_epochs: PositiveInt = 5
+    batch_size: PositiveInt = 512
+    lr: PositiveFloat = 0.2
+    momentum: ClosedUnitInterval = 0.9
+    weight_decay: NonNegativeFloat = 5e-4
 
 
 @dataclass
@@ -65,15 +112,16 @@ def stage_parser(name: str, description: str, settings: type) -> ArgumentParser:
     )
     parser.add_argument("--resume", action="store_true", help="resume --run, or the newest unfinished run")
     parser.add_argument("--variant", type=str | None, help="of the settings, such as paper")
+    parser.add_argument("--dry-run", action="store_true", help="say what the stage takes, write nothing, and end")
     return parser
 
 
-class Stops(Interrupts):
-    """Raises Interrupted where the program is: files appear whole or not at all, so that nothing has to be finished."""
+class Work(NamedTuple):
+    """So many classifiers, as far as that is known beforehand, and the epochs and the batch of the longest."""
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        super()._receive(number, frame)
-        raise Interrupted(number)
+    classifiers: int
+    epochs: int
+    batch_size: int
 
 
 @dataclass
@@ -85,6 +133,8 @@ class Program:
         title: what the first line calls the stage.
         parser: from `stage_parser`.
         check: raises UserError for settings that cannot be used together, before anything is made.
+        work: what the settings make it train, where the val split chooses among classifiers or not.
+        shifts: whether batch norm is shifted where the settings leave it open.
         variants: settings by the name of a variant, for every dataset: {variant: {section: {key: value}}}.
     """
 
@@ -92,6 +142,8 @@ class Program:
     title: str
     parser: ArgumentParser
     check: Callable[[Any], None] = lambda config: None
+    work: Callable[[Any, bool], Work] = lambda config, chooses: Work(1, config.optim.epochs, config.optim.batch_size)
+    shifts: Callable[[Any], bool] = lambda config: False
     variants: Mapping[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
 

@@ -7,6 +7,16 @@ section 4.2; `train.features.generation` is the second:
                         │
                    find_support ────── per parent x̂: its nearest larger classes S, their weights ω
 
+Tukey's transform is for features that are never negative: those that a ReLU leaves, whose long tail to the right x^λ
+with λ < 1 shortens. Features that a layer norm leaves have both signs and lie about evenly around 0, and there is no
+such tail to shorten. The power that keeps signs, y = sign(x)·|x|^λ, would make them less Gaussian: with a density p
+of x, that of y is
+
+    f(y) = 1/λ · |y|^(1/λ − 1) · p(sign(y)·|y|^(1/λ))
+
+which for every λ < 1 is 0 at y = 0, where p is largest: two humps in the place of one. So features with negative values
+are taken as they are, λ = 1 (`fitting_lambda`), and what is generated from them is not clamped at 0.
+
 A class with more samples than dimensions is held by a factor too: R with RᵀR = Σ_c, from a QR decomposition of its
 centred features, so that no class needs more than D numbers of noise per sample.
 """
@@ -55,6 +65,17 @@ def tukey(features: Tensor, lam: float = 0.5) -> Tensor:
             " use features taken after a ReLU, or λ=1"
         )
     return torch.log(features + LOG_SHIFT) if lam == 0 else features**lam
+
+
+def fitting_lambda(features_ND: Tensor, lam: float) -> float:
+    """Return λ, or 1 where a feature is negative: Tukey's other powers are not defined there (see above).
+
+    Args:
+        features_ND: floating point; it may be memory-mapped: it is read in blocks.
+        lam: λ >= 0.
+    """
+    signed = lam != 1 and any((block_BD < 0).any() for block_BD in features_ND.split(FEATURES_PER_BLOCK))
+    return 1.0 if signed else lam
 
 
 def inverse_tukey(features: Tensor, lam: float = 0.5) -> Tensor:

@@ -4,16 +4,21 @@ torchvision is imported where it is needed: that takes longer than all else that
 """
 
 import copy
+import difflib
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from shards.errors import UserError
+from train.networks.timm_models import PREFIX, make_parts, nearest
 from train.networks.weights import load_state, read_state
 
 CIFAR_MEAN_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -43,41 +48,89 @@ class Normalize(nn.Module):
         return images_BCHW if self.channels_last else images_BCHW.contiguous()
 
 
+class Stages(nn.Sequential):
+    """A ResNet's stem and stages, one after the other.
+
+    Attributes:
+        recomputes: whether each residual block is computed again in the backward pass: gradient checkpointing.
+    """
+
+    recomputes: bool = False
+
+    def forward(self, maps_BCHW: Tensor) -> Tensor:
+        """See the class."""
+        for name, stage in self.named_children():
+            if self.recomputes and self.training and name.startswith("layer"):
+                for block in stage:
+                    maps_BCHW = checkpoint(block, maps_BCHW, use_reentrant=False)
+            else:
+                maps_BCHW = stage(maps_BCHW)
+        return maps_BCHW
+
+
 @dataclass(frozen=True)
 class Backbone:
-    """A ResNet cut before its last residual block. One backbone serves one network.
+    """A network cut before its last block. One backbone serves one network.
 
     Attributes:
         name: as in `make_backbone`.
         normalize: the first layer.
-        trunk: normalised images_BCHW -> maps, everything up to the last block.
+        trunk: normalised images_BCHW -> maps or tokens, everything up to the last block.
         make_branch: returns a new last block at each call: initialised on its own, or a copy of the
-            pretrained block where weights were given.
+            pretrained block where weights were given. It gives maps (B, D, H, W), or features (B, D) where pooling,
+            and a norm at the end, are parts of it.
         feature_dim: D, channels of the branch's output.
+        spec: what else `make_backbone` needs to build the same again.
+        groups: patterns that group parameters by depth, as timm has them: {"stem": …, "blocks": …}.
+        block: what the last block is called in a network that is not cut, where the branch does not have the name.
+        is_cut: False where the trunk is empty, and the branch is the whole network.
     """
 
     name: str
     normalize: Normalize
-    trunk: nn.Sequential
+    trunk: nn.Module
     make_branch: Callable[[], nn.Module]
     feature_dim: int
+    spec: dict[str, Any] = field(default_factory=dict)
+    groups: Any = field(default_factory=dict)
+    block: str = ""
+    is_cut: bool = True
 
 
-def make_backbone(name: str, weights: str | None = None) -> Backbone:
+def make_backbone(
+    name: str, weights: str | None = None, image_size: int | None = None, drop_path: float = 0.0
+) -> Backbone:
     """Build a backbone by name.
 
     Args:
         name: "resnet32" (the CIFAR network of He et al., "Deep Residual Learning for Image Recognition",
             2015, section 4.2), "resnet10" (one basic block in each of the four stages, as Liu et al., "Large-Scale
-            Long-Tailed Recognition in an Open World", 2019, train on ImageNet-LT), or any torchvision ResNet such
-            as "resnet50" or "resnext50_32x4d".
-        weights: None for a random start; a name that torchvision has for this backbone ("DEFAULT",
-            "IMAGENET1K_V2", downloaded on first use); or the path of a .safetensors or .pth file with a state dict
-            of the whole ResNet, in torchvision's names. Its classifier (`fc.*` or `linear.*`) is left out.
+            Long-Tailed Recognition in an Open World", 2019, train on ImageNet-LT), any torchvision ResNet such
+            as "resnet50" or "resnext50_32x4d", or "timm/NAME" for one of timm's classification models.
+        weights: None for a random start; "default" for those that torchvision or timm have (downloaded on first use),
+            or another of torchvision's names, such as "IMAGENET1K_V2"; or the path of a .safetensors or .pth file with
+            a state dict of the whole network, in torchvision's names or timm's. Its classifier is left out.
+        image_size: of the pictures to come, which vision transformers have to know; None: the model's own.
+        drop_path: the rate of stochastic depth at the last block: how probably training leaves a block out for an
+            image (Huang et al., "Deep Networks with Stochastic Depth", 2016). It rises linearly from 0 at the first
+            block. Draws come from torch's generator.
 
     Raises:
-        UserError: unknown backbone, or weights that are unknown, unreadable or of another backbone.
+        UserError: unknown backbone; weights that are unknown, unreadable or of another backbone; what the model cannot
+            be built for.
     """
+    if name.startswith(PREFIX):
+        parts = make_parts(name, weights, image_size, drop_path)
+        return Backbone(
+            name,
+            Normalize((parts.view.mean, parts.view.std)),
+            parts.trunk,
+            parts.make_branch,
+            parts.feature_dim,
+            {"image_size": image_size or parts.view.image_size},
+            parts.groups,
+            is_cut=parts.is_cut,
+        )
     if name in _OWN_RESNETS:
         net, owner = _OWN_RESNETS[name](), "a"
     elif name in _torchvision_resnets():
@@ -85,8 +138,10 @@ def make_backbone(name: str, weights: str | None = None) -> Backbone:
 
         net, owner = get_model(name, weights=None), "torchvision's"
     else:
-        choices = ", ".join([*_OWN_RESNETS, *_torchvision_resnets()])
-        raise UserError(f"backbone {name!r} is unknown; choose one of: {choices}")
+        choices = [*_OWN_RESNETS, *_torchvision_resnets()]
+        near = difflib.get_close_matches(name, choices, 1, 0.8)
+        guess = f"; did you mean {near[0]}?" if near else nearest(name)
+        raise UserError(f"backbone {name!r} is unknown{guess}; choose one of: {', '.join(choices)}, or timm/NAME")
     stages = OrderedDict((key, child) for key, child in net.named_children() if key not in ("avgpool", "fc"))
     if weights is not None:
         state = {
@@ -94,6 +149,10 @@ def make_backbone(name: str, weights: str | None = None) -> Backbone:
         }
         layers = ", ".join(key for key, stage in stages.items() if stage.state_dict())
         load_state(nn.Sequential(stages), state, weights, f"give the state dict of {owner} {name} ({layers})")
+    if drop_path:
+        _use_drop_path(
+            [block for key, stage in stages.items() if key.startswith("layer") for block in stage], drop_path
+        )
     last_stage = next(reversed(stages))
     *first_blocks, last_block = stages[last_stage].children()
     stages[last_stage] = nn.Sequential(*first_blocks)
@@ -104,7 +163,27 @@ def make_backbone(name: str, weights: str | None = None) -> Backbone:
         return branch if weights else branch.apply(_he_initialise)
 
     normalize = Normalize(CIFAR_MEAN_STD if name == "resnet32" else IMAGENET_MEAN_STD)
-    return Backbone(name, normalize, nn.Sequential(stages), make_branch, last_norm.num_features)
+    return Backbone(
+        name,
+        normalize,
+        Stages(stages),
+        make_branch,
+        last_norm.num_features,
+        groups={"stem": r"^(?:conv1|bn1)", "blocks": r"^layer(\d+)\.(\d+)"},
+        block=f"{last_stage}.{len(first_blocks)}.",
+    )
+
+
+def _use_drop_path(blocks: list[nn.Module], rate: float) -> None:
+    """Let ResNets' blocks drop what is to be added to their shortcut, which ends with a norm; see `make_backbone`."""
+    from torchvision.ops import stochastic_depth
+
+    def drop(of_block: float, norm: nn.Module, _: Any, maps_BDHW: Tensor) -> Tensor:
+        return stochastic_depth(maps_BDHW, of_block, "row", norm.training)
+
+    for number, block in enumerate(blocks):
+        norm = block.bn3 if hasattr(block, "bn3") else block.bn2
+        norm.register_forward_hook(partial(drop, rate * number / (len(blocks) - 1)))
 
 
 def _torchvision_resnets() -> list[str]:
@@ -121,6 +200,8 @@ def _pretrained(backbone: str, weights: str) -> dict[str, Tensor]:
     from torchvision.models import get_model_weights
 
     named = {} if backbone in _OWN_RESNETS else get_model_weights(backbone).__members__
+    if weights == "default" and named:
+        weights = "DEFAULT"
     if weights in named:
         try:
             return named[weights].get_state_dict(progress=True, check_hash=True)

@@ -15,6 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.module_tracker import ModuleTracker
+
+IN_BACKWARD = ModuleTracker()
 
 
 class StreamBatchNorm2d(nn.BatchNorm2d):
@@ -26,10 +30,13 @@ class StreamBatchNorm2d(nn.BatchNorm2d):
         streams: S, of the batches to come; see `split_statistics`.
         synchronised: whether a stream's statistics are those of all ranks, which need the same B each. Works on
             every backend, unlike `torch.nn.SyncBatchNorm`.
+        recomputes: whether it may be called again in the backward pass (gradient checkpointing), when running
+            statistics must stay.
     """
 
     streams: int = 1
     synchronised: bool = False
+    recomputes: bool = False
     momentum: float
     running_mean: Tensor
     running_var: Tensor
@@ -37,10 +44,21 @@ class StreamBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, maps_NCHW: Tensor) -> Tensor:
         """See the class."""
+        maps_NCHW = self._normalized(maps_NCHW)
+        for follows in self._modules.values():  # of timm's norms, which hold their activation
+            maps_NCHW = cast(nn.Module, follows)(maps_NCHW)
+        return maps_NCHW
+
+    def _normalized(self, maps_NCHW: Tensor) -> Tensor:
         if self.training:
             assert len(maps_NCHW) % self.streams == 0, (len(maps_NCHW), self.streams)
+            again = self.recomputes and IN_BACKWARD.is_bw
             if self.synchronised and dist.is_initialized() and dist.get_world_size() > 1:
-                return self._over_ranks(maps_NCHW)
+                return self._over_ranks(maps_NCHW, again)
+            if again:
+                # A momentum of 0 leaves them as they are; without them autograd would miss what it saved before.
+                running = self.running_mean, self.running_var
+                return F.batch_norm(maps_NCHW, *running, self.weight, self.bias, True, 0.0, self.eps)
             if self.streams > 1 and torch.compiler.is_compiling():
                 # The compiler fuses the copy, and cannot see through results that are written in place.
                 parts = maps_NCHW.chunk(self.streams)
@@ -62,7 +80,7 @@ class StreamBatchNorm2d(nn.BatchNorm2d):
                 )
         return super().forward(maps_NCHW)
 
-    def _over_ranks(self, maps_NCHW: Tensor) -> Tensor:
+    def _over_ranks(self, maps_NCHW: Tensor, again: bool) -> Tensor:
         parts_SBCHW = maps_NCHW.float().unflatten(0, (self.streams, -1))
         var_SC, mean_SC = torch.var_mean(parts_SBCHW, dim=(1, 3, 4), correction=0)
         mean_RSC, var_RSC = _gather_over_ranks(torch.stack([mean_SC, var_SC])).unbind(1)
@@ -72,10 +90,10 @@ class StreamBatchNorm2d(nn.BatchNorm2d):
         offset_SC = self.bias - mean_SC * scale_SC
         pixels = dist.get_world_size() * parts_SBCHW.numel() // (self.streams * self.num_features)
         with torch.no_grad():
-            for mean, var in zip(mean_SC, var_SC * (pixels / (pixels - 1)), strict=True):
+            for mean, var in () if again else zip(mean_SC, var_SC * (pixels / (pixels - 1)), strict=True):
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(var, self.momentum)
-            self.num_batches_tracked += self.streams
+            self.num_batches_tracked += 0 if again else self.streams
         normal_SBCHW = torch.addcmul(offset_SC[:, None, :, None, None], parts_SBCHW, scale_SC[:, None, :, None, None])
         return normal_SBCHW.flatten(0, 1).to(maps_NCHW.dtype)
 
@@ -177,11 +195,21 @@ def use_stream_batch_norm(network: nn.Module, synchronised: bool | None = None) 
             if not isinstance(child, StreamBatchNorm2d):
                 norm = StreamBatchNorm2d(child.num_features, child.eps, child.momentum)
                 norm._parameters, norm._buffers = child._parameters, child._buffers
+                norm._modules, norm._forward_hooks = child._modules, child._forward_hooks
                 norm.train(child.training)
                 setattr(module, name, norm)
                 child = norm
             if synchronised is not None:
                 child.synchronised = synchronised
+
+
+def can_split_statistics(network: nn.Module) -> bool:
+    """Return whether `split_statistics` reaches every batch norm: there is none over other than maps."""
+    return all(
+        isinstance(module, StreamBatchNorm2d)
+        for module in network.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    )
 
 
 @contextmanager

@@ -8,23 +8,32 @@ Every network takes images_BHWC, uint8, RGB, as the loaders hand them over; norm
                                                            ‖ (one trunk, one pass)
                                               images_r ─ trunk ─ rebalancing ── pool ─ 2·W_r·f_r+b
 
-The trunk is a ResNet up to its last residual block, and a branch is that last block
-(Zhou et al., "BBN: Bilateral-Branch Network with Cumulative Learning", 2020, section 4.2).
+The trunk is a network up to its last block, and a branch is that last block, with the norm and the pooling that follow
+(Zhou et al., "BBN: Bilateral-Branch Network with Cumulative Learning", 2020, section 4.2, for ResNets).
 
 With a cosine classifier every branch's features are of unit length. What is saved of such a network is a plain linear
 classifier on features of unit length, so that second stages, prediction and export know nothing of cosines.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shards.errors import UserError
-from train.networks.backbones import Backbone, make_backbone
-from train.networks.batch_norm import split_statistics, use_stream_batch_norm
+from train.networks.adapters import adapt as add_adapters
+from train.networks.backbones import Backbone, Stages, make_backbone
+from train.networks.batch_norm import (
+    StreamBatchNorm2d,
+    can_split_statistics,
+    split_statistics,
+    use_stream_batch_norm,
+)
 from train.networks.cosine import SCALE, CosineClassifier, plain_weight
+from train.networks.cutting import Trunk
+from train.networks.depths import LAST, depth_key, part_of
 
 # Weights of the trunk for each value in a stream's images. One pass reads the weights once; two keep smaller maps in
 # a CPU's caches. The first counts for ResNet-50 on a few images (200 weights a value: 1.1 to 1.2 times as fast), the
@@ -55,13 +64,17 @@ class Network(nn.Module):
     Attributes:
         kind: the kind's name in `build_network`.
         branches: last blocks that it has, beside each other.
-        spec: {"kind", "backbone", "num_classes"}, and "unit_features": true where features are of unit length:
-            `build_network(**spec)` builds the architecture that `save_model` saves.
+        trunk_is_frozen: whether training leaves the trunk as it is; see `freeze_trunk`.
+        is_cut: False where the trunk is empty and the branch is the whole network.
+        spec: {"kind", "backbone", "num_classes"}; "unit_features": true where features are of unit length; and
+            "image_size" of one of timm's models, and "adapt" of one with adapters: `build_network(**spec)` builds the
+            architecture that `save_model` saves.
         classifier: the last layer; `predict(images) == classifier(features(images))` exactly.
     """
 
     kind: ClassVar[str]
     branches: ClassVar[int]
+    trunk_is_frozen: bool = False
 
     def __init__(
         self,
@@ -73,9 +86,13 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.spec: dict[str, Any] = {"kind": self.kind, "backbone": backbone.name, "num_classes": num_classes}
+        self.spec |= backbone.spec
+        self.is_cut = backbone.is_cut
+        self._groups, self._block = backbone.groups, backbone.block
         self._unit_features = unit_features or classifier == "cosine"
         if self._unit_features:
             self.spec["unit_features"] = True
+        self._recomputes = False
         self.normalize = backbone.normalize
         self.trunk = backbone.trunk
         inputs = self.branches * backbone.feature_dim
@@ -87,11 +104,63 @@ class Network(nn.Module):
 
     @property
     def depths(self) -> int:
-        """Stages of the trunk after which maps can be mixed: depths are 0 … `depths`."""
+        """Stages of the trunk after which maps can be mixed: depths are 0 … `depths`; 0 of timm's models."""
         return sum(name.startswith("layer") for name, _ in self.trunk.named_children())
 
+    def freeze_trunk(self) -> None:
+        """Keep the trunk as it is from now on: without gradients, its batch norm as in evaluation.
+
+        Nothing of it is kept for the backward pass then, because nothing in it needs a gradient.
+        """
+        self.trunk_is_frozen = True
+        self.trunk.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Train or evaluate, as every module; a frozen trunk always evaluates."""
+        super().train(mode)
+        if self.trunk_is_frozen:
+            self.trunk.eval()
+        return self
+
+    def set_grad_checkpointing(self, on: bool = True) -> None:
+        """Keep only what each block of the trunk takes, and compute the rest again in the backward pass.
+
+        Memory for time: about a third of the maps' memory for a third more time. What is learnt is the same: batch norm
+        leaves its running statistics alone when it computes again.
+        """
+        self._recomputes = on
+        use_stream_batch_norm(self.trunk)
+        for module in self.trunk.modules():
+            if isinstance(module, StreamBatchNorm2d):
+                module.recomputes = on
+        if isinstance(self.trunk, Stages):
+            self.trunk.recomputes = on
+        elif isinstance(self.trunk, Trunk):
+            self.trunk.set_grad_checkpointing(on)
+
+    def parameter_depths(self) -> dict[str, int]:
+        """Return how deep each parameter lies, by its name in `named_parameters`.
+
+        0 is the stem's; each block of the trunk has a number more, the last block, with the norm that follows, one
+        more in every branch, and the classifier one more still.
+        """
+        keys = {
+            name: depth_key(self._groups, self._inner_name(name))
+            for name, _ in self.named_parameters()
+            if part_of(name) != "classifier"
+        }
+        order = {key: depth for depth, key in enumerate(sorted(set(keys.values()) - {LAST}))}
+        last = max(order.values(), default=0)
+        return {name: order.get(keys[name], last) if name in keys else last + 1 for name, _ in self.named_parameters()}
+
+    def _inner_name(self, name: str) -> str:
+        """Return what a parameter of trunk or branch is called in the network that was cut."""
+        part, _, inner = name.partition(".")
+        inner = inner.removeprefix("model.")
+        return inner if part == "trunk" else self._block + inner
+
     def features(self, images_BHWC: Tensor) -> Tensor:
-        """Return what the classifier sees: shape (B, classifier.in_features), float32, >= 0."""
+        """Return what the classifier sees: shape (B, classifier.in_features), float32; >= 0 after a ReLU."""
         raise NotImplementedError
 
     def predict(self, images_BHWC: Tensor) -> Tensor:
@@ -109,12 +178,14 @@ class Network(nn.Module):
     def _trunk_maps(self, images_BHWC: Tensor) -> Tensor:
         return self.trunk(self.normalize(images_BHWC))
 
-    def _pool(self, maps_BDHW: Tensor) -> Tensor:
+    def _pool(self, branch_gave: Tensor) -> Tensor:
         """Return features_BD of one branch: global average pooling, and unit length where the network has it.
 
-        Float32 also where autocast made the maps bfloat16.
+        Takes maps_BDHW, or features_BD of a branch that pools by itself. Float32 also where autocast made the maps
+        bfloat16.
         """
-        features_BD = maps_BDHW.mean((2, 3), dtype=torch.float32)
+        pooled = branch_gave.ndim == 2
+        features_BD = branch_gave.float() if pooled else branch_gave.mean((2, 3), dtype=torch.float32)
         return F.normalize(features_BD) if self._unit_features else features_BD
 
 
@@ -124,7 +195,7 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 
 
 class PlainNetwork(Network):
-    """A ResNet with one branch. `classifier` maps D features to C logits."""
+    """A network with one branch. `classifier` maps D features to C logits."""
 
     kind = "plain"
     branches = 1
@@ -134,7 +205,7 @@ class PlainNetwork(Network):
         self.branch = backbone.make_branch()
 
     def features(self, images_BHWC: Tensor) -> Tensor:
-        """Return features_BD, float32, >= 0, of images_BHWC, uint8."""
+        """Return features_BD, float32, of images_BHWC, uint8; >= 0 after a ReLU."""
         return self._pool(self.branch(self._trunk_maps(images_BHWC)))
 
     def forward(self, images_BHWC: Tensor, mix: HiddenMix | None = None, others_BHWC: Tensor | None = None) -> Tensor:
@@ -149,15 +220,21 @@ class PlainNetwork(Network):
         if mix is None:
             return self.predict(images_BHWC)
         assert 0 <= mix.depth <= self.depths, mix.depth
-        names = [name for name, _ in self.trunk.named_children()]
-        cut = 0 if mix.depth == 0 else names.index(f"layer{mix.depth}") + 1
-        below, above = self.trunk[:cut], self.trunk[cut:]
+        below, above = self._trunk_cut(mix.depth)
         maps_BDHW = below(self.normalize(images_BHWC))
         others_BDHW = maps_BDHW if others_BHWC is None else below(self.normalize(others_BHWC))
         partners_BDHW = others_BDHW.index_select(0, mix.partners_B)
         shares_B111 = mix.shares_B.to(maps_BDHW.dtype).view(-1, 1, 1, 1)
         mixed_BDHW = shares_B111 * maps_BDHW + (1 - shares_B111) * partners_BDHW
         return self.classify(self._pool(self.branch(above(mixed_BDHW))))
+
+    def _trunk_cut(self, depth: int) -> tuple[nn.Module, nn.Module]:
+        """Return the trunk up to a depth, and the rest."""
+        if depth == 0:
+            return nn.Identity(), self.trunk
+        names = [name for name, _ in self.trunk.named_children()]
+        cut = names.index(f"layer{depth}") + 1
+        return self.trunk[:cut], self.trunk[cut:]
 
 
 class BilateralNetwork(Network):
@@ -167,8 +244,14 @@ class BilateralNetwork(Network):
     branches = 2
 
     def __init__(self, backbone: Backbone, num_classes: int, **head: Any) -> None:
+        if not backbone.is_cut:
+            raise UserError(
+                f"{backbone.name} cannot be cut before its last block, so that it has no branches; train it with"
+                " train/erm.py, or choose a ResNet, a ConvNeXt or a vision transformer (vit_…)"
+            )
         super().__init__(backbone, num_classes, **head)
         use_stream_batch_norm(self.trunk)
+        self._splits = can_split_statistics(self.trunk)
         self._trunk_weights = sum(weights.numel() for weights in self.trunk.parameters())
         self.conventional = backbone.make_branch()
         self.rebalancing = backbone.make_branch()
@@ -187,7 +270,9 @@ class BilateralNetwork(Network):
             images_r_BHWC: the re-balancing (reversed) stream, uint8; the same shape.
         """
         assert images_c_BHWC.shape == images_r_BHWC.shape, (images_c_BHWC.shape, images_r_BHWC.shape)
-        if images_c_BHWC.is_cpu and self._trunk_weights < CPU_WEIGHTS_PER_VALUE * images_c_BHWC.numel():
+        small = images_c_BHWC.is_cpu and self._trunk_weights < CPU_WEIGHTS_PER_VALUE * images_c_BHWC.numel()
+        # What is computed again in the backward pass does not know any more which streams it has.
+        if small or self._recomputes or not self._splits:
             maps_c_BDHW, maps_r_BDHW = self._trunk_maps(images_c_BHWC), self._trunk_maps(images_r_BHWC)
         else:
             with split_statistics(self.trunk, 2):
@@ -202,7 +287,7 @@ class BilateralNetwork(Network):
             )
 
     def features(self, images_BHWC: Tensor) -> Tensor:
-        """Return [f_c ; f_r] of the same images, shape (B, 2D), float32, >= 0.
+        """Return [f_c ; f_r] of the same images, shape (B, 2D), float32; >= 0 after a ReLU.
 
         `predict` is therefore the mean of both branches' logits: α = 1/2 (BBN section 4.4).
         """
@@ -215,9 +300,12 @@ class BilateralNetwork(Network):
         The layers are shared with this network and not copied.
         """
         plain = PlainNetwork(
-            make_backbone(self.spec["backbone"]), self.spec["num_classes"], unit_features=self._unit_features
+            make_backbone(self.spec["backbone"], image_size=self.spec.get("image_size")),
+            self.spec["num_classes"],
+            unit_features=self._unit_features,
         )
         plain.normalize, plain.trunk, plain.branch = self.normalize, self.trunk, getattr(self, branch)
+        plain.spec |= {key: value for key, value in self.spec.items() if key == "adapt"}
         half = plain_weight(self.classifier).detach().chunk(2, dim=1)[branch == "rebalancing"]
         with torch.no_grad():
             plain.classifier.weight.copy_(2 * half)
@@ -239,6 +327,9 @@ def build_network(
     classifier: Classifier = "linear",
     scale: float = SCALE,
     unit_features: bool = False,
+    image_size: int | None = None,
+    drop_path: float = 0.0,
+    adapt: Mapping[str, Any] | None = None,
 ) -> PlainNetwork | BilateralNetwork:
     """Build a network by name.
 
@@ -250,6 +341,8 @@ def build_network(
         classifier: linear, or cosine (`train.networks.cosine`), whose features are of unit length.
         scale: what cosines are multiplied by.
         unit_features: whether a linear classifier's features are of unit length too, as a saved cosine network's are.
+        image_size, drop_path: as in `make_backbone`.
+        adapt: adapters beside frozen blocks, as in `train.networks.adapters.adapt`.
 
     Raises:
         UserError: an unknown kind or backbone, fewer than one class, or weights that do not fit.
@@ -259,4 +352,7 @@ def build_network(
     if not isinstance(num_classes, int) or num_classes < 1:
         raise UserError(f"a network needs at least one class, got num_classes={num_classes!r}")
     head = {"classifier": classifier, "scale": scale, "unit_features": unit_features}
-    return _KINDS[kind](make_backbone(backbone, weights), num_classes, **head)
+    network = _KINDS[kind](make_backbone(backbone, weights, image_size, drop_path), num_classes, **head)
+    if adapt is not None:
+        network.spec["adapt"] = add_adapters(network, backbone, num_classes, adapt)
+    return network

@@ -1,6 +1,7 @@
 """State dicts out of files, checked against the network that they are for."""
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,9 +11,16 @@ from torch import Tensor, nn
 
 from shards.errors import UserError
 
+# Under what training programs keep the state dict among other things; averaged weights come first.
+INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model")
+# What wrappers put before a name.
+WRAPPED = ("_orig_mod.", "module.")
+
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """Return the state dict of a .safetensors file, or of one that torch.save wrote, on the CPU.
+
+    Of a training checkpoint, as timm writes them, the state dict inside; without the prefixes of DDP and torch.compile.
 
     Raises:
         UserError: the file is missing, damaged, or holds no plain state dict.
@@ -25,14 +33,27 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} does not exist; give the file of a trained model") from None
     except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}); replace the damaged file") from None
+    if isinstance(state, dict):
+        state = next((state[key] for key in INSIDE if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no plain state dict; save model.state_dict() and give that file")
-    return state
+    return {_unwrapped(key): value for key, value in state.items()}
+
+
+def _unwrapped(key: str) -> str:
+    while key.startswith(WRAPPED):
+        key = key.partition(".")[2]
+    return key
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], source: Path | str, remedy: str) -> None:
     """Load `state` into `module` if all names and shapes agree, else name the first that does not."""
-    own = module.state_dict()
+    check_state(module.state_dict(), state, source, remedy)
+    module.load_state_dict(state, strict=False)
+
+
+def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: Path | str, remedy: str) -> None:
+    """Raise a UserError that names the first tensor in which two state dicts differ by name or shape."""
     for key in [*own, *(key for key in state if key not in own)]:
         # Old files lack this counter, which batch norm with a momentum never reads.
         if key.endswith("num_batches_tracked"):
@@ -40,4 +61,3 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: Path | str, 
         here, there = (str(tuple(side[key].shape)) if key in side else "absent" for side in (own, state))
         if here != there:
             raise UserError(f"{source} is of another model: {key} is {there} in it and {here} here; {remedy}")
-    module.load_state_dict(state, strict=False)

@@ -1,0 +1,38 @@
+"""The command line of a second stage, read before torch is imported: see train/engine/launch.py."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shards.cli import program_name
+from shards.errors import user_errors_exit_2
+from train.engine import runs
+from train.engine.config import peek
+from train.features.commands import Program
+
+if TYPE_CHECKING:
+    from train.features.stage_two import Stage
+
+
+def run_stage(program: Program, train: "Callable[[Stage], None]", argv: list[str] | None) -> None:
+    """Run a second stage from its command line; exits with 2 for a user's mistake, with 75 after a signal."""
+    begun: list[Path] = []
+    with user_errors_exit_2(program_name(f"train/{program.name}.py", f"train {program.name}")):
+        asked = peek(program.parser, argv)
+        from train.engine.interrupts import EXIT_STATUS, Interrupted, Stops
+        from train.features.stage_two import open_stage
+
+        try:
+            with Stops():
+                stage = open_stage(program, argv, asked, begun)
+                if stage is not None:
+                    train(stage)
+        except Interrupted as interrupted:
+            resume = f"resume with: tailstream train {program.name} "
+            again = resume + runs.resuming(begun[0]) if begun else "start again"
+            print(
+                f"stopped by {interrupted.signal}; features and classifiers that were finished are kept; {again}",
+                flush=True,
+            )
+            sys.exit(EXIT_STATUS)
