@@ -20,7 +20,6 @@ from shards.errors import UserError
 from shards.index import open_dataset
 from train import afg, decouple
 from train.afg import Settings, run
-from train.calibrate import main as calibrate
 from train.engine.config import PRESETS
 from train.engine.launch import run as run_stage_one
 from train.engine.predictions import read_predictions
@@ -127,8 +126,6 @@ def test_the_baselines_are_in_the_summary_and_on_the_screen(here, capsys):
     assert not (here / "runs/afg/candidates").exists()
     printed = capsys.readouterr().out
     assert all(f"\n{name} " in printed for name in (*list(rows)[1:], "AFG"))
-    calibrate(["--run", "runs/afg"])
-    assert {"last", "selected"} <= json.loads((here / "runs/afg/calibration.json").read_text()).keys()
 
 
 def test_several_views_of_an_image_make_no_class_larger(here, monkeypatch):

@@ -28,8 +28,8 @@ from train.engine.limits import SCHEDULE, enlarged, estimate_run, said, within_b
 from train.engine.loop import Training
 from train.engine.machine import launched_by, make_accelerator, usable_gpu
 from train.engine.method import Method
-from train.engine.predictions import FILES as PREDICTIONS
 from train.engine.optimisers import check_resumed, check_settings
+from train.engine.predictions import FILES as PREDICTIONS
 from train.engine.recipes import choose, given_settings, resumed_choice
 from train.engine.tracking import Tracking
 from train.networks.backbones import make_backbone
