@@ -3,8 +3,8 @@
   files, folders, tars ─ find_images ─> Item ─(threads: read, decode, crop, resize)─> pictures ─ Model ─> probabilities
 
 An image goes the way that it would go through shards and an evaluation: `shards.encode` (upright, 8-bit, shrunk where
-the dataset was), then PIL's crop and resize of the reference loader. Neither the dataset nor DALI is needed. The network
-computes in float32: the figures of a run that was evaluated in bf16 or fp16 differ by that.
+the dataset was), then PIL's crop and resize of the reference loader. Neither the dataset nor DALI is needed. The
+network computes in float32: the figures of a run that was evaluated in bf16 or fp16 differ by that.
 """
 
 import json
