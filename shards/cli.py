@@ -5,7 +5,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,7 +65,7 @@ def program_name(usual: str, words: str = "") -> str:
     return f"tailstream {words}".rstrip() if Path(sys.argv[0]).stem == "tailstream" else usual
 
 
-def run_commands(program: str, commands: dict[str, Any], argv: Sequence[str] | None = None) -> Any:
+def run_commands(program: str, commands: dict[str, Any], argv: list[str] | None = None) -> Any:
     """Run the function that the command line names and return its result; a UserError exits with status 2."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names may have letters that a terminal's encoding lacks
