@@ -82,8 +82,8 @@ class Model:
     @property
     def view(self) -> View:
         """What it sees of an image."""
-        told = self.description
-        return View(told.shorter_side, told.quality, told.grey_bits, told.eval_augment, told.image_size)
+        of = self.description
+        return View(of.shorter_side, of.quality, of.grey_bits, of.eval_augment, of.image_size)
 
     @property
     def calibrated(self) -> Calibration:
@@ -145,11 +145,11 @@ def _describe_older(run: Path) -> Description:
     saved, summary = runs.read_config(run), runs.read_summary(run)
     try:
         source = saved if "augment" in saved["input"] else runs.read_config(Path(saved["about"]["from"]))
-        told = json.loads((run / "per_class.json").read_text(encoding="utf-8"))
+        per_class = json.loads((run / "per_class.json").read_text(encoding="utf-8"))
         network, recipe = load_model(run), find_recipe(source["input"]["eval_augment"])
         return Description(
-            classes=[str(name) for name in told["classes"]],
-            train_counts=[int(count) for count in told["train_counts"]],
+            classes=[str(name) for name in per_class["classes"]],
+            train_counts=[int(count) for count in per_class["train_counts"]],
             image_size=int(source["input"]["image_size"]),
             eval_augment=recipe.name,
             crop_share=recipe.centre_share,
