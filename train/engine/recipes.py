@@ -96,7 +96,7 @@ def choose(
     fit = merged.pop("fit", None)
     settings = parse(parser, _plain(argv), choice.usual(dataset, variant))
     # One of timm's models is shown pictures as it was in its pretraining.
-    before = choice.usual(dataset, variant)["input"]
+    before = choice.usual(dataset, variant).get("input", {})
     view = with_own_view({"input": before}, settings.model.backbone)["input"]
     if changed := {key: value for key, value in view.items() if value != before.get(key)}:
         choice.fitted["input"] = changed
