@@ -88,7 +88,7 @@ def reachable_split(run: Run, answers: Answers) -> Split | None:
     for folder in (Path(), run.path.resolve().parent.parent):
         try:
             dataset = open_dataset(folder / place)
-        except UserError:
+        except (UserError, OSError, ValueError):  # not there, not ours to read, or damaged
             continue
         split = dataset.splits.get(run.summary["evaluated_on"])
         same = dataset.classes == run.classes and np.array_equal(dataset.train_counts, run.train_counts_C)

@@ -109,7 +109,7 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
         "curves": _curves(entries),
         "sure": _sure(entries, answered, versus),
         "compared": bool(versus),
-        "reliability": _drawn(gallery.reliability(entries)),
+        "reliability": _drawn(gallery.reliability_of(list(answered.values()))),
         **_confusion(entries, answered),
         "mistakes": _mistakes(best_entry(entries), answered[best_entry(entries).title]),
         "norms": _norms(entries),

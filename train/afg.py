@@ -102,7 +102,7 @@ def run(argv: list[str] | None = None) -> None:
         type=Path | None,
         help="write an epoch's generated features and labels, too: FILE.safetensors, or FILE.npy and FILE.labels.npy",
     )
-    run_stage(Program("afg", "AFG", parser, _check, _work, VARIANTS), train, argv)
+    run_stage(Program("afg", "AFG", parser, _check, _work, variants=VARIANTS), train, argv)
 
 
 def _work(config: Any, chooses: bool) -> Work:

@@ -29,8 +29,9 @@ class FileReader:
     root: Path
 
     def __call__(self, name: str) -> bytes:
-        """Return a file's bytes."""
-        return (self.root / name).read_bytes()
+        """Return a file's bytes; none of a pipe, for which a reader would wait."""
+        with open(self.root / name, "rb", buffering=0, opener=_without_waiting) as file:
+            return file.read()
 
     def peek(self, name: str) -> bytes:
         """Return a file's last bytes: its first ones are often those of its kind."""
@@ -48,6 +49,10 @@ class FileReader:
                 f"{folder} was there when the images were listed and is not any more ({error.strerror}); bring it back,"
                 " and give the same command again to resume"
             ) from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def check_folder(dataset: str, path: Path | None, wanted: str) -> Path:

@@ -66,7 +66,7 @@ def test_the_page_tells_the_story(three):
         r" [\d.]+ points more than CE with [\d.]+ %\.",
         page.text,
     )
-    assert "Both have a single seed, and another may turn out differently: train two more" in page.text
+    assert "CE and BBN + AFG have a single seed, and another may turn out differently: train two more" in page.text
     assert re.search(r"It gains [\d.]+ points in the tail \(few\)", page.text)
     for words in (
         "Stage one",

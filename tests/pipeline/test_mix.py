@@ -118,7 +118,7 @@ def test_loaders_of_pictures_that_need_no_resize_mix_bit_by_bit_alike(digits):
     plan = make_plan(digits.splits["train"])
     with open_loader(plan, "torch", threads=2) as workers:
         with_workers = list(islice(workers, 3))
-    for reference, *others in zip(load(plan), load(plan, "resident"), with_workers, strict=True):
+    for reference, *others in zip(load(plan), load(plan, "resident"), load(plan, "dali"), with_workers, strict=True):
         for name, other in ((name, other) for other in others for name in reference):
             assert_same(other[name], reference[name])
 

@@ -66,6 +66,14 @@ def test_names_that_neither_utf_8_nor_the_terminal_can_write(tmp_path, image_fol
     assert open_dataset(out).name == "o\\xff"
 
 
+def test_a_reader_who_has_seen_enough_ends_a_listing_quietly(digits):
+    command = [sys.executable, "-m", "shards", "inspect", str(digits)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+
 def test_verify_exits_1_on_a_problem_and_2_on_no_dataset(tmp_path, image_folder, command):
     source = image_folder(tmp_path / "source", {"a": 2, "b": 2})
     root = build("folder", source=source, out=tmp_path / "out", workers=1)

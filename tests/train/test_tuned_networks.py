@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from shards.errors import UserError
 from train.networks.depths import part_of
 from train.networks.networks import build_network
 
@@ -66,6 +67,13 @@ def test_a_frozen_trunk_stays_as_it_is(kind):
     for name, parameter in network.named_parameters():
         assert (parameter.grad is None) == (part_of(name) == "trunk"), name
     assert not network.eval().training
+
+
+def test_a_network_without_a_trunk_is_named():
+    network = made("plain")
+    network.is_cut = False  # as most of timm's models are
+    with pytest.raises(UserError, match=r"optim.freeze=trunk: resnet32 is not cut, and has no trunk; leave it out"):
+        network.freeze_trunk()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -84,6 +84,7 @@ def norms(classifier: nn.Linear, branches: int) -> dict[str, NDArray[np.float32]
 
 def write_diagnostics(run_folder: Path, network: Network, **arrays: Any) -> None:
     """Write diagnostics.npz, of the network's classifier and of further arrays; None leaves one out."""
-    kept = {name: np.asarray(array, np.float32) for name, array in arrays.items() if array is not None}
+    kept: dict[str, Any] = {**norms(network.classifier, network.branches)}
+    kept |= {name: np.asarray(array, np.float32) for name, array in arrays.items() if array is not None}
     with partial_file(run_folder / FILE) as temporary, temporary.open("wb") as file:
-        np.savez(file, **norms(network.classifier, network.branches), **kept)
+        np.savez(file, **kept)

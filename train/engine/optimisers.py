@@ -10,6 +10,7 @@ layers above it    L+1      L              2         1            0
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jsonargparse.typing import (
@@ -230,16 +231,20 @@ def parameter_places(model: "Network") -> "dict[torch.nn.Parameter, Place]":
     """Return where each of a network's parameters stands; see the picture above."""
     from train.networks.depths import part_of
 
-    exempt = {
-        f"{prefix}.{name}"
+    exempt = [
+        f"{prefix}.{pattern}"
         for prefix, module in model.named_modules()
         if hasattr(module, "no_weight_decay")
-        for name in module.no_weight_decay()
-    }
+        for pattern in module.no_weight_decay()
+    ]
+
+    def is_spared(name: str, parameter: "torch.nn.Parameter") -> bool:
+        return parameter.ndim <= 1 or any(fnmatchcase(name, pattern) for pattern in exempt)
+
     depths = model.parameter_depths()
     top = max(depths.values())
     return {
-        parameter: Place(part_of(name), top - depths[name], parameter.ndim <= 1 or name in exempt)
+        parameter: Place(part_of(name), top - depths[name], is_spared(name, parameter))
         for name, parameter in model.named_parameters()
     }
 

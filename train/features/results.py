@@ -77,10 +77,10 @@ def close_stage(
             save_selected_model(stage.network, stage.run_folder)
             stage.network.classifier = last.linear
             epochs["selected"] = len(rows)
-        describe(stage.run_folder, stage.network, stage.dataset, stage.input, summary, epochs)
         keep_predictions(stage, last.linear, "last")
         if winner is not None:
             keep_predictions(stage, winner, "selected")
+        describe(stage.run_folder, stage.network, stage.dataset, stage.input, summary, epochs)
         write_diagnostics(stage.run_folder, stage.network, beta=beta_C)
         (stage.run_folder / "metrics.jsonl").touch()
         for row in rows:
