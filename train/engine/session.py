@@ -67,6 +67,11 @@ def train(
         asked.variant = begun_with
         dataset = _dataset_of(resumed, about, asked.data)
         choice = resumed_choice(parser, argv, saved, about, method_class.name)
+        if choice.settings.loop.budget != saved.get("loop", {}).get("budget"):
+            raise UserError(
+                f"loop.budget={choice.settings.loop.budget} fits the epochs of a run that begins, and {resumed} has"
+                " begun; leave it out, or set --optim.epochs"
+            )
     else:
         dataset = find_dataset(asked.data)
         gpu = usable_gpu(asked.loop.device)
@@ -171,7 +176,7 @@ def _train_and_finish(
     if config.loop.estimate or config.loop.budget or asked.dry_run:
         left = config.optim.epochs * plan.steps_per_epoch - counters.step
         estimate = estimate_run(method_class, plan, config, dataset, accelerator, thorough=asked.dry_run)
-        if config.loop.budget and resumed is None:
+        if config.loop.budget and not (resumed and (resumed / "config.yaml").exists()):
             config = within_budget(config, plan, dataset, estimate)
             sections["optim"] |= {key: getattr(config.optim, key) for key in SCHEDULE}
             method, plan = _make(method_class, config, dataset, accelerator)
