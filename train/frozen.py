@@ -195,7 +195,7 @@ def _take(
         f" {len(dataset.classes):,} classes -> {run_folder}"
     )
     started = time.perf_counter()
-    network = method.network.to(accelerator.device)
+    network: Any = method.network.to(accelerator.device)
     bank = feature_bank(run_folder, network, dataset, "train", config.input, accelerator)
     network.classifier, scale = mean_classifier(*bank, len(dataset.classes), config.method.tau)
     accelerator.print(f"cosines times {scale:.1f}, under which the training images are likeliest")

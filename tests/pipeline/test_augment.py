@@ -117,6 +117,23 @@ def test_a_recipe_is_a_crop_and_what_follows_it():
         assert find_recipe(name) == known
 
 
+def test_a_centre_of_any_share_and_a_cubic_filter():
+    windows, flips = draw("centre(0.9)", 100, 201)
+    assert (windows == [5, 55, 90, 90]).all()
+    assert not flips.any()
+    recipe = find_recipe("centre( 0.95 )+bicubic+cutout(16)")
+    assert (recipe.name, recipe.centre_share, recipe.interpolation) == (
+        "centre(0.95)+bicubic+cutout(16)",
+        0.95,
+        "bicubic",
+    )
+    assert recipe.distortions == (Cutout(16),)
+    assert find_recipe("imagenet+rand(2,9)+bicubic").name == "imagenet+bicubic+rand(2,9)"
+    assert find_recipe("eval+bicubic").centre_share == find_recipe("eval").centre_share
+    assert find_recipe("centre(1)").centre_share == 1
+    assert {find_recipe(name).interpolation for name in RECIPES} == {"bilinear"}
+
+
 def test_each_distortion_has_parameters_of_its_own_after_the_same_crops():
     def drawn(recipe: str) -> tuple:
         generator, sides = np.random.default_rng(3), np.full(9, 40)
@@ -140,11 +157,15 @@ def test_each_distortion_has_parameters_of_its_own_after_the_same_crops():
         (
             "cifra",
             "no augmentation is called 'cifra'; choose one of: none, shift, cifar, imagenet, strong, strong-cifar,"
-            " eval, which any of these may follow: +autoaugment, +cutout(side), +rand(n,m), +strong, +trivial"
+            " eval, centre(share), which any of these may follow: +bicubic, +autoaugment, +cutout(side), +rand(n,m),"
+            " +strong, +trivial"
             " (nearest: cifar)",
         ),
         ("rand(2,9)", "no augmentation is called 'rand(2,9)'; choose one of: none"),
         ("", "no augmentation is called ''; choose one of: none"),
+        ("centre(1.1)", "no augmentation is called 'centre(1.1)'; choose one of: none"),
+        ("centre(0)", "no augmentation is called 'centre(0)'; choose one of: none"),
+        ("bicubic", "no augmentation is called 'bicubic'; choose one of: none"),
         (
             "cifar+autoagment",
             "no distortion is called 'autoagment'; choose one of: autoaugment, cutout(side), rand(n,m), strong, trivial"

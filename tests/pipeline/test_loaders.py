@@ -45,6 +45,7 @@ def load(plan, kind: str, steps: int | None = None, start_step: int = 0):
         ("photos", "imagenet", 64),
         ("photos", "cifar", 32),
         ("photos", "none", 48),
+        ("photos", "centre(0.8)+bicubic", 64),
         ("photos", "strong", 64),
         ("photos", "imagenet+rand(2,9)", 64),
         ("photos", "cifar+autoaugment+cutout(16)", 32),

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 
+from pipeline.pictures import FILTERS
 from pipeline.windows import Buffers, cut_window, cut_windows, mirror, resize_windows
 
 SIZES = [(1, 1), (1, 300), (7, 5), (224, 224), (150, 180), (500, 40), (900, 1200)]
@@ -13,15 +14,17 @@ def noise(height: int, width: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [1, 32, 224])
-def test_windows_are_resized_as_torchvision_and_pil_do(size):
+def test_windows_are_resized_as_torchvision_and_pil_do(size, interpolation):
     windows = [noise(*shape) for shape in SIZES]
     images = torch.full((len(SIZES), size, size, 3), 77, dtype=torch.uint8)
-    resize_windows(windows, images)
+    resize_windows(windows, images, interpolation=interpolation)
     for window, image in zip(windows, images, strict=True):
-        theirs = transforms.resize(window.permute(2, 0, 1), [size, size], antialias=True)
+        mode = transforms.InterpolationMode(interpolation)
+        theirs = transforms.resize(window.permute(2, 0, 1), [size, size], mode, antialias=True)
         assert torch.equal(image, theirs.permute(1, 2, 0))
-        pil = np.asarray(Image.fromarray(window.numpy()).resize((size, size), Image.Resampling.BILINEAR))
+        pil = np.asarray(Image.fromarray(window.numpy()).resize((size, size), FILTERS[interpolation]))
         assert np.abs(image.numpy().astype(int) - pil).max() <= 1
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from untrained import CLASSES, make_run, odd_images
 
 from pipeline.augment import find_recipe
+from pipeline.pictures import FILTERS
 from shards.encode import decode
 from train.engine.calibration import Calibration, write_calibration
 from train.engine.inference import find_images, open_model
@@ -38,24 +39,28 @@ def load(path):
     return lambda images_BHWC: module(torch.from_numpy(images_BHWC)).detach().numpy(), facts
 
 
-@pytest.mark.parametrize("recipe", ["none", "eval"])
+@pytest.mark.parametrize(
+    "recipe", ["none", "eval", "centre(0.83)", "none+bicubic", "eval+bicubic", "centre(0.9)+bicubic"]
+)
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (31, 57), (200, 90), (20, 300), (1, 7), (9, 9)])
 def test_the_resize_inside_is_pils(height, width, recipe):
     noise_HWC = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     windows, _ = find_recipe(recipe).draw(np.random.default_rng(0), np.array([height]), np.array([width]), 32)
     ((top, left, rows, columns),) = windows.tolist()
     window = Image.fromarray(noise_HWC).crop((left, top, left + columns, top + rows))
-    expected = np.asarray(window.resize((32, 32), Image.Resampling.BILINEAR), np.float32)
+    expected = np.asarray(window.resize((32, 32), FILTERS[find_recipe(recipe).interpolation]), np.float32)
     shown = centre_resize(torch.from_numpy(noise_HWC)[None], 32, recipe)[0].numpy()
     np.testing.assert_array_equal(shown, expected)
 
 
-@pytest.mark.parametrize(("form", "kind"), [("onnx", "bilateral"), ("pt2", "plain")])
-def test_a_file_says_what_predict_says_of_odd_images_of_any_size(tmp_path, capsys, form, kind):
+@pytest.mark.parametrize(
+    ("form", "kind", "unit"), [("onnx", "bilateral", False), ("onnx", "bilateral", True), ("pt2", "plain", False)]
+)
+def test_a_file_says_what_predict_says_of_odd_images_of_any_size(tmp_path, capsys, form, kind, unit):
     if form == "onnx":
         pytest.importorskip("onnx")
         pytest.importorskip("onnxscript")
-    run, out = make_run(tmp_path / "run", kind=kind), tmp_path / f"model.{form}"
+    run, out = make_run(tmp_path / "run", kind=kind, unit=unit), tmp_path / f"model.{form}"
     write_calibration(run, {"last": (Calibration(1.7, 0.5, [0.2, 0.3, 0.5], 0.4), {})})
     main(["--run", str(run), "--format", form, "--out", str(out)])
     said = capsys.readouterr().out

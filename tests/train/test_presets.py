@@ -14,7 +14,7 @@ from train.bbn import BBN
 from train.engine.config import PRESETS, Config, Input, Loop, Model, Optim, make_parser, parse, preset
 from train.engine.method import Progress
 from train.engine.objectives import make_objective
-from train.engine.optimisers import lr_factor
+from train.engine.optimisers import check_settings, lr_factor, warnings_about
 from train.engine.recipes import usual_settings
 from train.erm import ERM
 from train.features.commands import stage_parser
@@ -174,3 +174,24 @@ def test_glag_changes_nothing_for_others(name, digits):
     assert settings_of(name, digits, BBN, None).optim.weight_decay == weight_decay[name]
     second = parse(stage_parser("afg", "", afg.Settings), [], preset(chosen_by(name, digits), "afg"))
     assert (second.method.classifier, second.method.beta) == ("scaled", "select")
+
+
+@pytest.mark.parametrize("method", [BBN, ERM, SDN])
+@pytest.mark.parametrize("name", ["photos", "small"])
+def test_pretrained_weights_are_fine_tuned(name, method, digits):
+    before, settings = settings_of(name, digits, method), settings_of(name, digits, method, parts=("finetune",))
+    optim = settings.optim
+    assert (optim.optimizer, optim.schedule, optim.weight_decay) == ("adamw", "cosine", 0.05)
+    assert 0.65 <= optim.layer_decay <= 0.9
+    assert optim.epochs <= before.optim.epochs / 3
+    check_settings(optim, settings.model, False, set())
+    assert warnings_about(optim, steps_per_epoch=10) == []
+    rates = [lr_factor(optim, epoch, step, 10) for epoch in range(1, optim.epochs + 1) for step in range(10)]
+    assert max(rates) == rates[optim.warmup_steps] == 1
+    assert rates[0] == pytest.approx(1 / optim.warmup_steps)
+    assert settings.model.weights == before.model.weights  # what to start from is not this recipe's
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"photos", "small"}))
+def test_a_papers_recipe_stays_what_it_is_with_pretrained_weights(name, digits):
+    assert settings_of(name, digits, parts=("finetune",)) == settings_of(name, digits)

@@ -74,6 +74,14 @@ def test_what_is_given_wins_and_the_rest_fits_it(digits, tmp_path):
     assert settings.optim.lr == 1e-4
 
 
+def test_adapters_have_a_recipe_of_their_own(digits):
+    dataset = photographs(digits, 30_000)
+    optim = chosen(dataset, "--model.adapt", "lora", "--model.backbone", "timm/vit_small_patch16_224").settings.optim
+    assert (optim.optimizer, optim.lr, optim.weight_decay, optim.schedule) == ("sgd", 0.0025, 5e-4, "cosine")
+    assert (optim.layer_decay, optim.warmup_steps, optim.warmup_epochs, optim.epochs) == (None, None, 0, 10)
+    assert chosen(dataset, "--model.adapt", "lora", missing="no network").settings.optim.weight_decay == 1e-4
+
+
 def test_a_batch_stays_one_that_processes_can_share(digits, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert chosen(photographs(digits, 83)).settings.input.batch_size == 16  # a pair for each

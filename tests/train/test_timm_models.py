@@ -8,14 +8,16 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from test_ranks import on_ranks
 from torch import Tensor, nn
 
 from shards.errors import UserError
 from train import afg, bbn, decouple, erm, export, predict, sdn
 from train.engine.launch import run
 from train.networks.batch_norm import StreamBatchNorm2d
+from train.networks.depths import part_of
 from train.networks.model_files import load_model, read_description, save_model
-from train.networks.networks import HiddenMix, build_network, part_of
+from train.networks.networks import HiddenMix, build_network
 
 # timm's own models for tests, a family each: batch norm, layer norm over channels, tokens.
 FAMILIES = {"resnet": "test_resnet", "convnext": "test_convnext", "vit": "test_vit"}
@@ -296,13 +298,27 @@ def test_without_a_network_one_line_says_where_the_file_is(monkeypatch, failure)
     def offline(*_, **__):
         raise failure
 
-    monkeypatch.setattr("timm.models.load_pretrained", offline)
+    monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
     with pytest.raises(UserError) as error:
         build_network("plain", "timm/resnet18.a1_in1k", 3, "default")
     said = str(error.value)
     assert "\n" not in said
     assert "https://huggingface.co/timm/resnet18.a1_in1k/resolve/main/model.safetensors" in said
     assert "copy model.safetensors to this machine and give --model.weights PATH" in said
+
+
+def test_a_model_without_features_for_a_classifier(monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr("timm.create_model", lambda name, **given: create(name, global_pool="", **given))
+    with pytest.raises(UserError, match=r"timm/test_vit has no features for a classifier \(it gives 2 dimensions an"):
+        build_network("plain", "timm/test_vit", 3, image_size=SIZE)
+
+
+def test_stochastic_depth(files):
+    network = network_of("vit", files, drop_path=0.5)
+    assert network.branch.model.get_submodule("blocks.5").drop_path1.drop_prob == 0.5
+    with pytest.raises(UserError, match=r"timm/vgg11 has no stochastic depth; set --model\.drop_path 0"):
+        build_network("plain", "timm/vgg11", 3, drop_path=0.1)
 
 
 def test_downloaded_weights_are_timms(monkeypatch, files):
@@ -464,3 +480,22 @@ def test_mistakes_of_a_command_line(arguments, message, workplace, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
     assert not (workplace / "runs").exists()
+
+
+def _train(rank: int, argv: list[str]) -> None:
+    run(bbn.BBN, argv)
+
+
+@pytest.mark.slow  # two more processes that import timm
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_learn_what_one_does(family, files, workplace):
+    backbone = ["--model.backbone", f"timm/{FAMILIES[family]}", "--model.weights", files[family]]
+    argv = [*SHORT, *backbone, "--optim.epochs", "1", "--loop.sync_batch_norm", "true", "--loop.device", "cpu"]
+    run(bbn.BBN, [*argv, "--run", "runs/one"])
+    assert on_ranks(workplace, _train, [*argv, "--run", "runs/two"]) == [0, 0]
+    one, two = (load_file(f"runs/{name}/model.safetensors") for name in ("one", "two"))
+    start = load_file(files[family])
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-3, atol=2e-4, msg=name)
+    assert any(not torch.equal(value, start.get(name.partition(".model.")[2], value)) for name, value in one.items())

@@ -27,7 +27,7 @@ from pipeline.plan import TrainPlan
 from shards.index import Dataset
 from train.engine.config import Config
 from train.engine.evaluation import test_split
-from train.engine.loop import prepare_method
+from train.engine.loop import prepare_network
 from train.engine.method import Method, Progress
 from train.engine.optimisers import make_optimizer
 
@@ -119,7 +119,7 @@ def measure(
     held = resident_bytes()
     method.network.to(device)
     # Processes measure each on its own, and compiling takes longer than measuring.
-    prepare_method(method, replace(config, loop=replace(config.loop, sync_batch_norm=False, compile=False)))
+    prepare_network(method.network, replace(config.loop, sync_batch_norm=False, compile=False))
     optimizer = make_optimizer(method, config.optim)
     method.network.train()
 

@@ -18,7 +18,7 @@ from shards.errors import UserError
 from shards.index import Dataset
 from train.engine.config import Config
 from train.engine.estimate import Estimate, measure
-from train.engine.method import Method
+from train.engine.method import Method, make_method
 
 # Settings of the optimiser that a budget shortens; what else its schedule says are shares of the epochs.
 SCHEDULE = ("epochs", "warmup_epochs", "warmup_steps")
@@ -51,7 +51,7 @@ def estimate_run(
     device = accelerator.device
     free = free_memory(device) // (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        method = method_class(config, dataset.train_counts)
+        method = make_method(method_class, config, dataset.train_counts)
         estimate = measure(
             method, plan, config, accelerator, 10 if thorough else 3, thorough or bool(config.loop.budget)
         )

@@ -1,6 +1,7 @@
 """Settings that follow from the data and the machine, where neither the command line nor --config gives them.
 
-    training  <  cpu  <  finetune  <  METHOD          parts of the dataset's preset, later ones over earlier ones
+    training  <  cpu  <  finetune  <  adapt  <  METHOD     parts of the dataset's preset, later ones over earlier ones
+                  │          │           └─ where it is adapters that are trained (model.adapt)
                   │          └─ where the network starts from pretrained weights: the recipe of fine-tuning
                   └─ without a GPU: what a CPU can train
     fit: {steps_per_epoch, steps, most_epochs}          of a preset for any images; those of papers have none
@@ -86,7 +87,8 @@ def choose(
     given = given_settings(parser, argv)
     full = preset(dataset, "training", method, variant=variant)
     weights = given.get("model.weights", full.get("model", {}).get("weights"))
-    parts = ["training", *["cpu"] * (not gpu), *["finetune"] * (weights is not None and not missing), method]
+    tuned = ["finetune", *["adapt"] * (given.get("model.adapt") is not None)] if weights and not missing else []
+    parts = ["training", *["cpu"] * (not gpu), *tuned, method]
     merged = preset(dataset, *parts, variant=variant)
     choice = Choice(Namespace(), parts, weights_by_preset=weights is not None and "model.weights" not in given)
     if missing:
@@ -98,6 +100,10 @@ def choose(
     view = with_own_view({"input": before}, settings.model.backbone)["input"]
     if changed := {key: value for key, value in view.items() if value != before.get(key)}:
         choice.fitted["input"] = changed
+        choice.notes.append(
+            f"{settings.model.backbone} was pretrained on pictures of {view['image_size']}×{view['image_size']} pixels,"
+            f" shown as {view['eval_augment']}: so are yours, where the settings say nothing else"
+        )
     if not gpu and (said := _changed_by("cpu", dataset, parts, variant, given)):
         choice.notes.append(f"no GPU: {said}")
     if fit:

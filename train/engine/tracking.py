@@ -62,7 +62,7 @@ class Tracking:
         token, name = known or uuid4().hex[:8], run_folder.name
         try:
             if self._name == "tensorboard":
-                tracker: GeneralTracker = TensorBoardTracker("tensorboard", run_folder, purge_step=step)
+                tracker: GeneralTracker = TensorBoardTracker("tensorboard", run_folder, purge_step=step + 1)
             elif self._name == "wandb":
                 project = os.environ.get("WANDB_PROJECT", project)
                 tracker = WandBTracker(project, id=token, name=name, dir=str(run_folder), resume="allow")

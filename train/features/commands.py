@@ -27,12 +27,17 @@ class Extraction:
         loader: dali, torch, or auto.
         threads: decoding threads.
         views: how often each training image is taken with stage one's training recipe; 0: once, as in evaluation.
+        branch: of a bilateral network: both, or the features of one alone, conventional or rebalancing (BBN, Table 5).
+        shift_batch_norm: whether batch norm's running statistics are first taken anew, from classes in balance
+            (train/features/shift.py); by default where the classifier's reference does so: for mislas.
     """
 
     views: NonNegativeInt = 0
     batch_size: PositiveInt = 256
     loader: LoaderKind = "auto"
     threads: PositiveInt = 2
+    branch: Literal["both", "conventional", "rebalancing"] = "both"
+    shift_batch_norm: bool | None = None
 
 
 @dataclass
@@ -129,6 +134,7 @@ class Program:
         parser: from `stage_parser`.
         check: raises UserError for settings that cannot be used together, before anything is made.
         work: what the settings make it train, where the val split chooses among classifiers or not.
+        shifts: whether batch norm is shifted where the settings leave it open.
         variants: settings by the name of a variant, for every dataset: {variant: {section: {key: value}}}.
     """
 
@@ -137,6 +143,7 @@ class Program:
     parser: ArgumentParser
     check: Callable[[Any], None] = lambda config: None
     work: Callable[[Any, bool], Work] = lambda config, chooses: Work(1, config.optim.epochs, config.optim.batch_size)
+    shifts: Callable[[Any], bool] = lambda config: False
     variants: Mapping[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
 

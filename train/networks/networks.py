@@ -15,7 +15,6 @@ With a cosine classifier every branch's features are of unit length. What is sav
 classifier on features of unit length, so that second stages, prediction and export know nothing of cosines.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -33,7 +32,8 @@ from train.networks.batch_norm import (
     use_stream_batch_norm,
 )
 from train.networks.cosine import SCALE, CosineClassifier, plain_weight
-from train.networks.timm_models import Trunk
+from train.networks.cutting import Trunk
+from train.networks.depths import LAST, depth_key, part_of
 
 # Weights of the trunk for each value in a stream's images. One pass reads the weights once; two keep smaller maps in
 # a CPU's caches. The first counts for ResNet-50 on a few images (200 weights a value: 1.1 to 1.2 times as fast), the
@@ -108,10 +108,9 @@ class Network(nn.Module):
         return sum(name.startswith("layer") for name, _ in self.trunk.named_children())
 
     def freeze_trunk(self) -> None:
-        """Keep the trunk as it is from now on: without gradients, its batch norm as in evaluation.
-
-        Nothing of it is kept for the backward pass then, because nothing in it needs a gradient.
-        """
+        """Keep the trunk as it is from now on: no gradients, no maps kept for them, batch norm as in evaluation."""
+        if not self.is_cut:
+            raise UserError(f"optim.freeze=trunk: {self.spec['backbone']} is not cut, and has no trunk; leave it out")
         self.trunk_is_frozen = True
         self.trunk.requires_grad_(False).eval()
 
@@ -187,29 +186,6 @@ class Network(nn.Module):
         pooled = branch_gave.ndim == 2
         features_BD = branch_gave.float() if pooled else branch_gave.mean((2, 3), dtype=torch.float32)
         return F.normalize(features_BD) if self._unit_features else features_BD
-
-
-Part = Literal["trunk", "branch", "classifier"]
-# What `depth_key` gives for what no pattern fits, such as the last norm, which belongs to the last block.
-LAST = (float("inf"),)
-
-
-def part_of(parameter: str) -> Part:
-    """Return which part of a network a parameter belongs to, by its name in `named_parameters`."""
-    first = parameter.partition(".")[0]
-    return "trunk" if first == "trunk" else "classifier" if first == "classifier" else "branch"
-
-
-def depth_key(groups: Any, name: str) -> tuple[float, ...]:
-    """Return what sorts parameters by depth, from timm's patterns: {group: pattern, or [(pattern, numbers), …]}."""
-    for ordinal, patterns in enumerate(groups.values()):
-        for pattern, numbers in patterns if isinstance(patterns, list | tuple) else [(patterns, None)]:
-            found = re.match(pattern, name)
-            if found is not None:
-                places = (*map(float, filter(None, found.groups())), *(numbers or ()))
-                # timm's number for what goes with the group before it, such as the norm after the last block.
-                return LAST if places[-1:] == (99999,) else (float(ordinal), *places)
-    return LAST
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:

@@ -1,10 +1,4 @@
-"""Backbones from timm, cut before their last block by one rule.
-
-    stem ─ blocks ─ … ─┬─ last block ─ norm ─ pool ─> features_BD       ResNet, ConvNeXt: the last block of the last
-          trunk        └─ its own copy of all that ──> features_BD      stage; vision transformer: the last block
-
-Trunk and branch are the same timm model, each with the other's parts replaced by identities, so that parameters keep
-timm's names, and the model's own code connects what is left. Features are what timm's classifier would see.
+"""Models from timm: by name, with their weights, checked and cut in two (`train.networks.cutting`).
 
 timm is imported where it is needed: it takes seconds.
 """
@@ -22,28 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from shards.errors import UserError
+from train.networks.cutting import Branch, can_be_cut, cut, drawn_anew
 from train.networks.weights import check_state, read_state
 
 PREFIX = "timm/"
-# Classes of timm's for which the rule holds; tests compare each with the whole model. Others are not cut.
-CUT = (
-    "ConvNeXt",
-    "EfficientNet",
-    "Eva",
-    "MaxxVit",
-    "MetaFormer",
-    "MetaNeXt",
-    "MlpMixer",
-    "MobileNetV3",
-    "RegNet",
-    "RepVit",
-    "ResNet",
-    "ResNetV2",
-    "SwinTransformer",
-    "VisionTransformer",
-)
-# Parts without parameters that trunk and branch both need: rotary position embeddings.
-SHARED = ("rope",)
 # What models call their classifiers.
 CLASSIFIERS = ("head.fc", "head", "fc", "classifier", "head_dist")
 
@@ -88,55 +64,6 @@ class Parts:
     is_cut: bool
 
 
-class Nothing(nn.Module):
-    """In the place of a part that is elsewhere: returns what it is given, without what only that part needs."""
-
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        """See the class."""
-        return hidden
-
-
-class Trunk(nn.Module):
-    """A timm model up to its last block."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Return what the last block takes: maps (B, C, H, W), or tokens (B, N, C)."""
-        hidden: Tensor = self.model.forward_features(images_BCHW)
-        return hidden
-
-    def set_grad_checkpointing(self, on: bool) -> None:
-        """Have each block computed again in the backward pass.
-
-        Raises:
-            UserError: the model does not know how.
-        """
-        try:
-            self.model.set_grad_checkpointing(on)
-        except (AssertionError, AttributeError):
-            raise UserError(
-                f"{type(self.model).__name__} of timm's does not support gradient checkpointing; leave it out"
-            ) from None
-
-
-class Branch(nn.Module):
-    """A timm model from its last block on, less its classifier."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return features_BD, float32: pooling, and a norm that follows it, are float32 also under autocast."""
-        hidden = self.model.forward_features(hidden)
-        with torch.autocast("cuda" if hidden.is_cuda else "cpu", enabled=False):
-            features_BD: Tensor = self.model.forward_head(hidden.float(), pre_logits=True)
-        return features_BD
-
-
 def own_view(name: str) -> View:
     """Return how "timm/NAME" was shown pictures, without building it.
 
@@ -166,15 +93,13 @@ def make_parts(name: str, weights: str | None, image_size: int | None, drop_path
     model = _build(name, config, weights, size, drop_path)
     feature_dim = _check_features(name, model, size)
     groups = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
-    is_cut = type(model).__name__ in CUT and not any(
-        list(model.get_submodule(name).parameters()) for name, _ in model.named_children() if name in SHARED
-    )
-    trunk, last = _cut(model) if is_cut else (nn.Identity(), model)
+    is_cut = can_be_cut(model)
+    trunk, last = cut(model) if is_cut else (nn.Identity(), model)
     branch = Branch(last)
 
     def make_branch() -> nn.Module:
         made = copy.deepcopy(branch)
-        return made if weights else _drawn_anew(made)
+        return made if weights else drawn_anew(made)
 
     return Parts(trunk, make_branch, feature_dim, view, groups, is_cut)
 
@@ -223,41 +148,50 @@ def _build(name: str, config: Any, weights: str | None, size: int, drop_path: fl
         given |= {"img_size": size, "dynamic_img_size": False}  # where a branch needs no maps' height and width
     if drop_path:
         given["drop_path_rate"] = drop_path
+    default = weights is not None and weights.lower() == "default"
+    if default and not config.has_weights:
+        raise UserError(f"timm has no weights for {name}; give a file with --model.weights, or leave it out")
+    timm.models.set_pretrained_download_progress(True)
     bare = name.removeprefix(PREFIX)
     try:
-        model: nn.Module = timm.create_model(bare, **given)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        what = "stochastic depth, or " if drop_path else ""
+        model: nn.Module = timm.create_model(bare, pretrained=default, **given)
+    except Exception as error:  # of timm, of the hub's client, of HTTP: whatever stands between here and the file
+        if default and _can_be_built(bare, given):
+            raise UserError(
+                f"the weights of {name} cannot be downloaded ({type(error).__name__}); {_where(config)}"
+            ) from None
+        if drop_path and "drop_path_rate" in str(error):
+            raise UserError(f"{name} has no stochastic depth; set --model.drop_path 0") from None
         raise UserError(
-            f"{name} cannot be built for {what}pictures of {size}×{size} ({_line(error)}); give"
+            f"{name} cannot be built for pictures of {size}×{size} pixels ({_line(error)}); give"
             f" --input.image_size {config.input_size[-1]}, its own"
         ) from None
-    if weights is not None and weights.lower() == "default":
-        _download(name, config, model)
-    elif weights is not None:
+    if weights is not None and not default:
         _load(name, config, model, weights)
     return model
 
 
-def _download(name: str, config: Any, model: nn.Module) -> None:
-    from timm.models import load_pretrained, set_pretrained_download_progress
+def _can_be_built(bare: str, given: dict[str, Any]) -> bool:
+    import timm
 
-    if not config.has_weights:
-        raise UserError(f"timm has no weights for {name}; give a file with --model.weights, or leave it out")
-    set_pretrained_download_progress(True)
-    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        load_pretrained(model, num_classes=0, filter_fn=filter_fn)
-    except Exception as error:  # of timm, of the hub's client, of HTTP: whatever stands between here and the file
-        if config.hf_hub_id:
-            file = config.hf_hub_filename or "model.safetensors"
-            place = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}"
-        else:
-            place = file = str(config.url)
-        raise UserError(
-            f"the weights of {name} cannot be downloaded ({type(error).__name__}); download {place} where there is a"
-            f" network, copy {file.rpartition('/')[2]} to this machine and give --model.weights PATH of it"
-        ) from None
+        timm.create_model(bare, **given)
+    except Exception:
+        return False
+    return True
+
+
+def _where(config: Any) -> str:
+    """Say where the weights' file is, and what to do with it."""
+    if config.hf_hub_id:
+        file = config.hf_hub_filename or "model.safetensors"
+        place = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}"
+    else:
+        place = str(config.url)
+    return (
+        f"download {place} where there is a network, copy {place.rpartition('/')[2]} to this machine and give"
+        " --model.weights PATH of it"
+    )
 
 
 def _load(name: str, config: Any, model: nn.Module, weights: str) -> None:
@@ -287,13 +221,18 @@ def _check_features(name: str, model: nn.Module, size: int) -> int:
         raise UserError(f"{name} has no features for a classifier; choose another of timm's models")
     was_training = model.training
     model.eval()
+
+    def shape_of(images_BCHW: Tensor) -> tuple[int, ...]:
+        return tuple(model.forward_head(model.forward_features(images_BCHW), pre_logits=True).shape)
+
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            images_BCHW = fake.from_tensor(torch.zeros(2, 3, size, size))
-            features = model.forward_head(model.forward_features(images_BCHW), pre_logits=True)
-            shape = tuple(features.shape)
-    except Exception as error:
-        raise UserError(_cannot_take(name, model, size, error)) from None
+            shape = shape_of(fake.from_tensor(torch.zeros(2, 3, size, size)))
+    except Exception:  # some models look at the values
+        try:
+            shape = shape_of(torch.zeros(2, 3, size, size))
+        except Exception as error:
+            raise UserError(_cannot_take(name, model, size, error)) from None
     finally:
         model.train(was_training)
     if len(shape) != 2:
@@ -316,48 +255,3 @@ def _cannot_take(name: str, model: nn.Module, size: int, error: Exception) -> st
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text[:120] or type(error).__name__
-
-
-def _cut(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Return trunk and last block with what follows; the model becomes the trunk."""
-    path = _last_block(model)
-    before: list[nn.Module] = []
-    after: list[tuple[nn.Module, str]] = []
-    above, direct = model, list(model.named_parameters(recurse=False))
-    for key in path:
-        names = [name for name, _ in above.named_children()]
-        place = names.index(key)
-        before += [above.get_submodule(name) for name in names[:place] if name not in SHARED]
-        after += [(above, name) for name in names[place + 1 :]]
-        parent, above = above, above.get_submodule(key)
-    # What the trunk keeps is not copied.
-    memo: dict[int, Any] = {id(module): Nothing() for module in before}
-    memo |= {id(parameter): nn.Parameter(torch.empty(0)) for _, parameter in direct}
-    last = copy.deepcopy(model, memo)
-    for name, _ in direct:
-        last.register_parameter(name, None)
-    for module, name in [*after, (parent, path[-1])]:
-        setattr(module, name, Nothing())
-    return Trunk(model), last
-
-
-def _last_block(model: nn.Module) -> list[str]:
-    """Return the path of the last block: where the last stage ends."""
-    path = str(model.feature_info[-1]["module"]).split(".")
-    while True:
-        module = model.get_submodule(".".join(path))
-        if isinstance(module, nn.Sequential):
-            path.append([name for name, _ in module.named_children()][-1])
-        elif isinstance(getattr(module, "blocks", None), nn.Sequential):
-            path.append("blocks")
-        else:
-            return path
-
-
-def _drawn_anew(branch: nn.Module) -> nn.Module:
-    """Draw every matrix and kernel again, with the spread that it has: timm's initialisation, on the branch's own."""
-    with torch.no_grad():
-        for parameter in branch.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=parameter.std().item())
-    return branch

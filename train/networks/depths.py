@@ -1,0 +1,26 @@
+"""How deep each parameter of a network lies, for rates that fall with the depth."""
+
+import re
+from typing import Any, Literal
+
+Part = Literal["trunk", "branch", "classifier"]
+# What `depth_key` gives for what no pattern fits, such as the last norm, which belongs to the last block.
+LAST = (float("inf"),)
+
+
+def part_of(parameter: str) -> Part:
+    """Return which part of a network a parameter belongs to, by its name in `named_parameters`."""
+    first = parameter.partition(".")[0]
+    return "trunk" if first == "trunk" else "classifier" if first == "classifier" else "branch"
+
+
+def depth_key(groups: Any, name: str) -> tuple[float, ...]:
+    """Return what sorts parameters by depth, from timm's patterns: {group: pattern, or [(pattern, numbers), …]}."""
+    for ordinal, patterns in enumerate(groups.values()):
+        for pattern, numbers in patterns if isinstance(patterns, list | tuple) else [(patterns, None)]:
+            found = re.match(pattern, name)
+            if found is not None:
+                places = (*map(float, filter(None, found.groups())), *(numbers or ()))
+                # timm's number for what goes with the group before it, such as the norm after the last block.
+                return LAST if places[-1:] == (99999,) else (float(ordinal), *places)
+    return LAST
