@@ -127,6 +127,7 @@ def test_a_resumed_run_keeps_the_epochs_of_its_budget(workplace, monkeypatch, ca
     run(ERM, [*SHORT[:-1], "50", "--loop.budget", "15s", "--run", "runs/a"])  # 6 steps an epoch
     config = yaml.safe_load((workplace / "runs/a/config.yaml").read_text())
     assert (config["optim"]["epochs"], config["loop"]["budget"]) == (2, "15s")
+    assert "loop.budget=15s: 2 of 50 epochs fit it" in capsys.readouterr().out
     assert "optim.epochs" in config["about"]["changed"]
     monkeypatch.setattr(limits, "measure", lambda *_: BIG)
     (workplace / "runs/a/summary.json").unlink()

@@ -185,7 +185,8 @@ def _train_and_finish(
         left = config.optim.epochs * plan.steps_per_epoch - counters.step
         estimate = estimate_run(method_class, plan, config, dataset, accelerator, thorough=asked.dry_run)
         if config.loop.budget and not (resumed and (resumed / "config.yaml").exists()):
-            config = within_budget(config, plan, dataset, estimate)
+            wanted, config = config.optim.epochs, within_budget(config, plan, dataset, estimate)
+            accelerator.print(f"loop.budget={config.loop.budget}: {config.optim.epochs} of {wanted} epochs fit it")
             sections["optim"] |= {key: getattr(config.optim, key) for key in SCHEDULE}
             method, plan = _make(method_class, config, dataset, accelerator)
             left = config.optim.epochs * plan.steps_per_epoch
