@@ -68,6 +68,11 @@ def train(
         asked.variant = begun_with
         dataset = _dataset_of(resumed, about, asked.data)
         choice = resumed_choice(parser, argv, saved, about, method_class.name)
+        if choice.settings.loop.budget != saved.get("loop", {}).get("budget"):
+            raise UserError(
+                f"loop.budget={choice.settings.loop.budget} fits the epochs of a run that begins, and {resumed} has"
+                " begun; leave it out, or set --optim.epochs"
+            )
     else:
         dataset = find_dataset(asked.data)
         gpu = usable_gpu(asked.loop.device)
@@ -179,8 +184,9 @@ def _train_and_finish(
     if config.loop.estimate or config.loop.budget or asked.dry_run:
         left = config.optim.epochs * plan.steps_per_epoch - counters.step
         estimate = estimate_run(method_class, plan, config, dataset, accelerator, thorough=asked.dry_run)
-        if config.loop.budget and resumed is None:
-            config = within_budget(config, plan, dataset, estimate)
+        if config.loop.budget and not (resumed and (resumed / "config.yaml").exists()):
+            wanted, config = config.optim.epochs, within_budget(config, plan, dataset, estimate)
+            accelerator.print(f"loop.budget={config.loop.budget}: {config.optim.epochs} of {wanted} epochs fit it")
             sections["optim"] |= {key: getattr(config.optim, key) for key in SCHEDULE}
             method, plan = _make(method_class, config, dataset, accelerator)
             left = config.optim.epochs * plan.steps_per_epoch
