@@ -58,10 +58,13 @@ class Entry:
 
     def over_seeds(self, of: Callable[[Run], NDArray[Any] | None]) -> NDArray[np.float64] | None:
         """Return the mean over seeds of an array of each run; None unless all runs have it, of one shape."""
-        found = [[of(run) for run in runs] for runs in self.replicates.values()]
-        if any(one is None for runs in found for one in runs) or len({np.shape(one) for r in found for one in r}) > 1:
-            return None
-        return np.mean([np.mean([np.asarray(one) for one in runs], axis=0, dtype=float) for runs in found], axis=0)
+        means = []
+        for runs in self.replicates.values():
+            found = [array for run in runs if (array := of(run)) is not None]
+            if len(found) < len(runs) or len({array.shape for array in found}) > 1:
+                return None
+            means.append(np.mean(found, axis=0, dtype=np.float64))
+        return np.mean(means, axis=0) if len({mean.shape for mean in means}) == 1 else None
 
 
 def group_runs(runs: Sequence[Run]) -> list[Entry]:
@@ -132,7 +135,7 @@ def mismatches(runs: Sequence[Run]) -> list[str]:
     for dataset in dict.fromkeys(run.dataset for run in runs):
         mine = [run for run in runs if run.dataset == dataset]
         splits = sorted({str(run.summary["evaluated_on"]) for run in mine})
-        differing = {
+        differing: dict[str, set[Any]] = {
             "were trained on different class counts": {tuple(run.train_counts_C) for run in mine},
             "have different classes, or these in another order": {tuple(run.classes) for run in mine},
             f"were evaluated on {' and '.join(splits)}": set(splits),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.compare import Entry, evaluated_on
+from analysis.compare import Entry, evaluated_on, mismatches, repeated_runs
 from analysis.headline import headline
 from analysis.page import template
 from analysis.predictions import Differences
@@ -40,6 +40,7 @@ def _section(table: Block, entries: Sequence[Entry], versus: Differences) -> dic
         "entries": mine,
         "split": split,
         "best": best,
+        "notes": repeated_runs(mine) + mismatches([run for entry in mine for run in entry.runs]),
         "headline": headline(
             mine, split, {entry.title: versus.get((table.dataset, entry.title), {}) for entry in mine}
         ),

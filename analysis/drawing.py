@@ -96,7 +96,7 @@ def shade_groups(ax: Axes, low: float, high: float) -> None:
         if left < right:
             ax.axvspan(left, right, color=LIGHT[group], alpha=0.22, linewidth=0, zorder=0)
             if np.log(right / left) > 0.1 * np.log(high / low):
-                ax.text(np.sqrt(left * right), 1.5, group, ha="center")
+                ax.text(np.sqrt(left * right), 0.015 * ax.get_ylim()[1], group, ha="center")
 
 
 def shade_ranks(ax: Axes, counts_C: NDArray[np.int64]) -> None:

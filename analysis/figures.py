@@ -99,22 +99,29 @@ def accuracy_by_class_size(entries: Sequence[tuple[NDArray[np.int64], NDArray[np
                 continue
             sizes, recall = counts_C[known].astype(float), 100 * recall_C[known]
             smallest, largest = min(smallest, sizes.min()), max(largest, sizes.max())
-            edges = np.unique(sizes if len(sizes) <= 20 else np.geomspace(sizes.min(), sizes.max(), 13)[:-1])
-            bin_of = np.searchsorted(edges, sizes, side="right")
-            bins = np.unique(bin_of)
-            x = [np.exp(np.log(sizes[bin_of == b]).mean()) for b in bins]
-            y = [recall[bin_of == b].mean() for b in bins]
+            x, y = means_by_size(sizes, recall)
             colour = LIGHT[f"entry{i}"]
             if len(sizes) <= _DOTS_UP_TO:
                 ax.plot(sizes, recall, "o", color=colour, alpha=0.3, markeredgewidth=0, clip_on=False)
             ax.plot(x, y, "o-", color=colour, clip_on=False)
         low, high = min(smallest, largest / 2) / 1.25, largest * 1.25
         ax.set_xlim(low, high)
+        percent_axis(ax)
         shade_groups(ax, low, high)
         ax.set_xlabel("training images of the class")
         log_ticks(ax.xaxis, low, high)
-        percent_axis(ax)
         return figure
+
+
+def means_by_size(sizes_C: NDArray[np.float64], values_C: NDArray[np.float64]) -> tuple[list[float], list[float]]:
+    """Return sizes and mean values of classes of like size: of equal size for up to 20 classes, else of one of twelve
+    ranges of equal ratio.
+    """
+    edges = np.unique(sizes_C if len(sizes_C) <= 20 else np.geomspace(sizes_C.min(), sizes_C.max(), 13)[:-1])
+    bin_of = np.searchsorted(edges, sizes_C, side="right")
+    bins = np.unique(bin_of)
+    x = [float(np.exp(np.log(sizes_C[bin_of == b]).mean())) for b in bins]
+    return x, [float(values_C[bin_of == b].mean()) for b in bins]
 
 
 def curve(series: Sequence[tuple[ArrayLike, ArrayLike]], label: str, *, fractions: bool = False) -> Figure | None:

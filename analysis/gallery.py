@@ -86,7 +86,11 @@ def curve(entries: Sequence[Entry], name: str) -> Figure | None:
 
 def reliability(entries: Sequence[Entry]) -> Figure | None:
     """Draw how far confidences can be believed; None unless all entries kept predictions."""
-    answered = [answers(entry) for entry in entries]
+    return reliability_of([answers(entry) for entry in entries])
+
+
+def reliability_of(answered: Sequence[Answers | None]) -> Figure | None:
+    """Draw the same of answers that were read already."""
     known = [of for of in answered if of is not None and len(of.labels)]
     # A picture of some entries alone would have the colours of others.
     return confusion.reliability(known) if len(known) == len(answered) else None
@@ -104,17 +108,17 @@ def heat_map(entries: Sequence[Entry]) -> Figure | None:
 
 def weight_norms(entries: Sequence[Entry]) -> Figure | None:
     """Draw the lengths of the classifiers' rows; None where no run kept them."""
-    return inside.by_rank(inside.norm_lines(entries), "Length of each class's classifier weights")
+    return inside.by_class(inside.norm_lines(entries), "Length of each class's classifier weights")
 
 
 def compactness(entries: Sequence[Entry]) -> Figure | None:
     """Draw how far the features of a class lie from their centroid; None where no run kept it."""
-    return inside.by_rank(inside.lines_of(entries, "distances"), "Distance of features from their class's centroid")
+    return inside.by_class(inside.lines_of(entries, "distances"), "Distance of features from their class's centroid")
 
 
 def beta(entries: Sequence[Entry]) -> Figure | None:
     """Draw β of each class; None where no run had several."""
-    return inside.by_rank(inside.lines_of(entries, "beta"), "β of each class")
+    return inside.by_class(inside.lines_of(entries, "beta"), "β of each class")
 
 
 def sampled(entries: Sequence[Entry]) -> tuple[Entry, inside.Sample] | None:

@@ -41,7 +41,7 @@ def headline(entries: Sequence[Entry], split: str, versus: Mapping[str, dict[str
         verdict = (
             f"{one} does best of {len(entries)} methods"
             if best is not first
-            else f"None of the other {len(entries) - 1} methods does better than {two}; {one} comes closest"
+            else f"{two} does best of {len(entries)} methods. {one} comes next"
         )
     elif abs(gain) < _LEVEL:
         verdict = f"{one} does as well as {two}"
@@ -62,7 +62,9 @@ def headline(entries: Sequence[Entry], split: str, versus: Mapping[str, dict[str
 
 def _by_group(first: Entry, other: Entry) -> str:
     """Say what became of tail, middle and head: "It gains 5.0 points in the tail (few), but loses 1.0 in the head"."""
-    gained, lost, level = [], [], []
+    gained: list[str] = []
+    lost: list[str] = []
+    level: list[str] = []
     for group in reversed(GROUPS):
         old, new = first.last.mean[group], other.last.mean[group]
         if old is None or new is None:
@@ -112,7 +114,7 @@ def _cautions(first: Entry, other: Entry, gain: float, versus: dict[str, Interva
         cautions.append(f"The difference {and_join(list(dict.fromkeys(unsure)))} is within the spread of the seeds.")
     single = [entry.title for entry in (first, other) if len(entry.replicates) == 1]
     if single:
-        whose = "Both have" if len(single) == 2 else f"{single[0]} has"
+        whose = f"{and_join(single)} {'have' if len(single) == 2 else 'has'}"
         cautions.append(f"{whose} a single seed, and another may turn out differently: train two more to be sure.")
     return cautions
 

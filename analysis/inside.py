@@ -17,19 +17,19 @@ from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from analysis.compare import Entry
-from analysis.drawing import canvas, shade_ranks, styled, thousands
+from analysis.drawing import canvas, log_ticks, shade_groups, shade_ranks, styled
+from analysis.figures import means_by_size
 from analysis.page import LIGHT
 from analysis.runs import Run, damaged_arrays, read_arrays
 
 DIAGNOSTICS, SAMPLE = "diagnostics.npz", "feature_sample.npz"
 # What of diagnostics.npz is drawn with which line: BBN's branches beside the whole.
 NORMS = {"norms": "-", "norms_conventional": "--", "norms_rebalancing": ":"}
-_BINS = 60  # a line over more classes than this joins the means of classes of like rank
-_DOTS_UP_TO = 30
+_RANKED_UP_TO = 30  # classes that may stand side by side
 _LEAST = 8  # features that make a picture
 _PERPLEXITY = 30
 
@@ -90,34 +90,43 @@ def lines_of(entries: Sequence[Entry], name: str) -> list[Line]:
     ]
 
 
-def by_rank(lines: Sequence[Line], label: str) -> Figure | None:
-    """Draw values of the classes from the largest to the smallest; None where there are none.
+def by_class(lines: Sequence[Line], label: str) -> Figure | None:
+    """Draw values of the classes; None where there are none.
 
-    A line joins the classes, up to 60 of them; of more, the means of 60 ranges of ranks.
+    Up to 30 classes stand side by side, the largest first. More are drawn against their training images, where a line
+    joins the means of classes of like size: a rank for each would squeeze the head into the margin.
     """
     if not lines:
         return None
+    ranked = max(len(line.counts_C) for line in lines) <= _RANKED_UP_TO
     with styled():
         figure, ax = canvas(5.0, 2.9, label)
         for line in lines:
-            order_C = np.argsort(-line.counts_C, kind="stable")
-            ranks_C, values_C = np.arange(1, len(order_C) + 1), line.values_C[order_C]
-            parts = np.array_split(np.arange(len(order_C)), min(len(order_C), _BINS))
-            known = [part[np.isfinite(values_C[part])] for part in parts]
-            x = [ranks_C[part].mean() for part in parts]
-            y = [values_C[part].mean() if len(part) else np.nan for part in known]
-            colour, mark = LIGHT[f"entry{line.entry}"], "o" if len(order_C) <= _DOTS_UP_TO else ""
-            ax.plot(x, y, line.style, marker=mark, color=colour, clip_on=False)
-        all_counts = {tuple(np.sort(line.counts_C)) for line in lines}
-        most = max(len(line.counts_C) for line in lines)
-        ax.set_xlim(0.5, most + 0.5)
+            colour = LIGHT[f"entry{line.entry}"]
+            if ranked:
+                y = line.values_C[np.argsort(-line.counts_C, kind="stable")]
+                ax.plot(np.arange(1, len(y) + 1), y, line.style, marker="o", color=colour, clip_on=False)
+                continue
+            known_C = np.isfinite(line.values_C) & (line.counts_C > 0)
+            if known_C.any():
+                means = means_by_size(line.counts_C[known_C].astype(float), line.values_C[known_C])
+                ax.plot(*means, line.style, marker="o", color=colour, clip_on=False)
         ax.set_ylim(bottom=0)
-        if len(all_counts) == 1:
-            shade_ranks(ax, lines[0].counts_C)
         ax.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
-        ax.xaxis.set_major_formatter(FuncFormatter(thousands))
-        ax.set_xlabel("class, from the largest to the smallest")
+        counts = np.concatenate([line.counts_C for line in lines])
+        if ranked:
+            ax.set_xlim(0.5, max(len(line.counts_C) for line in lines) + 0.5)
+            if len({tuple(np.sort(line.counts_C)) for line in lines}) == 1:
+                shade_ranks(ax, lines[0].counts_C)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+            ax.set_xlabel("class, from the largest to the smallest")
+        else:
+            ax.set_xscale("log")
+            low, high = max(1, counts.min()) / 1.25, max(2, counts.max()) * 1.25
+            ax.set_xlim(low, high)
+            shade_groups(ax, low, high)
+            log_ticks(ax.xaxis, low, high)
+            ax.set_xlabel("training images of the class")
         return figure
 
 

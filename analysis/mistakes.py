@@ -19,7 +19,7 @@ from shards.index import Split, open_dataset
 from shards.remote import is_url
 
 SHOWN = 12
-_OF_A_CLASS = 3  # at most, so that one hopeless class does not fill the sheet
+_OF_A_CLASS = 3  # at most, so that one hopeless class does not fill the sheet; more where classes are few
 _SIDE = 160  # pixels: shown at half of that, sharp on fine screens
 _TINY = 64  # smaller pictures are stored without loss
 
@@ -45,7 +45,7 @@ class Mistake:
 def worst_mistakes(answers: Answers, counts_C: NDArray[np.int64]) -> tuple[str, list[Mistake]]:
     """Return the group nearest the tail that has test images, "few" or "medium", and its worst mistakes.
 
-    The worst are those that most runs make, the surest first; at most 3 of a class. A group "many" is no tail.
+    The worst are those that most runs make, the surest first. A group "many" is no tail.
     """
     groups_C = class_groups(counts_C)
     ids_N, labels_N = answers.runs[0].ids_N, answers.labels
@@ -59,13 +59,14 @@ def worst_mistakes(answers: Answers, counts_C: NDArray[np.int64]) -> tuple[str, 
     sure_RM = np.stack([one.confidence[rows] for one in answers.runs]).astype(np.float64)
     share_M = wrong_RM.mean(axis=0)
     confidence_M = (sure_RM * wrong_RM).sum(axis=0) / np.maximum(1, wrong_RM.sum(axis=0))
+    at_most = max(_OF_A_CLASS, -(-SHOWN // len(np.unique(labels_N[rows[share_M > 0]])))) if share_M.any() else 0
     found: list[Mistake] = []
     taken = Counter[int]()
     for m in np.lexsort((rows, -confidence_M, -share_M)):
         true = int(labels_N[rows[m]])
         if not share_M[m] or len(found) == SHOWN:
             break
-        if taken[true] < _OF_A_CLASS:
+        if taken[true] < at_most:
             taken[true] += 1
             predicted = Counter(
                 int(one.predicted[rows[m]]) for one, wrong in zip(answers.runs, wrong_RM[:, m], strict=True) if wrong
@@ -87,7 +88,7 @@ def reachable_split(run: Run, answers: Answers) -> Split | None:
     for folder in (Path(), run.path.resolve().parent.parent):
         try:
             dataset = open_dataset(folder / place)
-        except UserError:
+        except (UserError, OSError, ValueError):  # not there, not ours to read, or damaged
             continue
         split = dataset.splits.get(run.summary["evaluated_on"])
         same = dataset.classes == run.classes and np.array_equal(dataset.train_counts, run.train_counts_C)

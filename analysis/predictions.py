@@ -57,8 +57,12 @@ class Predictions:
         return self.topk_scores_NK[:, 0]
 
 
-def read_predictions(run: Run) -> Predictions | None:
+def read_predictions(run: Run, likeliest: int | None = None) -> Predictions | None:
     """Read what a run predicted on the split that it was evaluated on, after its last epoch.
+
+    Args:
+        run: the run.
+        likeliest: of how many classes to keep the scores; None: of all that the file holds.
 
     Returns:
         None where the run kept no predictions of that split.
@@ -79,8 +83,8 @@ def read_predictions(run: Run) -> Predictions | None:
     return Predictions(
         ids_N[order_N].astype(np.int64),
         labels_N[order_N].astype(np.int64),
-        topk_labels_NK[order_N].astype(np.int64),
-        topk_scores_NK[order_N].astype(np.float32),
+        topk_labels_NK[order_N, :likeliest].astype(np.int64),
+        topk_scores_NK[order_N, :likeliest].astype(np.float32),
     )
 
 
@@ -233,7 +237,7 @@ class Answers:
     """What an entry's runs answered for each image.
 
     Attributes:
-        runs: each run's predictions; all of the same images.
+        runs: each run's predictions, only the likeliest class of each image; all of the same images.
         correct_N: the share of the seeds that recognised each image, shape (N,), float64.
     """
 
@@ -248,7 +252,7 @@ class Answers:
 
 def answers(entry: Entry) -> Answers | None:
     """Read the predictions of an entry's runs; None unless all of them kept theirs, of the same images."""
-    replicates = [[read_predictions(run) for run in runs] for runs in entry.replicates.values()]
+    replicates = [[read_predictions(run, likeliest=1) for run in runs] for runs in entry.replicates.values()]
     found = [predictions for runs in replicates for predictions in runs if predictions is not None]
     if len(found) < len(entry.runs) or not all(_same_images(found[0], other) for other in found):
         return None

@@ -27,7 +27,7 @@ from analysis.tables import COMPARED, bounds_text
 from shards.errors import UserError
 from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups, imbalance_factor
 
-_CLASSES_TO_A_TABLE = 100  # of thousands, a browser lays out only the tables that are on the screen
+_CLASSES_TO_A_TABLE = 50  # of thousands, a browser lays out only the tables that are on the screen
 
 
 def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
@@ -88,6 +88,7 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
     views = [_view(entry, f"entry{i}") for i, entry in enumerate(entries)]
     return {
         "dataset": first.dataset,
+        "heading": _heading([entry.title for entry in entries], first.dataset),
         "evaluated_on": split,
         "headline": headline(entries, split, versus),
         "shown": views[entries.index(best_entry(entries))],
@@ -108,7 +109,7 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
         "curves": _curves(entries),
         "sure": _sure(entries, answered, versus),
         "compared": bool(versus),
-        "reliability": _drawn(gallery.reliability(entries)),
+        "reliability": _drawn(gallery.reliability_of(list(answered.values()))),
         **_confusion(entries, answered),
         "mistakes": _mistakes(best_entry(entries), answered[best_entry(entries).title]),
         "norms": _norms(entries),
@@ -117,6 +118,13 @@ def _section(entries: list[Entry]) -> dict[str, Any]:
         "beta": _drawn(gallery.beta(entries)),
         "sample": _sample(entries),
     }
+
+
+def _heading(titles: list[str], dataset: str) -> str:
+    """Say what is compared with what; titles may hold commas, so more than two are counted and not listed."""
+    if len(titles) > 2:
+        return f"{len(titles)} methods on {dataset}, compared with {titles[0]}"
+    return f"{' compared with '.join(reversed(titles))} on {dataset}"
 
 
 def _inline(figure: Figure) -> Markup:

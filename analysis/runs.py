@@ -10,6 +10,7 @@ runs/bbn/
 """
 
 import json
+import math
 import zipfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -170,6 +171,8 @@ def read_run(path: Path) -> Run:
         raise _damaged(path / "per_class.json", error) from None
     if not counts.shape == correct.shape == total.shape == (len(per_class["classes"]),):
         raise _damaged(path / "per_class.json", "its lists differ in length")
+    if (counts < 0).any() or (correct < 0).any() or (correct > total).any():
+        raise _damaged(path / "per_class.json", "a count is negative, or more images are correct than there are")
     return Run(
         path=path,
         config=_read_text(path / "config.yaml"),
@@ -235,6 +238,8 @@ def _read_table(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
     for key, kind in kinds.items():
         if key not in table or not isinstance(table[key], kind):
             raise _damaged(path, f"{key!r} is missing or of the wrong type")
+        if isinstance(table[key], float) and not math.isfinite(table[key]):
+            raise _damaged(path, f"{key!r} is not finite")
     return table
 
 

@@ -13,6 +13,9 @@ Every sampler balances the same made features: n_max − n_c samples per class, 
 The peers take hours at 1,000 classes, so they run on a share of the parents, chosen at random: the time of what they do
 once (covariances, say) is counted whole, the rest is divided by the share. At iNaturalist's size ours runs alone, for
 some chunks, beside a float32 matrix product and a step of the classifier.
+
+The whole second stage, on 6,151 features in 102 classes: AFG's candidates trained together, and one after the other as
+they were before (scripts/bench/second_stages.py). `--only second-stage` measures nothing else.
 """
 
 import itertools
@@ -28,7 +31,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,16 +41,19 @@ from torch.nn import functional as F
 
 from bench.common import header, read_counts, reason, uv, write_results
 from bench.measuring import watched_memory
+from bench.second_stages import compare_trainings, take_some_steps
 from shards.cli import run_commands
 from shards.errors import UserError
 from shards.groups import MANY_ABOVE
 from shards.progress import say
 from train.features.gaussians import ClassGaussians, Support, find_support, fit, head_classes
 from train.features.generation import generate_chunks, noise_length
+from train.features.mixing import Mixture
 
 BETA, K = 0.4, 2
 BATCH = 512  # of the classifier
 CHUNK = 65536
+SPREAD = 0.3  # of the second stage's classes: so close that about two thirds of the features are recognised
 
 # What must hold: a figure of `figures` and its bound.
 BARS: list[dict[str, Any]] = [
@@ -56,7 +62,9 @@ BARS: list[dict[str, Any]] = [
     {"figure": "share_of_matrix_product_rate", "at_least": 0.4},
     {"figure": "memory_above_bank_gb", "at_most": 5.0},
     {"figure": "generation_over_classifier_step", "at_most": 0.1},
+    {"figure": "times_training_alone", "at_least": 2.5},
 ]
+Part = Literal["samplers", "inat2018", "second-stage"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,9 @@ def bench(
     peers: float = 0.004,
     chunks: int = 3,
     size: float = 1.0,
+    epochs: int = 8,
+    rounds: int = 3,
+    only: Part | None = None,
 ) -> None:
     """Measure and write the results.
 
@@ -87,26 +98,37 @@ def bench(
         peers: the share of the parents on which the slow samplers are measured at 1,000 classes.
         chunks: chunks of 65,536 features that are generated at iNaturalist's size.
         size: a factor below 1 shrinks classes and dimensions, to try the script out.
+        epochs: of a second stage; its default settings have 40, and the time of either way is proportional to them.
+        rounds: how often second stages are trained, both ways by turns.
+        only: the one part to measure; the bars of the others count as not measured.
     """
-    if not 0 < peers <= 1 or chunks < 1 or not 0 < size <= 1:
-        raise UserError(f"peers and size must lie in (0, 1] and chunks be at least 1, got {peers}, {size} and {chunks}")
+    if not 0 < peers <= 1 or not 0 < size <= 1:
+        raise UserError(f"peers and size must lie in (0, 1], got {peers} and {size}")
+    if min(chunks, epochs, rounds) < 1:
+        raise UserError(f"chunks, epochs and rounds must be at least 1, got {chunks}, {epochs} and {rounds}")
     torch.set_num_threads(1)
     cifar_C = [int(500 * 0.01 ** (j / 99)) for j in range(100)]
     imagenet_C = read_counts(imagenet_lt) if imagenet_lt else made_counts(1000, 1280, 5, 115_846)
     inat_C = read_counts(inat2018) if inat2018 else made_counts(8142, 1000, 2, 437_513)
+    flowers_C = made_counts(102, 540, 21, 6151)
     results: dict[str, Any] = {}
+    figures: dict[str, Any] = dict.fromkeys(bar["figure"] for bar in BARS)
     with tempfile.TemporaryDirectory() as folder:
-        tailcalib = fetch_tailcalib(Path(folder))
-        for name, counts, dim, share in (("cifar100-lt", cifar_C, 64, 1.0), ("imagenet-lt", imagenet_C, 512, peers)):
-            case = make_case(Path(folder), name, shrunk(counts, size), max(4, int(dim * size)))
-            results[name] = compare(case, tailcalib, share)
-        case = make_case(Path(folder), "inat2018", shrunk(inat_C, size), max(4, int(2048 * size)))
-        results["inat2018"] = at_scale(case, chunks)
-    figures = {
-        "times_cholesky_at_512": results["imagenet-lt"]["times_slower"].get("cholesky"),
-        "times_tailcalib_at_512": results["imagenet-lt"]["times_slower"].get("tailcalib"),
-        **{bar["figure"]: results["inat2018"][bar["figure"]] for bar in BARS[2:]},
-    }
+        if only in (None, "second-stage"):
+            results["second-stage"] = whole_stage(Path(folder), shrunk(flowers_C, size), size, epochs, rounds)
+            figures |= {key: results["second-stage"][key] for key in figures.keys() & results["second-stage"].keys()}
+        if only in (None, "samplers"):
+            tailcalib = fetch_tailcalib(Path(folder))
+            cases = (("cifar100-lt", cifar_C, 64, 1.0), ("imagenet-lt", imagenet_C, 512, peers))
+            for name, counts, dim, share in cases:
+                case = make_case(Path(folder), name, shrunk(counts, size), max(4, int(dim * size)))
+                results[name] = compare(case, tailcalib, share)
+            for peer in ("cholesky", "tailcalib"):
+                figures[f"times_{peer}_at_512"] = results["imagenet-lt"]["times_slower"].get(peer)
+        if only in (None, "inat2018"):
+            case = make_case(Path(folder), "inat2018", shrunk(inat_C, size), max(4, int(2048 * size)))
+            results["inat2018"] = at_scale(case, chunks)
+            figures |= {key: results["inat2018"][key] for key in figures.keys() & results["inat2018"].keys()}
     content = header(threads=1, torch=torch.__version__) | {
         "size": size,
         "results": results,
@@ -115,7 +137,7 @@ def bench(
     }
     write_results(json, content)
     for bar in content["bars"]:
-        say(f"{'reached' if bar['reached'] else 'NOT REACHED'}: {bar}")
+        say(f"{ {True: 'reached', False: 'NOT REACHED', None: 'not measured'}[bar['reached']] }: {bar}")
 
 
 def reached(bar: dict[str, Any], figures: dict[str, Any]) -> bool | None:
@@ -145,12 +167,16 @@ def shrunk(counts: list[int], size: float) -> list[int]:
     return counts[:: max(1, round(1 / size))]
 
 
-def make_case(folder: Path, name: str, counts: list[int], dim: int) -> Case:
-    """Make skewed features around a centre per class, in a memory-mapped file as a bank is."""
+def make_case(folder: Path, name: str, counts: list[int], dim: int, spread: float = 1.0) -> Case:
+    """Make skewed features around a centre per class, in a memory-mapped file as a bank is; `spread` is the centres'.
+
+    The same size and spread have the same centres, whatever the counts.
+    """
     counts_C = torch.tensor(counts)
     labels_N = torch.repeat_interleave(counts_C)
     generator = torch.Generator().manual_seed(0)
-    centres_CD = torch.rand(len(counts), dim, generator=generator)
+    centres_CD = spread * torch.rand(len(counts), dim, generator=generator)
+    generator.manual_seed(len(labels_N))
     features = open_memmap(folder / f"{name}.npy", "w+", np.float16, (len(labels_N), dim))
     for start in range(0, len(labels_N), 16384):
         labels_B = labels_N[start : start + 16384]
@@ -160,6 +186,17 @@ def make_case(folder: Path, name: str, counts: list[int], dim: int) -> Case:
     say(f"{name}: {len(labels_N):,} features of {dim} dimensions in {len(counts):,} classes")
     features_ND = torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c"))
     return Case(name, features_ND, labels_N, counts_C, counts_C.max() - counts_C)
+
+
+def whole_stage(folder: Path, counts: list[int], size: float, epochs: int, rounds: int) -> dict[str, Any]:
+    """Measure the training of a second stage's classifiers, together and one by one."""
+    dim = max(4, int(1024 * size))
+    case = make_case(folder, "flowers", counts, dim, SPREAD)
+    held_out = make_case(folder, "flowers, held out", [20] * len(counts), dim, SPREAD)
+    gaussians = fit(case.features_ND, case.labels_N, len(counts))
+    support = find_support(gaussians, K, head_classes(gaussians.counts_C, MANY_ABOVE))
+    mixture = Mixture(case.features_ND, case.labels_N, gaussians, support, case.targets_C, chunk=CHUNK)
+    return compare_trainings(mixture, (held_out.features_ND, held_out.labels_N), epochs, rounds)
 
 
 def cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -318,6 +355,10 @@ def at_scale(case: Case, chunks: int) -> dict[str, Any]:
             return sum(len(labels) for _, labels in itertools.islice(stream, chunks))
 
         seconds, samples = cpu_seconds(generated)
+        stream.close()  # its chunk is gone
+        take_some_steps(
+            Mixture(case.features_ND, case.labels_N, gaussians, support, case.targets_C, chunk=chunk), chunks=2
+        )
     own_mb = [mb for _, mb in memory]
     # What the matrix products of a sample take: 2·D operations per number of noise, of its own class and its support.
     lengths_C = torch.tensor([noise_length(gaussians, c) for c in range(classes)]).double()

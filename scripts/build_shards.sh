@@ -6,4 +6,5 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ -x "$root/.venv/bin/python" ] || "$root/scripts/setup.sh"
-exec "$root/.venv/bin/python" -m shards build "$@"
+# -P: a folder called shards where you are is not this program.
+exec env PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" "$root/.venv/bin/python" -P -m shards build "$@"

@@ -60,6 +60,7 @@ METHODS = {
     ),
     "sdn": Program("train.sdn", "the strong-weak dual-branch network", "run", method="SDN"),
     "afg": Program("train.afg", "second stage: features generated for the tail", "run"),
+    "frozen": Program("train.frozen", "stage one without training: a pretrained network and its class means", "run"),
     "decouple": Program("train.decouple", "second stage: cRT, LWS, tau-normalisation and other classifiers", "run"),
 }
 

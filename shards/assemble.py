@@ -40,7 +40,8 @@ def assemble(
         findings: what was found out about the images before.
 
     Raises:
-        UserError: a split or a class of the training split has no image left, though it had one before.
+        UserError: a split or a class of the training split has no image left, though it had one before; or shards have
+            gone again.
     """
     splits = {}
     sizes = []
@@ -50,6 +51,8 @@ def assemble(
         reasons.update(image["reason"] for image in findings.rejected)
         for split, split_shards in shards.items():
             records = [staging.read_json(f"{shard}.json") for shard in split_shards]
+            if None in records:  # behind a URL there are no locks
+                raise UserError("another build was at work in the same place; give the same command again")
             rejected = [image for record in records for image in record["rejected"]]
             _write_lines(rejected_file, [{"split": split, "class": source.classes[i["label"]], **i} for i in rejected])
             reasons.update(image["reason"] for image in rejected)

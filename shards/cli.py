@@ -2,9 +2,10 @@
 
 import argparse
 import difflib
+import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,9 +36,10 @@ class Parser(ArgumentParser):
             message = f"--{key[1].replace('_', '-')} cannot be {value[1]!r}"
         if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
             near = similar(unknown[1], _options(self))
-            message += f" (did you mean {' or '.join(near)}?)" if near else ""
+            message += f"; did you mean {' or '.join(near)}?" if near else ""
         message = re.sub(r"(required: )\w+\.", r"\1", " ".join(message.split())).rstrip(".")
-        print(f"{self.prog.split(' [')[0]}: error: {message}; see --help", file=sys.stderr)
+        more = " (see --help)" if message.endswith("?") else "; see --help"
+        print(f"{self.prog.split(' [')[0]}: error: {message}{more}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -63,9 +65,15 @@ def program_name(usual: str, words: str = "") -> str:
     return f"tailstream {words}".rstrip() if Path(sys.argv[0]).stem == "tailstream" else usual
 
 
-def run_commands(program: str, commands: dict[str, Any], argv: Sequence[str] | None = None) -> Any:
+def run_commands(program: str, commands: dict[str, Any], argv: list[str] | None = None) -> Any:
     """Run the function that the command line names and return its result; a UserError exits with status 2."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names may have letters that a terminal's encoding lacks
-    with user_errors_exit_2(program):
-        return auto_cli(commands, args=argv, prog=program, parser_class=Parser)
+    try:
+        with user_errors_exit_2(program):
+            result = auto_cli(commands, args=argv, prog=program, parser_class=Parser)
+            sys.stdout.flush()
+            return result
+    except BrokenPipeError:  # whoever reads the output has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -141,7 +141,7 @@ def _marks(job: _Job) -> NDArray[np.void]:
                 data = file.read(row["size"])
                 mark["bytes"] = hashlib.sha256(data).digest()[:16]
                 mark["hash"], mark["thumb"] = _looks(data)
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL calls damaged pictures
         raise UserError(f"{job.path} cannot be read ({error}); run: tailstream verify {job.path.parent}") from None
     return marks
 

@@ -14,11 +14,13 @@ class UserError(ValueError):
 def user_errors_exit_2(program: str) -> Iterator[None]:
     """Turn a `UserError` into `PROGRAM: error: message` on stderr and exit status 2.
 
-    Under a distributed launcher the other ranks say which they are: a mistake in the data may meet one alone.
+    It is one line, whatever characters the names in it have. Under a distributed launcher the other ranks say which
+    they are: a mistake in the data may meet one alone.
     """
     try:
         yield
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        print(f"{program}{'' if rank == '0' else f' (rank {rank})'}: error: {error}", file=sys.stderr)
+        told = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(error))
+        print(f"{program}{'' if rank == '0' else f' (rank {rank})'}: error: {told}", file=sys.stderr)
         sys.exit(2)

@@ -72,9 +72,14 @@ class Edition:
         return cls(path, hashlib.sha256(data).hexdigest(), place), data
 
     def check(self) -> None:
-        """Raise a UserError if another build has taken, or is taking, the dataset's place; costs one stat."""
+        """Raise a UserError if another build has taken, or is taking, the dataset's place; costs opening a file.
+
+        A network file system may answer a stat for a minute from memory, and asks its server when a file is opened.
+        """
         try:
-            if _place(os.stat(self.path)) == self.place or self.read(self.path)[0].contents == self.contents:
+            with self.path.open("rb", buffering=0) as file:
+                place = _place(os.fstat(file.fileno()))
+            if place == self.place or self.read(self.path)[0].contents == self.contents:
                 return
         except FileNotFoundError:
             pass

@@ -134,7 +134,8 @@ class RemoteShards:
                 if _sha256(path) != self.digests[shard]:
                     path.unlink()
                     raise UserError(
-                        f"{self.url}/{path.name} is not the file that the manifest describes; build it again"
+                        f"{self.url}/{path.name} is not the file that the manifest describes: the dataset was built"
+                        " again since it was opened, or is damaged; start again, or build it again"
                     )
             note.write(self._checked(shard, path))
 

@@ -27,7 +27,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 
 from shards.errors import UserError
 from shards.groups import MANY_ABOVE
-from train.features.commands import BETA_START, RATES, Program, stage_parser
+from train.features.commands import BETA_START, RATES, Program, Work, stage_parser
 from train.features.launch import run_stage
 
 if TYPE_CHECKING:  # torch comes with the run: see train/engine/launch.py
@@ -79,11 +79,15 @@ class Settings:
     baselines: bool = True
 
 
-def title(settings: Settings, on_held_out: bool = True) -> str:
-    """Return what tables call the stage: AFG, and where β, teacher or head are not the default's, how."""
-    beta = f", β={settings.beta}"
-    if isinstance(settings.beta, str):
-        beta = {"select": "", "adaptive": ", adaptive β"}[settings.beta] if on_held_out else f", β={BETA_START}"
+def title(settings: Settings, used: float | None = None) -> str:
+    """Return what tables call the stage: AFG, and where β, teacher or head are not the default's, how.
+
+    Args:
+        settings: of the generator.
+        used: β, where the val split did not decide.
+    """
+    chosen = {"select": "", "adaptive": ", adaptive β"}.get(str(settings.beta), f", β={settings.beta}")
+    beta = chosen if used is None else f", β={used:g}"
     teacher = {"select": "", "corrected": ", corrected teacher", "stage-one": ", teacher stage one"}[settings.teacher]
     distillation = ", no distillation" if settings.distill == 0 else teacher
     head = f", head above {settings.head_above}" if settings.head_above != MANY_ABOVE else ""
@@ -98,15 +102,16 @@ def run(argv: list[str] | None = None) -> None:
         type=Path | None,
         help="write an epoch's generated features and labels, too: FILE.safetensors, or FILE.npy and FILE.labels.npy",
     )
-    run_stage(Program("afg", "AFG", parser, _check, _classifiers, VARIANTS), train, argv)
+    run_stage(Program("afg", "AFG", parser, _check, _work, variants=VARIANTS), train, argv)
 
 
-def _classifiers(config: Any, chooses: bool) -> int:
+def _work(config: Any, chooses: bool) -> Work:
     settings = config.method
     teachers = 2 if settings.teacher == "select" and settings.distill else 1
     betas = len(settings.beta_grid) - 1 if settings.beta == "select" else 1
     ours = len(settings.rates) * teachers + betas if chooses else 1
-    return ours + (4 * (len(settings.rates) if chooses else 1) if settings.baselines else 0)
+    baselines = 4 * (len(settings.rates) if chooses else 1) if settings.baselines else 0
+    return Work(ours + baselines, config.optim.epochs, config.optim.batch_size)
 
 
 def _check(config: Any) -> None:
@@ -127,9 +132,10 @@ def train(stage: "Stage") -> None:
     from train.features.beta import choose_beta
     from train.features.candidates import table
     from train.features.files import write_features
+    from train.features.results import close_stage
     from train.features.sample import write_sample
     from train.features.selection import select
-    from train.features.stage_two import close_stage, make_families
+    from train.features.stage_two import make_families
 
     settings, accelerator, judge = stage.config.method, stage.accelerator, stage.judge
     families = make_families(
@@ -159,10 +165,11 @@ def train(stage: "Stage") -> None:
 
     shown, selected, winner, chosen = [], None, None, {}
     if settings.baselines:
-        by_name = {name: families.closed(name) for name in ("stage one", "logit adjustment", "tau-normalized")}
-        by_name |= families.on_real_features("LWS", "cRT", "no generation", "oversampling")
         # From simple to complex: the order in which a selection prefers them.
-        rivals = {name: judge.best(candidates) for name, candidates in by_name.items()}
+        closed = ("stage one", "logit adjustment", "tau-normalized")
+        trained = ("LWS", "cRT", "no generation", "oversampling")
+        rivals = {name: judge.best(families.closed(name)) for name in closed}
+        rivals |= {name: judge.best(candidates) for name, candidates in families.on_real_features(*trained).items()}
         if choice.own is not None:
             rivals["own Gaussian"] = choice.own
         shown = [{"name": n, "setting": c.setting, **judge.report(c.linear)} for n, c in rivals.items()]
@@ -183,10 +190,11 @@ def train(stage: "Stage") -> None:
         write_sample(stage.run_folder, mixture, beta, stage.config.loop.seed)
     close_stage(
         stage,
-        title(settings, choice.on_held_out),
+        title(settings, None if choice.on_held_out else best.setting["beta"]),
         best,
         selected,
         winner,
+        beta.masked_fill(mixture.support.head_C, torch.nan).cpu() if isinstance(beta, torch.Tensor) else None,
         beta={
             "used": best.setting["beta"],
             "tried": choice.tried,

@@ -2,7 +2,7 @@
 
     python -m train.calibrate --run runs/birds-bbn-1 [--reject 0.95] [--per-class]
 
-Writes calibration.json, which train.predict and train.export heed, for the last weights and for those that val chose.
+Writes calibration.json, which train.predict and train.export use, for the last weights and for those that val chose.
 It reads the val logits that training kept, and nothing of the test split. The equations: train/engine/calibration.py.
 
     --reject 0.95       predictions of a low probability get no label, so that 95 % of those that are left are right on
@@ -21,8 +21,10 @@ from shards.cli import Parser, program_name
 from shards.errors import UserError, user_errors_exit_2
 from train.engine.calibration import Calibration, fit, probabilities, reject_threshold, write_calibration
 from train.engine.inference import open_model
-from train.engine.predictions import kept_arrays, read_predictions
+from train.engine.predictions import kept_arrays, read_val_logits
+from train.engine.runs import CALIBRATION
 from train.networks.model_files import choose_weights
+from train.predict import printable
 
 BINS = 10
 # A class's own threshold needs so many val images that were taken for it; else it has the common one.
@@ -129,17 +131,17 @@ def _calibrate_run(run: Path, reject: float | None, per_class: bool) -> None:
     for weights in kinds:
         if "val_logits" not in kept_arrays(run, weights):
             print(
-                f"{run} has no val split beside the one that it is reported on, so there is nothing to calibrate on;"
-                " nothing is done (build the dataset again with --val-fraction 0.1, and train)"
+                f"{printable(run)} has no val split beside the one that it is reported on, so there is nothing to"
+                " calibrate on; nothing is done (build the dataset again with --val-fraction 0.1, and train)"
             )
             return
-        logits_NC, rows_N, labels_N = read_predictions(run, weights, "val_logits", "val_logit_rows", "val_labels")
-        found[weights] = calibrate(logits_NC, labels_N[rows_N], model.description.train_counts, reject, per_class)
+        logits_NC, labels_N = read_val_logits(run, weights, len(model.description.classes))
+        found[weights] = calibrate(logits_NC, labels_N, model.description.train_counts, reject, per_class)
     for weights, (calibration, about) in found.items():
         print(f"{weights} weights, {about['images']:,} images of val; before and after:")
         print(table(calibration, about))
     write_calibration(run, found)
-    print(f"wrote {run / 'calibration.json'}; train.predict and train.export heed it")
+    print(f"wrote {printable(run / CALIBRATION)}; train.predict and train.export use it")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ evaluated images of each class. What only people know (licence, intended use) is
 import html
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from shards.groups import GROUPS, class_groups
 from train.engine import runs
 from train.engine.inference import Model, open_model
 from train.engine.predictions import FILES, read_predictions
-from train.predict import check_new
+from train.predict import check_new, printable
 
 FIGURES = {"top1": "overall", "balanced_accuracy": "balanced", "many": "many", "medium": "medium", "few": "few"}
 MOST_CLASSES = 200  # named in the card; model.json names all
@@ -36,6 +37,11 @@ def plain(text: object) -> str:
     """Return text as Markdown shows it, on one line: no markup, HTML, table cell or direction of its own."""
     line = "".join(c if c.isprintable() else " " for c in str(text))
     return "".join(f"&#{ord(c)};" if c in "\\`*_{}[]()#+!|~$" else c for c in html.escape(line, quote=False))
+
+
+def code(text: object) -> str:
+    """Return text as code within a line of Markdown: entities would be shown as such there."""
+    return f"`{printable(text).replace('`', ' ')}`"
 
 
 def standard_errors(model: Model, name: str) -> dict[str, float | None]:
@@ -67,10 +73,8 @@ def figures_table(models: Sequence[Model]) -> list[str]:
     figures = [model.description.weights[model.weights]["figures"] for model in models]
     if len(models) > 1:
         said = f"± is the standard deviation over {len(models)} runs of other seeds."
-        spread = {
-            key: statistics.stdev([told[key] for told in figures]) if figures[0].get(key) is not None else None
-            for key in FIGURES
-        }
+        all_of = {key: [told.get(key) for told in figures] for key in FIGURES}
+        spread = {key: None if None in values else statistics.stdev(values) for key, values in all_of.items()}
     elif (first.run / FILES[first.weights]).exists():
         said = "± is the standard error over the evaluated images; one run says nothing about other seeds."
         spread = standard_errors(first, first.description.evaluated_on)
@@ -100,7 +104,9 @@ def card(models: Sequence[Model]) -> str:
     """Return the card of the first model; the others are runs of other seeds."""
     model, told = models[0], models[0].description
     figures, counts = told.weights[model.weights]["figures"], told.train_counts
-    name, dataset = plain(model.run.resolve().name), plain(told.dataset["name"])
+    folder = printable(model.run.resolve().name)
+    dataset_name = printable(told.dataset["name"])
+    name, dataset = plain(folder), plain(dataset_name)
     metadata: dict[str, Any] = {
         "license": "other",
         "library_name": "tailstream",
@@ -110,10 +116,10 @@ def card(models: Sequence[Model]) -> str:
     }
     results = [{"type": "accuracy", "name": shown, "value": round(100 * figures[key], 2)}
                for key, shown in FIGURES.items() if figures.get(key) is not None]  # fmt: skip
-    where = {"type": told.dataset["name"], "name": told.dataset["name"], "split": told.evaluated_on}
+    where = {"type": dataset_name, "name": dataset_name, "split": told.evaluated_on}
     metadata["model-index"] = [
         {
-            "name": model.run.resolve().name,
+            "name": folder,
             "results": [{"task": {"type": "image-classification"}, "dataset": where, "metrics": results}],
         }
     ]
@@ -144,7 +150,7 @@ def card(models: Sequence[Model]) -> str:
         "",
         "## Use",
         "",
-        f"```bash\ntailstream predict --run {name} PICTURES…\n```",
+        f"```bash\ntailstream predict --run {shlex.quote(folder)} PICTURES…\n```",
         "",
         f"The network sees {told.image_size}×{told.image_size} pixels: {recipe}. {honest}{error}",
         "",
@@ -153,10 +159,10 @@ def card(models: Sequence[Model]) -> str:
         "## Training",
         "",
         f"- **Data:** {dataset}, {sum(counts):,} images of {len(counts):,} classes, {max(counts):,} to {min(counts):,}"
-        f" a class; fingerprint `{told.dataset['fingerprint'] or 'unknown'}`",
-        f"- **Method:** {plain(told.method)}; network {plain(json.dumps(model.network.spec))}",
+        f" a class; fingerprint {code(told.dataset['fingerprint'] or 'unknown')}",
+        f"- **Method:** {plain(told.method)}; network {code(json.dumps(model.network.spec))}",
         f"- **Weights:** {chosen}, epoch {told.weights[model.weights]['epoch']}",
-        f"- **Code:** tailstream, commit `{told.commit or 'unknown'}`",
+        f"- **Code:** tailstream, commit {code(told.commit or 'unknown')}",
         *_how(model),
         "",
         "## Results",
@@ -186,7 +192,7 @@ def _how(model: Model) -> list[str]:
     environment = summary["environment"]
     lines = [f"- **Seed:** {summary['seed']}; **epochs:** {summary['epochs']}; **time:** {summary['seconds']:,.0f} s"]
     lines.append(f"- **Hardware:** {plain(environment['device'])}, {plain(environment['processor'])}")
-    lines.append(f"- **Command:** `{str(summary['command']).replace('`', ' ')}`")
+    lines.append(f"- **Command:** {code(summary['command'])}")
     return lines
 
 
@@ -211,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
             ):
                 raise UserError(f"{model.run} has other classes or another method than {models[0].run}; leave it out")
         write_text(out, card(models))
-        print(f"wrote {out}; fill in the lines in italics")
+        print(f"wrote {printable(out)}; fill in the lines in italics")
 
 
 if __name__ == "__main__":

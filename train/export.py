@@ -36,7 +36,7 @@ from shards.cli import Parser, program_name
 from shards.errors import UserError, user_errors_exit_2
 from train.engine.calibration import Calibration
 from train.engine.inference import Model, open_model
-from train.predict import check_new
+from train.predict import check_new, printable
 
 OPSET = 18
 # Bits of PIL's resize; see `_as_stored`.
@@ -283,9 +283,9 @@ def main(argv: list[str] | None = None) -> None:
         out = asked.out or asked.run / f"model.{asked.format}"
         check_new(out)
         calibrated = "calibrated" if isinstance(model.calibration, Calibration) else "not calibrated"
-        print(f"{asked.run}: {model.description.method}, {model.weights} weights, {calibrated}")
+        print(f"{printable(asked.run)}: {model.description.method}, {model.weights} weights, {calibrated}")
         lines = export(model, out, asked.format, asked.input == "any", asked.output == "probabilities")
-        print("\n".join([*lines, f"wrote {out}"]))
+        print("\n".join([*lines, f"wrote {printable(out)}"]))
 
 
 if __name__ == "__main__":

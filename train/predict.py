@@ -93,7 +93,7 @@ def predict(
             yield Row(item.name, label, float(p_C[best]), [(classes[c], float(p_C[c])) for c in order_K])
         batch.clear()
 
-    for item, shown in show_images(items, views, threads=os.cpu_count() or 1, ahead=2 * batch_size):
+    for item, shown in show_images(items, views, threads=len(os.sched_getaffinity(0)), ahead=2 * batch_size):
         if isinstance(shown, str):
             if strict:
                 raise UserError(f"{printable(item.name)}: {shown}; leave --strict out to skip such images")
@@ -138,9 +138,11 @@ def read_prior(asked: str | None, description_classes: Sequence[str], train_coun
     return np.array(values, np.float64) / sum(values)
 
 
-def printable(text: str) -> str:
+def printable(text: object) -> str:
     r"""Return text on one line for a terminal: control, direction and undecodable characters as \x1b, \u202e, …"""
-    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(
+        c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode("ascii") for c in str(text)
+    )
 
 
 class Writer(Protocol):
@@ -167,10 +169,10 @@ class _Table:
 
 
 class _Csv:
-    """file,label,score,label_1,score_1,…: names are quoted where they have to be."""
+    """file,label,score,label_1,score_1,…: all texts are quoted (until Python 3.13 csv leaves out a carriage return)."""
 
     def __init__(self, file: TextIO, topk: int) -> None:
-        self._writer = csv.writer(file, lineterminator="\n")
+        self._writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         ranks = [f"{what}_{k}" for k in range(1, topk + 1) for what in ("label", "score")]
         self._writer.writerow(["file", "label", "score", *ranks])
 
@@ -318,7 +320,12 @@ def _main(asked: Any) -> None:
             say(f"{printable(path)}: {unread(others)}")
     for model in models:
         how = "calibrated" if model.calibration else "not calibrated"
-        say(f"{model.run}: {model.description.method}, {model.weights} weights, {how}")
+        say(f"{printable(model.run)}: {model.description.method}, {model.weights} weights, {how}")
+    if prior_C is not None and not all(model.calibration for model in models):
+        say(
+            "note: --prior takes what is not calibrated for made for the training images' class shares, which a method"
+            " that re-balances them does not give; where there is a val split, run train.calibrate first"
+        )
     skipped = 0
     with open_writer(asked.format, asked.out, topk) as writer, Progress("predict", len(items)) as progress:
         for row in predict(models, items, topk, asked.batch_size, prior_C, asked.strict):

@@ -2,6 +2,7 @@
 
 import os
 import posixpath
+import stat
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,9 @@ class FileReader:
     root: Path
 
     def __call__(self, name: str) -> bytes:
-        """Return a file's bytes."""
-        return (self.root / name).read_bytes()
+        """Return a file's bytes; none of a pipe, for which a reader would wait."""
+        with open(self.root / name, "rb", buffering=0, opener=_without_waiting) as file:
+            return file.read()
 
     def peek(self, name: str) -> bytes:
         """Return a file's last bytes: its first ones are often those of its kind."""
@@ -47,6 +49,10 @@ class FileReader:
                 f"{folder} was there when the images were listed and is not any more ({error.strerror}); bring it back,"
                 " and give the same command again to resume"
             ) from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def check_folder(dataset: str, path: Path | None, wanted: str) -> Path:
@@ -107,12 +113,20 @@ class FoundFiles:
         self.sizes = array("q")
         self.changed = array("q")
 
-    def add(self, name: str, found: os.stat_result | None) -> None:
-        """Add a file; None for one that is missing or cannot be looked at."""
+    def add(self, name: str, path: str) -> None:
+        """Look at a file and add it; one that is missing, or cannot be looked at, has a size of -1."""
         self.names.append(name)
-        self.sizes.append(-1 if found is None else found.st_size)
-        # A file that is moved to another's place keeps its time of writing, but not the other one.
-        self.changed.append(-1 if found is None else max(found.st_mtime_ns, found.st_ctime_ns))
+        try:
+            link = os.lstat(path)
+            found = os.stat(path) if stat.S_ISLNK(link.st_mode) else link
+        except OSError:
+            self.sizes.append(-1)
+            self.changed.append(-1)
+            return
+        self.sizes.append(found.st_size)
+        # A file that is moved to another's place keeps its time of writing, but not the other one. A link that leads to
+        # another file now may lead to one that is old in both.
+        self.changed.append(max(found.st_mtime_ns, found.st_ctime_ns, link.st_ctime_ns))
 
     def listing(self, labels: Sequence[int]) -> Listing:
         """Return them with their labels."""
@@ -129,10 +143,7 @@ def look_at(root: Path, names: Sequence[str], labels: Sequence[int]) -> Listing:
     found = FoundFiles()
     with Progress("list", len(names)) as progress:
         for i, name in enumerate(names, 1):
-            try:
-                found.add(name, os.stat(f"{root}/{name}"))
-            except OSError:
-                found.add(name, None)
+            found.add(name, f"{root}/{name}")
             if i % LOOKED_AT == 0:
                 progress.add(LOOKED_AT)
     return found.listing(labels)

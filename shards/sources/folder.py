@@ -43,15 +43,16 @@ def open_source(path: Path | None) -> Source:
             files = FoundFiles()
             labels: list[int] = []
             for folder in folders:
-                found, foreign = _images(root, folder, progress)
+                found, foreign = _images(root, folder)
                 if not found:
                     only = f" (only {_kinds(foreign)})" if foreign else ""
                     unreadable = _unread(foreign)
                     why = f"; {unread(unreadable)}" if unreadable else ""
                     raise UserError(f"class folder {folder} holds no images{only}; add some or remove the folder{why}")
                 others += foreign
-                for image in found:
-                    files.add(*image)
+                for name in found:
+                    files.add(name, f"{root}/{name}")
+                progress.add(len(found))
                 labels += [label_of[folder.name]] * len(found)
             splits[split] = files.listing(labels)
 
@@ -93,11 +94,9 @@ def _sub_folders(folder: Path) -> list[Path]:
     return found
 
 
-def _images(
-    root: Path, class_folder: Path, progress: Progress
-) -> tuple[list[tuple[str, os.stat_result | None]], Counter[str]]:
-    """List the image files below a class folder in a fixed order, looking at each once; count others by extension."""
-    images: list[tuple[str, os.stat_result | None]] = []
+def _images(root: Path, class_folder: Path) -> tuple[list[str], Counter[str]]:
+    """Name the image files below a class folder in a fixed order; count others by extension."""
+    images: list[str] = []
     others: Counter[str] = Counter()
     start = len(f"{root}/")
     waiting = [str(class_folder)]
@@ -108,7 +107,6 @@ def _images(
         if (place.st_dev, place.st_ino) in seen:  # a link back to where it came from
             continue
         seen.add((place.st_dev, place.st_ino))
-        before = len(images)
         with os.scandir(folder) as entries:
             for entry in entries:
                 if _is_hidden(entry.name):
@@ -116,18 +114,10 @@ def _images(
                 if entry.is_dir():  # links to folders too
                     waiting.append(entry.path)
                 elif _is_image(entry.name):
-                    images.append((entry.path[start:], _stat(entry)))
+                    images.append(entry.path[start:])
                 else:
                     others[os.path.splitext(entry.name)[1].lower() or "without extension"] += 1
-        progress.add(len(images) - before)
-    return sorted(images, key=lambda image: image[0].split("/")), others
-
-
-def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
-    try:
-        return entry.stat()
-    except OSError:  # a dangling link: reported when it is read
-        return None
+    return sorted(images, key=lambda name: name.split("/")), others
 
 
 def _is_image(name: str) -> bool:

@@ -27,6 +27,9 @@ document.body.dataset.look = JSON.stringify({
   paper: getComputedStyle(document.body).backgroundColor, inner: innerWidth,
   wide: wide.map(text => text.slice(0, 99)), asked: performance.getEntriesByType("resource").map(one => one.name)});
 </script>"""
+PHONE = """<body><iframe style="width: {width}px; height: 900px; border: 0" srcdoc="{page}"></iframe><script>
+onload = () => document.body.dataset.inner = document.querySelector("iframe").contentDocument.documentElement.outerHTML;
+</script>"""
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
@@ -34,7 +37,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def opened(page, tmp_path, width=1400, dark=False):
     """Return the page as the browser has it after its scripts, and fail on what it says on the console."""
     path = tmp_path / "page.html"
-    path.write_text(page, encoding="utf-8")
+    # A window has at least 500 pixels, a phone has fewer.
+    path.write_text(PHONE.format(width=width, page=html.escape(page)) if width < 500 else page, encoding="utf-8")
     flags = [
         "--headless",
         "--no-sandbox",
@@ -51,8 +55,10 @@ def opened(page, tmp_path, width=1400, dark=False):
     )
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line or "ERR_" in line]
     assert console == []
-    assert "<title>run</title>" not in done.stdout
-    return done.stdout
+    inner = re.search(r'data-inner="(.*?)"', done.stdout, flags=re.S)
+    dom = html.unescape(inner[1]) if inner else done.stdout
+    assert "<title>run</title>" not in dom
+    return dom
 
 
 def look_of(dom):
@@ -98,6 +104,7 @@ def test_the_report_in_a_browser(runs, tmp_path, width, dark):
         "Runs",
     ]
     look = look_of(dom)
+    assert look["inner"] == width
     assert look["wide"] == []
     assert {name.split(":")[0] for name in look["asked"]} <= {"data"}
     red, green, blue = (int(PALETTE["paper"][dark][i : i + 2], 16) for i in (1, 3, 5))

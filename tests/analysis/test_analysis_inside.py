@@ -8,7 +8,7 @@ import pytest
 
 from analysis.compare import group_runs
 from analysis.drawing import inline_svg
-from analysis.inside import by_rank, diagnostic, embedding, lines_of, norm_lines, read_sample
+from analysis.inside import by_class, diagnostic, embedding, lines_of, norm_lines, read_sample
 from analysis.report import render
 from analysis.runs import read_run, read_runs
 from shards.errors import UserError
@@ -39,18 +39,18 @@ def test_an_entry_of_which_one_seed_kept_nothing_is_left_out(make_run):
 def test_classes_that_nobody_measured_leave_gaps(make_run):
     path = make_run("a")
     write(path, distances=[0.5, np.nan, 0.5, np.nan, 0.25, 0.25])
-    svg = inline_svg(by_rank(lines_of(group_runs(read_runs([path])), "distances"), "distances"))
+    svg = inline_svg(by_class(lines_of(group_runs(read_runs([path])), "distances"), "distances"))
     assert "nan" not in svg
     write(path, distances=[np.nan] * 6)
     assert diagnostic(read_run(path), "distances") is None
-    assert by_rank([], "nothing") is None
+    assert by_class([], "nothing") is None
 
 
 @pytest.mark.parametrize("counts", [[7], [500, 3], [100] * 50, np.geomspace(1000, 2, 8142).astype(int).tolist()])
 def test_any_number_of_classes_is_a_small_picture(make_run, counts):
     path = make_run("a", train_counts=counts, diagnostics=True)
     for lines in (norm_lines(group_runs(read_runs([path]))), lines_of(group_runs(read_runs([path])), "distances")):
-        svg = inline_svg(by_rank(lines, "picture"))
+        svg = inline_svg(by_class(lines, "picture"))
         assert ET.fromstring(svg).tag.endswith("svg")
         assert len(svg) < 40_000
         assert not re.search("#[0-9a-f]{6}", svg)  # all colours follow the page

@@ -43,9 +43,13 @@ def test_what_all_seeds_mistake_comes_before_what_one_does():
     assert worst[0].confidence == pytest.approx(0.65)
 
 
-def test_a_class_takes_three_places_at_most():
+def test_a_hopeless_class_does_not_fill_the_sheet():
     _, worst = worst_mistakes(answered([2] * 9 + [3], [(0, 0.9)] * 10), COUNTS_C)
-    assert [one.true for one in worst] == [2, 2, 2, 3]
+    assert [one.true for one in worst] == [2] * 6 + [3]
+    counts_C = np.full(20, 4)
+    labels = [0] * 9 + list(range(1, 20))
+    _, worst = worst_mistakes(answered(labels, [(19, 0.9)] * 27 + [(0, 0.9)]), counts_C)
+    assert [one.true for one in worst] == [0] * 3 + list(range(1, 10))
 
 
 def test_without_few_shot_classes_the_middle_is_shown_and_the_head_never():

@@ -60,13 +60,13 @@ def three(make_run):
 
 def test_the_page_tells_the_story(three):
     page = Page(render(read_runs(three)))
-    assert "CE, BBN, BBN + AFG on digits" in page.text
+    assert "3 methods on digits, compared with CE" in page.text
     assert re.search(
         r"BBN \+ AFG does best of 3 methods: counting every class equally, it recognises [\d.]+ % of the test images,"
         r" [\d.]+ points more than CE with [\d.]+ %\.",
         page.text,
     )
-    assert "Both have a single seed, and another may turn out differently: train two more" in page.text
+    assert "CE and BBN + AFG have a single seed, and another may turn out differently: train two more" in page.text
     assert re.search(r"It gains [\d.]+ points in the tail \(few\)", page.text)
     for words in (
         "Stage one",
@@ -153,7 +153,7 @@ def test_a_section_for_each_dataset(make_run):
     runs = read_runs([make_run("a"), make_run("b", dataset="zebra", train_counts=[30, 7]), make_run("c", title="CE")])
     page = Page(render(runs))
     assert page.tags.count("section") == 2
-    assert "BBN, CE on digits" in page.text
+    assert "CE compared with BBN on digits" in page.text
     assert "BBN on zebra" in page.text
 
 
@@ -194,7 +194,7 @@ def test_seeds_of_a_title_are_one_entry(make_seeds):
     assert selected.startswith("selected on val 50.0 ±0.0 ")
     assert "<strong>80.0</strong>" in page
     text = Page(page).text
-    assert "CE, BBN on digits" in text
+    assert "BBN compared with CE on digits" in text
     assert (
         "BBN (mean of 3 seeds) does better than CE (mean of 2 seeds): counting every class equally, it recognises 80.0"
         " % of the test images, 25.0 points more than CE with 55.0 %." in text
@@ -281,7 +281,7 @@ def test_more_methods_than_colours_are_a_table_that_sorts(make_run):
     many = [make_run(f"{i}", title=f"<{i}>") for i in range(page.MAX_ENTRIES + 1)]
     text = render(read_runs(many))
     assert 'class="sortable"' in text
-    assert "&lt;8&gt; does best of 9 methods" in text or "None of the other 8 methods" in text
+    assert "does best of 9 methods" in text
     assert text.count("<pre>") == 9
     eight = render(read_runs([*many[:-1], make_run("more", title="<0>", seed=1)]))  # seeds do not count
     assert "Head, middle and tail" in eight
@@ -309,7 +309,7 @@ def test_eight_thousand_classes_make_a_small_page(make_run):
     page = Page(text)
     assert "8,142" in page.text
     assert "Every class" in page.text
-    assert page.tags.count("table") > 81  # those that are not on the screen need no layout
+    assert page.tags.count("table") > 162  # those that are not on the screen need no layout
     assert page.tags.count("path") < 2000
     for heading in ("Confidence intervals", "Calibration", "Classifier and features", "Generated features"):
         assert heading in page.text

@@ -114,3 +114,18 @@ def test_an_epoch_repeated_by_a_resume_counts_as_it_was_last(make_run):
     epochs = read_run(path).epochs
     assert [row["epoch"] for row in epochs] == [1, 2, 3]
     assert list(epochs[1]) == ["epoch", "loss"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "why"),
+    [
+        ("per_class.json", {"correct": [21, 0, 0, 0, 0, 0]}, "more images are correct than there are"),
+        ("per_class.json", {"train_counts": [-1, 1, 1, 1, 1, 1]}, "a count is negative"),
+        ("summary.json", {"seconds": float("nan")}, "'seconds' is not finite"),
+        ("summary.json", {"images_per_second": float("inf")}, "'images_per_second' is not finite"),
+    ],
+)
+def test_figures_that_cannot_be(make_run, name, changes, why):
+    path = make_run("bbn")
+    edit(path / name, **changes)
+    refused(path, re.escape(f"{name} is damaged (") + f".*{why}")

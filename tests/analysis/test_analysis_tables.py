@@ -128,6 +128,14 @@ def test_hostile_names_stay_text(nasty):
     ]
 
 
+def test_the_html_page_says_what_its_figures_do_not_share(make_run):
+    runs = read_runs([make_run("a"), make_run("b"), make_run("c", title="CE", evaluated_on="val")])
+    page = comparison(group_runs(runs), {})
+    assert "Note: BBN, on test on digits: seed 0 was run twice (a, b); their mean counts as one seed." in page
+    assert "Note: the runs on digits were evaluated on test and val." in page
+    assert "% of the test and val images" in page
+
+
 def test_the_html_page_needs_nothing_else(compared):
     page = comparison(*compared)
     assert "http" not in page

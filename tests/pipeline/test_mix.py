@@ -104,11 +104,21 @@ def test_ranks_of_any_number_and_a_resumed_run_see_the_same_mixed_pictures(digit
                     assert_same(part[name], batch.part(slice(rank * size, (rank + 1) * size)))
 
 
+def test_each_step_epoch_and_stream_has_a_share_of_its_own(digits):
+    plan = make_plan(digits.splits["train"], (Stream("a", mix=Mixup()), Stream("b", mix=Mixup())))
+    steps = [0, 1, plan.steps_per_epoch, plan.steps_per_epoch + 1]
+    shares = [draw.mixing_B["share"] for step in steps for draw in plan.draws(step)]
+    assert len({float(share[0]) for share in shares}) == 2 * len(steps)
+    again = [draw.mixing_B["share"] for step in steps for draw in replace(plan).draws(step)]
+    assert all(np.array_equal(*pair) for pair in zip(shares, again, strict=True))
+    assert not np.isin(shares[0], [draw.mixing_B["share"] for draw in replace(plan, seed=6).draws(0)]).any()
+
+
 def test_loaders_of_pictures_that_need_no_resize_mix_bit_by_bit_alike(digits):
     plan = make_plan(digits.splits["train"])
     with open_loader(plan, "torch", threads=2) as workers:
         with_workers = list(islice(workers, 3))
-    for reference, *others in zip(load(plan), load(plan, "resident"), with_workers, strict=True):
+    for reference, *others in zip(load(plan), load(plan, "resident"), load(plan, "dali"), with_workers, strict=True):
         for name, other in ((name, other) for other in others for name in reference):
             assert_same(other[name], reference[name])
 

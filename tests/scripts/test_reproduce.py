@@ -12,6 +12,7 @@ import yaml
 import reproduce
 from shards.errors import UserError
 from shards.groups import imbalance_factor
+from train import decouple
 
 ROOT = Path(__file__).parents[2]
 TABLES = yaml.safe_load((ROOT / "scripts/papers.yaml").read_text(encoding="utf-8"))["tables"]
@@ -85,6 +86,21 @@ def test_a_table_is_trained_once_and_shown(tmp_path, digits):
     assert "reversed sampler" in (tmp_path / "runs/bbn-3/bbn-3.txt").read_text()
     again = reproduced(*options, "--dry-run", *short, folder=tmp_path)
     assert "reversed sampler: 1 of 1 finished" in again.stdout
+
+
+def test_figure_2_plans_nine_second_stages_that_parse(tmp_path, digits):
+    said = reproduced("bbn-fig2", "--data", str(digits.root), "--seeds", "1", "--dry-run", folder=tmp_path)
+    assert said.returncode == 0, said.stderr
+    planned = [line for line in said.stdout.splitlines() if "a second stage on the features of" in line]
+    manners = ("CE", "RW", "RS")
+    assert [line.split(":")[0].strip() for line in planned] == [
+        f"{features} features, {classifier} classifier" for features in manners for classifier in manners
+    ]
+    for table in ("bbn-fig2", "bbn-5"):
+        _, rows = reproduce.read_table(table, None)
+        for words in {row.words for row in rows if row.source}:
+            program = decouple.program()
+            program.check(program.parser.instantiate(program.parser.parse_args(list(words[1:]))))
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,14 @@ def test_names_that_neither_utf_8_nor_the_terminal_can_write(tmp_path, image_fol
     assert open_dataset(out).name == "o\\xff"
 
 
+def test_a_reader_who_has_seen_enough_ends_a_listing_quietly(digits):
+    command = [sys.executable, "-m", "shards", "inspect", str(digits)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+
 def test_verify_exits_1_on_a_problem_and_2_on_no_dataset(tmp_path, image_folder, command):
     source = image_folder(tmp_path / "source", {"a": 2, "b": 2})
     root = build("folder", source=source, out=tmp_path / "out", workers=1)
@@ -84,11 +92,11 @@ def test_verify_exits_1_on_a_problem_and_2_on_no_dataset(tmp_path, image_folder,
         (["build", "digits", "--bogus", "1"], "unrecognized arguments: --bogus 1; see --help"),
         (
             ["build", "digits", "--factor", "9"],
-            "unrecognized arguments: --factor 9 (did you mean --imbalance-factor?); see --help",
+            "unrecognized arguments: --factor 9; did you mean --imbalance-factor? (see --help)",
         ),
         (
             ["inspect", "x", "--duplicate"],
-            "unrecognized arguments: --duplicate (did you mean --duplicates?); see --help",
+            "unrecognized arguments: --duplicate; did you mean --duplicates? (see --help)",
         ),
         (["build", "digits", "--workers", "many"], "--workers cannot be 'many'; see --help"),
         (["build", "digits", "--seed", "x"], "--seed cannot be 'x'; see --help"),
@@ -156,6 +164,7 @@ def test_the_script_takes_paths_from_where_it_is_called(tmp_path, image_folder):
     if not (REPOSITORY / ".venv" / "bin" / "python").exists():
         pytest.skip("the script would set up .venv first")
     image_folder(tmp_path / "pets", {"a": 2, "b": 2})
+    (tmp_path / "shards").mkdir()  # as people call what they keep
     script = REPOSITORY / "scripts" / "build_shards.sh"
     subprocess.run([script, "folder", "--source", "pets", "--out", "here/pets"], cwd=tmp_path, check=True)
     assert open_dataset(tmp_path / "here" / "pets").name == "pets"

@@ -157,3 +157,14 @@ def test_a_shard_that_goes_while_it_is_compared(tmp_path, digits):
     dataset.splits["val"].shard_paths[0].unlink()
     with pytest.raises(UserError, match=r"val-000000\.tar cannot be read \(.*verify"):
         find_duplicates(dataset, workers=1)
+
+
+@pytest.mark.parametrize("at", [0, 12, 45])  # the start of a PNG, its first chunk's name, its pixels
+def test_a_picture_that_is_damaged_is_named(tmp_path, digits, at):
+    dataset = open_dataset(shutil.copytree(digits, tmp_path / "copy"))
+    split = dataset.splits["val"]
+    with split.shard_paths[0].open("r+b") as file:
+        file.seek(int(split.samples["offset"][0]) + at)
+        file.write(b"\0\0\0\0")
+    with pytest.raises(UserError, match=r"val-000000\.tar cannot be read \(.*verify"):
+        find_duplicates(dataset, workers=1)

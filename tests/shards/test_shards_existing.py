@@ -43,6 +43,24 @@ def test_an_image_replaced_by_one_of_the_same_size_is_found(tmp_path, pets, as_o
     build("folder", source=pets, out=out, workers=1)
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_link_that_leads_to_another_old_file_is_found(tmp_path, pets, monkeypatch, listed):
+    for i in range(2):
+        (tmp_path / f"{i}.bmp").write_bytes(encoded(picture(90 + i), "BMP"))
+    monkeypatch.setattr("shards.build.FILE_TIMES", 0)
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"pets/cat/{i}.bmp,{i % 4}\n" for i in range(0, 12, 2)))
+    dataset, source = ("csv", tmp_path / "list.csv") if listed else ("folder", pets)
+    link = pets / "cat" / "4.bmp"
+    link.unlink()
+    link.symlink_to(tmp_path / "0.bmp")
+    out = build(dataset, source=source, out=tmp_path / "out", workers=1)
+    build(dataset, source=source, out=out, workers=1)
+    link.unlink()
+    link.symlink_to(tmp_path / "1.bmp")
+    with pytest.raises(UserError, match=r"from other images \((pets/)?cat/4\.bmp has changed since\)"):
+        build(dataset, source=source, out=out, workers=1)
+
+
 def test_a_bad_image_that_was_fixed_is_found(tmp_path, pets):
     out = build("folder", source=pets, out=tmp_path / "out", workers=1)
     replace_by(pets / "dog" / "bad.bmp", encoded(picture(99), "BMP"))

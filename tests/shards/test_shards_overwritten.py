@@ -1,5 +1,6 @@
 """A dataset that is built again while somebody reads it: the old images or an error, never other ones."""
 
+import os
 import pickle
 from pathlib import Path
 
@@ -72,6 +73,16 @@ def test_at_whatever_moment(out, monkeypatch):
 
 def of_one_build(split, images, names):
     return tuple(split.samples["label"].tolist()), tuple(names), tuple(images)
+
+
+def test_a_network_drive_that_remembers_how_old_a_file_is(out, monkeypatch):
+    """NFS answers a stat from its cache, for up to a minute; opening a file asks the server."""
+    split = open_dataset(out).splits["test"]
+    stat, remembered = os.stat, {str(out / "dataset.json"): os.stat(out / "dataset.json")}
+    again(out)
+    monkeypatch.setattr(os, "stat", lambda path, **how: remembered.get(str(path)) or stat(path, **how))
+    with pytest.raises(UserError, match=AGAIN):
+        images_of(split)
 
 
 def test_between_opening_and_the_first_read_of_a_shard(out):

@@ -1,5 +1,6 @@
 """Datasets and images behind URLs, on a real S3-compatible server on loopback (moto) and in fsspec's memory."""
 
+import os
 import shutil
 import socket
 import subprocess
@@ -165,6 +166,23 @@ def test_an_interrupted_build_goes_on_in_a_bucket(tmp_path, pets, memory, monkey
     assert "continuing: 3 of" in capsys.readouterr().err
     local = build("folder", source=pets, out=tmp_path / "where", shard_samples=4, workers=1)
     assert remote_contents(memory) == contents(local)
+
+
+def test_a_second_builder_whose_shards_the_first_one_put_in_place_is_one_line(pets, memory, monkeypatch):
+    def write_late(job):
+        written = write_shard(job)
+        if job.name == "train-000002":
+            monkeypatch.undo()
+            monkeypatch.setenv("TAILSTREAM_CACHE", cache_before)
+            build("folder", source=pets, out=memory, shard_samples=4, workers=1)
+        return written
+
+    cache_before = os.environ["TAILSTREAM_CACHE"]
+    monkeypatch.setattr(shards.build, "write_shard", write_late)
+    with pytest.raises(UserError, match="another build was at work in the same place; give the same command again"):
+        build("folder", source=pets, out=memory, shard_samples=4, workers=1)
+    build("folder", source=pets, out=memory, shard_samples=4, workers=1)
+    assert verify(memory, workers=1) == []
 
 
 def test_a_build_that_was_being_moved_is_completed(tmp_path, pets, memory, monkeypatch):

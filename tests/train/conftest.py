@@ -1,4 +1,5 @@
 import multiprocessing
+import shutil
 from multiprocessing import forkserver
 
 import pytest
@@ -6,6 +7,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from train.engine.config import Config, Input, Loop, Model, Optim
+from train.engine.launch import run as run_stage_one
+from train.erm import ERM
 
 # Processes of tests are forked from a server that has imported everything. A session has one such server, so it starts
 # before a loader starts it with less.
@@ -29,6 +32,23 @@ def workplace(tmp_path, monkeypatch, digits):
     (tmp_path / "data" / "digits").symlink_to(digits.root)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def stage_one(tmp_path_factory, digits):
+    """A short finished run of stage one on the digits."""
+    folder = tmp_path_factory.mktemp("stage") / "ce"
+    arguments = ["--data", str(digits.root), "--run", str(folder), "--optim.epochs", "3", "--optim.lr", "0.02"]
+    run_stage_one(ERM, [*arguments, "--input.batch_size", "32"])
+    return folder
+
+
+@pytest.fixture
+def here(workplace, stage_one):
+    """A workplace with that run under runs/."""
+    shutil.copytree(stage_one, workplace / "runs/ce")
+    shutil.rmtree(workplace / "runs/ce/features", ignore_errors=True)
+    return workplace
 
 
 @pytest.fixture

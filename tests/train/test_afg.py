@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from analysis.runs import read_run
 from shards.build import build
 from shards.errors import UserError
 from shards.index import open_dataset
@@ -34,27 +33,10 @@ from train.features.files import write_features
 from train.features.gaussians import find_support, fit, head_classes
 from train.features.mixing import Mixture
 from train.features.passes import Passes, Source
-from train.features.training import Recipe
+from train.features.recipes import Recipe
 from train.networks.model_files import load_model
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def stage_one(tmp_path_factory, digits):
-    """A short finished run of stage one on the digits."""
-    folder = tmp_path_factory.mktemp("stage") / "ce"
-    arguments = ["--data", str(digits.root), "--run", str(folder), "--optim.epochs", "3", "--optim.lr", "0.02"]
-    run_stage_one(ERM, [*arguments, "--input.batch_size", "32"])
-    return folder
-
-
-@pytest.fixture
-def here(workplace, stage_one):
-    """A workplace with that run under runs/."""
-    shutil.copytree(stage_one, workplace / "runs/ce")
-    shutil.rmtree(workplace / "runs/ce/features", ignore_errors=True)
-    return workplace
 
 
 SHORT = ["--optim.epochs", "4"]
@@ -88,6 +70,30 @@ def test_stage_two_needs_no_arguments_and_leaves_a_whole_folder(here):
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["distillation"] == pytest.approx(summary["setting"]["distill"])
     assert {row["lr"] <= summary["setting"]["lr"] for row in rows} == {True}
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "classifiers"),
+    [
+        (
+            run,
+            [],
+            "22 classifiers, each 40 epochs of ",
+        ),  # 3 rates of 2 teachers, 4 more β, 3 rates of 4 baselines, β = 0
+        (decouple.run, ["--classifier", "crt"], "3 classifiers, each 10 epochs of "),
+        (decouple.run, ["--classifier", "tau"], None),
+    ],
+)
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(here, capsys, stage, options, classifiers):
+    before = sorted(here.rglob("*"))
+    stage([*options, "--dry-run"])
+    printed = capsys.readouterr().out
+    assert (
+        "999 images, of which 999 have no features yet; 0.464 M parameters, of which 650 are the classifier" in printed
+    )
+    assert (classifiers or "s for the features\n") in printed
+    assert printed.endswith("nothing was written (--dry-run)\n")
+    assert sorted(here.rglob("*")) == before
 
 
 def test_the_baselines_are_in_the_summary_and_on_the_screen(here, capsys):
@@ -148,7 +154,14 @@ def test_baselines_can_be_left_out(here, capsys):
 )
 def test_tables_tell_runs_of_other_settings_apart(settings, expected):
     assert afg.title(afg.Settings(**settings)) == expected
-    assert afg.title(afg.Settings(), on_held_out=False) == "AFG, β=0.6"
+    assert afg.title(afg.Settings(), used=0.6) == "AFG, β=0.6"
+
+
+def test_the_only_beta_of_a_grid_is_the_one_that_is_named(here):
+    quick = ["--optim.epochs", "1", "--method.baselines", "false", "--method.rates", "[1.0]"]
+    run([*quick, "--run", "runs/afg", "--method.beta_grid", "[0.4]"])
+    summary = json.loads((here / "runs/afg/summary.json").read_text())
+    assert (summary["title"], summary["beta"]["used"]) == ("CE + AFG, β=0.4", 0.4)
 
 
 def test_adaptive_beta_runs_beside_its_control(here, capsys):
@@ -242,7 +255,9 @@ def test_a_run_without_a_val_split_says_which_beta_it_takes(here, photo_folder, 
     assert (summary["selected"], summary["selected_on"], summary["selection"]) == (None, None, None)
     assert summary["title"] == "CE + AFG, β=0.6"
     assert not (here / "runs/afg/model-selected.safetensors").exists()
-    assert "there is no val split, and a choice needs 10: nothing is selected" in capsys.readouterr().out
+    assert (
+        "there is no val split: nothing is chosen or selected, and each setting is the first" in capsys.readouterr().out
+    )
     rows = {row["name"]: row["setting"] for row in summary["baselines"]["rows"]}
     assert rows["logit adjustment"] == {"tau": 1.0}
     assert rows["cRT"] == {"lr": 0.2}
@@ -262,7 +277,7 @@ def test_a_val_split_of_few_images_selects_nothing(here, capsys, monkeypatch, pe
     monkeypatch.setattr(stage_two, "feature_bank", few)
     run(["--optim.epochs", "1", "--run", "runs/afg"])
     assert (
-        f"val has {per_class}.0 images a class, and a choice needs 10: nothing is selected" in capsys.readouterr().out
+        f"val has {per_class}.0 images a class, and a choice needs 10: nothing is chosen or" in capsys.readouterr().out
     )
     summary = json.loads((here / "runs/afg/summary.json").read_text())
     assert (summary["selected"], summary["beta"]["used"], summary["held_out_images_per_class"]) == (
@@ -329,17 +344,6 @@ def test_a_stopped_stage_two_keeps_what_is_finished_and_resumes(here, capsys, mo
         assert cut[key] == whole[key]
     run(["--resume", "--run", "runs/cut"])
     assert "runs/cut is finished" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("classifier", ["crt", "lws", "tau", "ncm", "mislas", "adjusted", "oversampling", "plain"])
-def test_each_classifier_can_be_a_run_of_its_own(here, classifier):
-    decouple.run(["--classifier", classifier, "--run", "runs/one", "--optim.epochs", "2"])
-    summary = json.loads((here / "runs/one/summary.json").read_text())
-    assert (summary["method"], summary["stage"], summary["from"]) == ("decouple", 2, "ce")
-    assert summary["title"] == f"CE + {decouple.TITLES[classifier][0]}"
-    assert summary["setting_selected_on"] == "val"
-    assert read_run(here / "runs/one").epochs is not None
-    assert load_model("runs/one").classifier.out_features == 10
 
 
 def test_mistakes_are_told_in_one_line(here, capsys, photos):

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from shards.errors import UserError
 from train.networks import networks
 from train.networks.batch_norm import StreamBatchNorm2d, split_statistics, use_stream_batch_norm
 from train.networks.networks import build_network
@@ -85,6 +86,17 @@ def test_streams_of_unequal_size_are_our_bug():
     _, norm = norm_pair(3)
     with split_statistics(norm, 2), pytest.raises(AssertionError):
         norm(made_maps(5, 3, 2, 2))
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_one_value_has_no_variance(streams):
+    network = nn.Sequential(StreamBatchNorm2d(3))
+    with split_statistics(network, streams):
+        with pytest.raises(UserError, match="a part of one image, whose maps are 1x1 here, has no variance"):
+            network(torch.randn(streams, 3, 1, 1))
+        assert network[0].running_var.tolist() == [1, 1, 1]
+        network(torch.randn(streams, 3, 1, 2))
+        network.eval()(torch.randn(streams, 3, 1, 1))
 
 
 def test_a_network_keeps_its_parameters_and_a_split_ends_with_its_block():

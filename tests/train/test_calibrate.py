@@ -23,6 +23,7 @@ from train.engine.calibration import (
     reject_threshold,
     write_calibration,
 )
+from train.engine.inference import open_model
 from train.engine.launch import run as train
 from train.engine.predictions import Collector, read_predictions, write_predictions
 from train.erm import ERM
@@ -64,6 +65,34 @@ def test_few_labels_all_right_or_all_wrong_give_finite_numbers(labels):
     p_NC = probabilities(logits_NC, found, COUNTS)
     np.testing.assert_allclose(p_NC.sum(1), 1)
     assert min(found.prior_C) > 0
+
+
+def test_it_is_the_minimum_of_the_equation_that_is_stated():
+    logits_NC, labels_N = drawn(25, 2.0, 0.5)
+    found = fit(logits_NC, labels_N, COUNTS)
+
+    def loss(inverse: float, tau: float) -> float:
+        p_NC = probabilities(logits_NC, Calibration(1 / inverse, tau, [0.25] * 4), COUNTS)
+        return -np.log(p_NC[np.arange(25), labels_N]).sum() + ((inverse - 1) ** 2 + tau**2) / 2
+
+    least = loss(1 / found.temperature, found.tau)
+    for inverse, tau in ((0.01, 0), (-0.01, 0), (0, 0.01), (0, -0.01), (0.3, 0.3), (-0.2, 1)):
+        assert loss(1 / found.temperature + inverse, found.tau + tau) > least
+
+
+def test_ten_images_do_not_spoil_what_is_right_already():
+    test_NC, truth_N = drawn(2000, 1.0, 0.0, seed=100)
+
+    def loss(calibration: Calibration) -> float:
+        return -np.log(probabilities(test_NC, calibration, COUNTS)[np.arange(2000), truth_N]).mean()
+
+    found = [fit(*drawn(10, 1.0, 0.0, seed=seed), COUNTS) for seed in range(20)]
+    lost = np.mean([loss(one) for one in found]) - loss(Calibration.none(COUNTS))
+    assert lost < 0.1  # 1.6 by the likelihood alone: some ten images are all right
+    # What is all right stays, where smoothed targets would raise T to 5.
+    all_right = fit(20 * np.eye(4)[[0, 1, 2, 3] * 3], [0, 1, 2, 3] * 3, COUNTS)
+    assert all_right.temperature == pytest.approx(1, abs=0.05)
+    assert all_right.tau == pytest.approx(0, abs=0.05)
 
 
 def test_the_prior_is_bayes_rule_and_raises_balanced_accuracy():
@@ -148,11 +177,13 @@ def test_mistakes_are_told_in_one_line(calibrated, tmp_path, capsys):
         return capsys.readouterr().err.strip()
 
     assert "--per-class needs --reject" in fails_with("--run", calibrated, "--per-class")
+    with pytest.raises(UserError, match="has no array 'train_labels'; train"):
+        read_predictions(calibrated, "last", "train_labels")
     assert "holds no trained model" in fails_with("--run", tmp_path)
     (calibrated / "predictions.npz").write_bytes(b"PK damaged")
     assert "predictions.npz is damaged" in fails_with("--run", calibrated)
     (calibrated / "predictions.npz").unlink()
-    assert "train the run again" in fails_with("--run", calibrated)
+    assert "--resume evaluates" in fails_with("--run", calibrated)
     for content, message in (
         ({"format": 2}, "is of format 2"),
         ({"format": 1, "last": {"temperature": 1}}, "is damaged"),
@@ -163,6 +194,30 @@ def test_mistakes_are_told_in_one_line(calibrated, tmp_path, capsys):
     write_calibration(calibrated, {"last": (Calibration(1.0, 0.0, [0.5, 0.5]), {})})
     with pytest.raises(UserError, match="does not fit 4 classes"):
         read_calibration(calibrated, "last", 4)
+    write_calibration(calibrated, {"last": (Calibration(1.0, float("nan"), [0.25] * 4), {})})
+    with pytest.raises(UserError, match="does not fit 4 classes"):
+        read_calibration(calibrated, "last", 4)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"val_logits": np.zeros((400, 3))}, "its arrays do not fit"),
+        ({"val_logits": np.zeros((399, 4))}, "its arrays do not fit"),
+        ({"val_logits": np.full((400, 4), np.inf)}, "hold nan or inf"),
+        ({"val_logit_rows": np.arange(1, 401)}, "its arrays do not fit"),
+        ({"val_labels": np.full(400, 4)}, "its arrays do not fit"),
+        ({"val_logits": np.zeros((0, 4)), "val_logit_rows": np.arange(0)}, "its arrays do not fit"),
+    ],
+)
+def test_logits_of_another_run_or_a_diverged_one_are_refused(calibrated, capsys, damage, message):
+    with np.load(calibrated / "predictions.npz") as file:
+        arrays = dict(file) | damage
+    np.savez(calibrated / "predictions.npz", **arrays)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--run", str(calibrated)])
+    assert message in capsys.readouterr().err
+    assert not (calibrated / "calibration.json").exists()
 
 
 @pytest.mark.parametrize(("classes", "kept", "dtype"), [(3, 3, np.float32), (150, 100, np.float16)])
@@ -217,7 +272,7 @@ def tally_argmax(logits_NC):
     return logits_NC.numpy().argmax(1)
 
 
-def test_a_run_leaves_predictions_of_both_weights_and_a_model_that_describes_itself(workplace, capsys):
+def test_a_run_leaves_predictions_of_both_weights_and_a_model_that_describes_itself(workplace, capsys, monkeypatch):
     train(ERM, ["--optim.epochs", "2", "--input.batch_size", "64", "--input.image_size", "8", "--run", "runs/a"])
     run = workplace / "runs/a"
     said = capsys.readouterr().out
@@ -240,3 +295,28 @@ def test_a_run_leaves_predictions_of_both_weights_and_a_model_that_describes_its
     assert {"last", "selected"} <= json.loads((run / "calibration.json").read_text()).keys()
     train(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "3"])
     assert not (run / "calibration.json").exists()  # it was of other weights
+
+    # A run of an older version has none; its last checkpoint is evaluated, and nothing is trained.
+    summary, rows = json.loads((run / "summary.json").read_text()), (run / "metrics.jsonl").read_text()
+    (run / "predictions.npz").unlink()
+    capsys.readouterr()
+    train(ERM, ["--resume", "--run", "runs/a"])
+    assert "its last checkpoint is evaluated again" in capsys.readouterr().out
+    assert (run / "predictions.npz").exists()
+    assert (run / "metrics.jsonl").read_text() == rows
+    assert {key: json.loads((run / "summary.json").read_text())[key] for key in ("last", "selected", "epochs")} == {
+        key: summary[key] for key in ("last", "selected", "epochs")
+    }
+    (run / "summary.json").unlink()  # as if cut off
+    with pytest.raises(SystemExit, match="2"):
+        train(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "2"])
+    assert "give more epochs" in capsys.readouterr().err
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.engine.evaluation.describe", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "4"])
+    with pytest.raises(UserError, match="is not finished"):  # rather than new weights by an old description
+        open_model(run)

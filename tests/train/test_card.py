@@ -47,6 +47,18 @@ def test_hubs_can_read_it_and_names_are_only_names(tmp_path, capsys):
     assert "2 classes" in body
 
 
+def test_what_is_code_is_neither_markup_nor_an_entity(tmp_path, capsys):
+    place = tmp_path / "my_run `x`\n---\nlicense: mine"
+    run = make_run(place, dataset={"name": "\u202eds", "fingerprint": "`a`"})
+    main(["--run", str(run)])
+    capsys.readouterr()
+    text = (run / "README.md").read_text()
+    assert "tailstream predict --run 'my_run `x`\\n---\\nlicense: mine' PICTURES…\n" in text
+    assert "fingerprint ` a `" in text
+    assert "\u202e" not in text
+    assert [line for line in text.splitlines() if line.startswith("license:")] == ["license: other"]
+
+
 def test_the_spread_over_seeds(tmp_path, capsys):
     runs = [described(tmp_path / f"run{seed}", seed, top1=top1) for seed, top1 in enumerate((0.5, 0.6, 0.7))]
     out = tmp_path / "card.md"

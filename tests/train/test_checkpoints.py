@@ -4,11 +4,12 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from shards.errors import UserError
 from train.engine import checkpoints
-from train.engine.checkpoints import Counters, load_checkpoint, save_checkpoint
+from train.engine.checkpoints import Counters, load_checkpoint, read_selected, save_checkpoint, save_selected
 
 
 def save(folder, step: int, keep: int = 2) -> None:
@@ -101,3 +102,43 @@ def test_weights_in_any_memory_layout(tmp_path):
     again = nn.Conv2d(3, 4, 3)
     load_checkpoint(tmp_path, again)
     assert torch.equal(again.weight, network.weight)
+
+
+def test_the_selected_weights_and_what_is_said_of_them_are_one_file(tmp_path, monkeypatch):
+    assert read_selected(tmp_path) is None
+    save_selected(tmp_path, nn.Linear(2, 1), 3, 0.1 + 0.2)
+    path, epoch, score = read_selected(tmp_path)
+    assert (path, epoch, score) == (tmp_path / "checkpoints/selected.safetensors", 3, 0.1 + 0.2)
+    assert names(tmp_path) == ["selected.safetensors"]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    before = path.read_bytes()
+    monkeypatch.setattr("shards.atomic.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_selected(tmp_path, nn.Linear(2, 1), 4, 0.5)
+    assert path.read_bytes() == before
+    assert names(tmp_path) == ["selected.safetensors"]
+
+
+def test_selected_weights_of_an_older_run_have_a_file_beside_them(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    network = nn.Linear(2, 1)
+    save_file(network.state_dict(), tmp_path / "checkpoints/selected.safetensors")
+    assert read_selected(tmp_path) is None  # killed before that was written
+    (tmp_path / "checkpoints/selected.json").write_text('{"epoch": 2, "balanced_accuracy": 0.25}')
+    assert read_selected(tmp_path)[1:] == (2, 0.25)
+    save_selected(tmp_path, network, 3, 0.5)
+    assert read_selected(tmp_path)[1:] == (3, 0.5)
+    assert names(tmp_path) == ["selected.safetensors"]
+
+
+@pytest.mark.parametrize("content", [b"", b"cut", b"header"])
+def test_damaged_selected_weights_are_not_used(tmp_path, capsys, content):
+    save_selected(tmp_path, nn.Linear(2, 1), 3, 0.5)
+    path = tmp_path / "checkpoints/selected.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes({b"cut": whole[:-2], b"header": whole[:20]}.get(content, content))
+    assert read_selected(tmp_path) is None
+    assert f"warning: {path} is damaged" in capsys.readouterr().err

@@ -15,8 +15,9 @@ from train.features.commands import ClassifierOptim, ReferenceOptim
 from train.features.gaussians import find_support, fit, head_classes
 from train.features.mixing import Mixture, mixed_epoch, real_epoch
 from train.features.passes import Passes, Source
+from train.features.recipes import Recipe
 from train.features.selection import select
-from train.features.training import Recipe, Stack, train_together
+from train.features.training import Stack, train_together
 
 
 def make_mixture(counts=(200, 30, 5), **options) -> Mixture:
@@ -36,7 +37,7 @@ def mixed(mixture, beta, batch_size, generator):
     """A mixed epoch at one β as plain batches."""
     for views, labels in mixed_epoch(mixture, [beta], batch_size, generator):
         (features,) = views
-        yield features, labels
+        yield features.clone(), labels
 
 
 def joined(batches) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +71,7 @@ def test_generated_features_live_for_a_chunk_only(monkeypatch):
         for features, labels in generated(self, *arguments):
             alive.append(weakref.ref(features))
             assert sum(chunk() is not None for chunk in alive) <= 2
-            yield features, labels
+            yield features.clone(), labels
             del features
 
     monkeypatch.setattr(Mixture, "generated", watched)
@@ -164,7 +165,8 @@ def test_a_stack_equals_autograd_one_by_one(recipe):
         return (([features], labels) for features, labels in batches())
 
     # Beside others, one of which trains longer: a neighbour has no effect.
-    others = [replace(recipe, lr=recipe.lr * 3, epochs=recipe.epochs + 2), replace(recipe, kind="scaled")]
+    kind = "lws" if recipe.kind == "lws" else "scaled"
+    others = [replace(recipe, lr=recipe.lr * 3, epochs=recipe.epochs + 2), replace(recipe, kind=kind)]
     stack = Stack(first, [others[0], recipe, others[1]], counts, head, seed=0)
     generator = seeded()
     ((_, found, _),) = train_together([stack], views, 6, "")
@@ -199,6 +201,47 @@ def test_label_aware_smoothing_by_hand():
     assert found.rows[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
     scale = found.linear.bias / (bias - 0.1 * bias.grad)
     torch.testing.assert_close(found.linear.weight, (weight - 0.1 * weight.grad) * scale[:, None], rtol=1e-4, atol=1e-6)
+
+
+def test_class_weights_by_hand():
+    """Σ w·l / Σ w over a step's batch, as torch's own weighted cross-entropy has it."""
+    first, labels, features = nn.Linear(4, 3), torch.tensor([0, 2, 1, 0]), torch.rand(4, 4)
+    counts = torch.tensor([100, 60, 10])
+    recipe = Recipe("linear", 1, 0.1, momentum=0.0, weight_decay=0.0, weights="inverse")
+    stack = Stack(first, [recipe, replace(recipe, weights="none")], counts, counts > 100, seed=0)
+    start = stack.linear(0)
+    found = train_together([stack], lambda: iter([([features], labels)]), 1, "")[0]
+    for one, weights in zip(found, (1 / counts, torch.ones(3)), strict=True):
+        weight, bias = (part.detach().clone().requires_grad_() for part in (start.weight, start.bias))
+        loss = F.cross_entropy(F.linear(features, weight, bias), labels, weight=weights.float())
+        loss.backward()
+        assert one.rows[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        torch.testing.assert_close(one.linear.weight, weight - 0.1 * weight.grad, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one.linear.bias, bias - 0.1 * bias.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_class_weights_of_two_ranks_are_those_of_the_whole_batch():
+    first, labels, features = nn.Linear(4, 3), torch.tensor([0, 2, 1, 0, 0, 0]), torch.rand(6, 4)
+    counts = torch.tensor([100, 60, 10])
+    recipe = Recipe("linear", 1, 0.1, momentum=0.0, weight_decay=0.0, weights="inverse")
+
+    def stepped(features, labels, average) -> nn.Linear:
+        stack = Stack(first, [recipe], counts, counts > 100, seed=0)
+        stack.begin_epoch(1)
+        stack.step(features, labels, average)
+        return stack.linear(0)
+
+    whole = stepped(features, labels, lambda mine: mine)
+    # A rank's sum of weights is the first thing that is averaged.
+    mean = sum((1 / counts)[part].sum() for part in labels.chunk(2)) / 2 * 3 / (1 / counts).sum()
+
+    def with_the_others(mine):
+        return mean.expand_as(mine) if mine.shape == (1,) else mine
+
+    one, other = (
+        stepped(part, told, with_the_others) for part, told in zip(features.chunk(2), labels.chunk(2), strict=True)
+    )
+    torch.testing.assert_close((one.weight + other.weight) / 2, whole.weight, rtol=1e-5, atol=1e-6)
 
 
 def test_a_diverged_classifier_is_left_out_and_leaves_its_neighbours_alone():

@@ -53,12 +53,14 @@ def test_the_resize_inside_is_pils(height, width, recipe):
     np.testing.assert_array_equal(shown, expected)
 
 
-@pytest.mark.parametrize(("form", "kind"), [("onnx", "bilateral"), ("pt2", "plain")])
-def test_a_file_says_what_predict_says_of_odd_images_of_any_size(tmp_path, capsys, form, kind):
+@pytest.mark.parametrize(
+    ("form", "kind", "unit"), [("onnx", "bilateral", False), ("onnx", "bilateral", True), ("pt2", "plain", False)]
+)
+def test_a_file_says_what_predict_says_of_odd_images_of_any_size(tmp_path, capsys, form, kind, unit):
     if form == "onnx":
         pytest.importorskip("onnx")
         pytest.importorskip("onnxscript")
-    run, out = make_run(tmp_path / "run", kind=kind), tmp_path / f"model.{form}"
+    run, out = make_run(tmp_path / "run", kind=kind, unit=unit), tmp_path / f"model.{form}"
     write_calibration(run, {"last": (Calibration(1.7, 0.5, [0.2, 0.3, 0.5], 0.4), {})})
     main(["--run", str(run), "--format", form, "--out", str(out)])
     said = capsys.readouterr().out

@@ -183,7 +183,7 @@ def test_after_a_kill_only_what_is_missing_is_taken(stage_one, digits, extracted
     input = Input(image_size=16, batch_size=16, loader="torch", threads=0)
     features, _ = bank(stage_one, digits, input=input)
     assert len(extracted) == len(features) - 4 * 16  # of five batches four were safe
-    assert "going on with the features of val" in capsys.readouterr().out
+    assert "resuming the features of val" in capsys.readouterr().out
     extracted.clear()
     shutil.rmtree(run / "features")
     whole, _ = bank(stage_one, digits, input=input)
@@ -219,3 +219,34 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(stage_one, digits, 
         bank(stage_one, digits)
     assert not (stage_one[0] / "features/val/bank.json").exists()
     assert not (stage_one[0] / "features/val/features.npy").exists()
+
+
+def test_features_beyond_half_precision_are_refused(stage_one, digits, monkeypatch):
+    run, network = stage_one
+    real = network.features
+    monkeypatch.setattr(network, "features", lambda images: 1e6 * real(images))
+    with pytest.raises(UserError, match=r"features of val reach from .* holds 65504 at most; .* has diverged"):
+        bank(stage_one, digits)
+    assert not json.loads((run / "features/val/bank.json").read_text())["complete"]
+
+
+def test_two_stages_do_not_take_the_same_features_at_once(stage_one, digits):
+    """Each would begin the bank anew, and the first to end would call the other's half complete."""
+    run, _ = stage_one
+    holding = "import sys, time; from pathlib import Path; from train.engine.runs import lock; lock(Path(sys.argv[1]))"
+    (run / "features").mkdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", f"{holding}; print('held', flush=True); time.sleep(60)", str(run / "features")],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=r"features is in use by process \d+ on .*; wait until that ends"):
+            bank(stage_one, digits)
+    finally:
+        other.kill()
+        other.wait()
+    features, _ = bank(stage_one, digits)
+    assert len(features)

@@ -57,15 +57,15 @@ def test_means_are_exact_without_noise(dim, count):
 @pytest.mark.parametrize("counts", [[12, 9, 5, 1], [40, 30, 12, 9]])
 @pytest.mark.parametrize("beta", [0.2, 0.4, 0.9])
 def test_samples_are_the_parts_put_together_at_a_beta(counts, beta):
-    """One noise for every β: with the same generator the sample at β is own + β·lent."""
+    """One noise for every β: with the same generator the sample at β is (1−β)·own + β·lent."""
     gaussians = fit(*skewed(counts, 10), num_classes=4)  # classes with and without a factor
     support = find_support(gaussians, 2, head_classes(gaussians.counts_C, counts[0] - 1))
     targets, seeded = torch.tensor([6, 20, 30, 30]), lambda: torch.Generator().manual_seed(5)
     ((own, lent, labels),) = generate_parts(gaussians, support, targets, seeded(), gamma=0.1)
-    assert torch.equal(lent.any(1), labels > 0)  # the largest is head
+    assert torch.equal((lent != own).any(1), labels > 0)  # the largest is head
     ((samples, same_labels),) = generate_chunks(gaussians, support, targets, beta, seeded(), gamma=0.1)
     assert torch.equal(labels, same_labels)
-    torch.testing.assert_close(inverse_tukey(own + beta * lent), samples)
+    torch.testing.assert_close(inverse_tukey((1 - beta) * own + beta * lent), samples)
 
 
 @pytest.mark.parametrize(("dim", "count"), SIZES)

@@ -191,7 +191,7 @@ def test_a_run_folder_that_cannot_be_written_to(workplace, capsys, monkeypatch, 
         in message
     )
     left = {path.name for path in (workplace / "runs/a/checkpoints").iterdir()}
-    assert left <= {"selected.safetensors", "selected.json"}
+    assert left <= {"selected.safetensors"}
 
 
 def test_a_run_folder_that_cannot_be_made(workplace, capsys):

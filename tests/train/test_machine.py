@@ -117,6 +117,7 @@ def test_under_the_real_launcher(tmp_path, users, shared):
         ("{bin}/python|{bin}/accelerate|launch|--cpu|--x|a b|a.py|-x", "accelerate|launch|--cpu|--x|a b"),
         ("/other/python|-m|torch.distributed.run|--|a.py", "/other/python|-m|torch.distributed.run|--"),
         ("bash|other.sh", "python"),
+        ("srun|bash|-c|\nexport RANK=1\nexec python|bash|a.py", "python"),
         ("a.py", "python"),
     ],
 )

@@ -107,6 +107,8 @@ def test_graloss_is_told_in_rows_and_summary(workplace):
         ("adjusted(tau=-1)", "tau"),
         ("adjusted(1.5)", "is not understood; write it as gradual or gradual(scale=0.5)"),
         ("adjusted(tau=", "is not understood"),
+        ("adjusted(tau=1, tau=2)", "is not understood"),
+        ("adjusted(**{})", "is not understood"),
         ("nowhere.Loss", "cannot be imported (No module named 'nowhere'); is its folder on PYTHONPATH?"),
         ("json.JSONDecoder", "is no Objective of train.engine.objectives; derive it from that class"),
     ],

@@ -15,8 +15,9 @@ from test_resume import SHORT, assert_alike, raise_at
 
 from shards.errors import UserError
 from train.bbn import BBN
-from train.engine.config import Config, Input, Loop, Model, Optim
+from train.engine.config import Model, Optim
 from train.engine.launch import run
+from train.engine.loop import Training
 from train.engine.optimisers import check_settings, lr_factor, make_optimizer, parameter_groups, warnings_about
 from train.erm import ERM
 from train.networks.backbones import _OWN_RESNETS
@@ -179,13 +180,14 @@ def test_rates_that_will_hardly_do_are_warned_of():
 
 def test_every_step_has_its_rate(workplace, monkeypatch):
     seen = []
-    original = torch.optim.AdamW.step
+    original = Training._step
 
-    def step(self, *arguments, **options):
-        seen.append({group["lr"] for group in self.param_groups})
-        return original(self, *arguments, **options)
+    def step(self, *arguments):
+        loss = original(self, *arguments)
+        seen.append({group["lr"] for group in self._optimizer.param_groups})
+        return loss
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(Training, "_step", step)
     run(ERM, [*BRIEF, *TUNE, "--run", "runs/a"])
     optim = Optim(epochs=2, warmup_steps=4, schedule="cosine")
     assert len(seen) == 16
@@ -201,7 +203,8 @@ def test_every_step_has_its_rate(workplace, monkeypatch):
     "settings",
     [
         [*TUNE, "--model.drop_path", "0.3", "--loop.grad_checkpointing", "true", "--optim.ema", "0.9"],
-        [*TUNE[:4], *FREEZE, "--optim.accumulate", "2"],
+        [*TUNE[:4], *FREEZE, "--optim.accumulate", "2", "--optim.betas", "[0.8,0.99]"],
+        ["--optim.momentum", "0.8", "--optim.weight_decay", "0.001"],  # given, they are of the command line's types
     ],
 )
 def test_a_tuned_run_resumes_to_the_same_bits(pretrained, monkeypatch, settings):
@@ -257,9 +260,9 @@ def fails_with(capsys, *arguments) -> str:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("optimizer=adamw momentum=0.8", "optim.momentum=0.8 is of SGD, and optim.optimizer=adamw; "),
-        ("optimizer=adamw nesterov=false", "optim.nesterov=False is of SGD, and optim.optimizer=adamw; "),
-        ("betas=[0.8,0.99]", "optim.betas=(0.8, 0.99) are of AdamW, and optim.optimizer=sgd; "),
+        ("optimizer=adamw momentum=0.8", "optim.momentum=0.8 and optim.optimizer=adamw exclude each other; "),
+        ("optimizer=adamw nesterov=false", "optim.nesterov=False and optim.optimizer=adamw exclude each other; "),
+        ("betas=[0.8,0.99]", "optim.betas=(0.8, 0.99) and optim.optimizer=sgd exclude each other; "),
         ("warmup_steps=9 warmup_epochs=1", "optim.warmup_epochs=1 and optim.warmup_steps=9 exclude each other; "),
         ("freeze=trunk layer_decay=0.75", "optim.freeze=trunk and optim.layer_decay=0.75 exclude each other: "),
         ("freeze=trunk lr_scale_trunk=0.1", "optim.freeze=trunk and optim.lr_scale_trunk=0.1 exclude each other: "),
@@ -283,13 +286,15 @@ def test_freezing_wants_pretrained_weights(workplace, capsys):
 
 def test_what_a_preset_says_is_overruled_in_silence():
     def check(given: str, weights: str | None = None, **optim) -> None:
-        check_settings(Config(Input(), Model(weights=weights), None, Optim(**optim), Loop()), {f"optim.{given}"})
+        check_settings(Optim(**optim), Model(weights=weights), False, {f"optim.{given}"})
 
     check("optimizer", optimizer="adamw", nesterov=False, momentum=0.8)
     check("warmup_steps", warmup_steps=9, warmup_epochs=5)
     check("freeze", "a file", freeze="trunk", layer_decay=0.75)
     with pytest.raises(UserError, match="exclude each other"):
         check("warmup_epochs", warmup_steps=9, warmup_epochs=5)
+    with pytest.raises(UserError, match=r"optim.freeze=trunk and model.adapt=lora exclude each other: adapters lie in"):
+        check_settings(Optim(freeze="trunk"), Model(weights="a file", adapt="lora"), False, {"optim.freeze"})
 
 
 def test_a_run_keeps_its_optimiser_when_it_is_resumed(workplace, capsys):

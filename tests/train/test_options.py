@@ -14,6 +14,7 @@ from torch import nn
 
 from pipeline.batch import Batch
 from train.bbn import BBN
+from train.engine.checkpoints import read_selected
 from train.engine.config import Loop
 from train.engine.launch import run
 from train.engine.loop import Training, prepare_network, split_batch
@@ -110,10 +111,11 @@ def test_the_best_epoch_is_remembered_where_a_resumed_run_takes_it_again(workpla
     (folder / "summary.json").unlink()
     shutil.rmtree(sorted((folder / "checkpoints").glob("step-*"))[-1])
     best = {"epoch": 2, "balanced_accuracy": 0.99}  # as if the machine computed otherwise this time
-    (folder / "checkpoints/selected.json").write_text(json.dumps(best))
+    path = folder / "checkpoints/selected.safetensors"
+    save_file(load_file(path), path, {"selected": json.dumps(best)})
     run(ERM, ["--resume", "--run", "runs/a"])
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
-    assert json.loads((folder / "checkpoints/selected.json").read_text()) == best
+    assert read_selected(folder)[1:] == (2, 0.99)
 
 
 def test_what_a_method_keeps_is_used_with_the_average_too(workplace, monkeypatch):

@@ -25,7 +25,8 @@ from train.engine.inference import find_images, open_model
 from train.predict import main, printable
 
 ROOT = Path(__file__).parents[2]
-HOSTILE = ["<script>alert(1).jpg", "quo\"te',.jpg", "new\nline.jpg", "\u202egpj.exe.jpg", "--help.jpg", "שלום.jpg"]
+HOSTILE = ["<script>alert(1).jpg", "quo\"te',.jpg", "new\nline.jpg", "\u202egpj.exe.jpg", "--help.jpg", "שלום.jpg",
+           "carriage\rreturn.jpg", "=1+1\t.jpg", "x" * 251 + ".jpg"]  # fmt: skip
 
 
 def predict(capsys, *arguments) -> str:
@@ -271,3 +272,62 @@ def test_a_listed_file_that_is_missing_is_skipped(tmp_path):
     assert [item.path for item in find_images([], ["/nowhere/a.jpg"])] == ["/nowhere/a.jpg"]
     with pytest.raises(UserError, match="there are no images"):
         find_images([], [])
+
+
+def test_links_are_followed_once_and_nobody_waits_for_a_pipe(tmp_path, capsys, photo_folder):
+    run, folder = make_run(tmp_path / "run"), tmp_path / "in"
+    for name in ("a", "b"):
+        shutil.copytree(photo_folder / "both", folder / name)
+    (folder / "a/above").symlink_to(folder)
+    (folder / "a/beside").symlink_to(folder / "b")
+    (folder / "b/beside").symlink_to(folder / "a")
+    (folder / "linked.jpg").symlink_to(folder / "a/00.jpg")
+    os.mkfifo(folder / "pipe.jpg")
+    main(["--run", str(run), str(folder), "--format", "jsonl"])
+    said = capsys.readouterr()
+    told = [os.path.realpath(json.loads(line)["file"]) for line in said.out.splitlines()]
+    names = sorted(os.listdir(photo_folder / "both"))
+    assert sorted(told) == sorted([str(folder / "a/00.jpg"), *(str(folder / k / n) for k in "ab" for n in names)])
+    assert "pipe.jpg: not a regular file" in said.err
+
+
+def test_a_hostile_place_of_the_run_is_one_line_too(tmp_path, capsys, photo_folder):
+    run = make_run(tmp_path / "new\nline\u202e")
+    main(["--run", str(run), str(photo_folder / "both/00.jpg")])
+    said = capsys.readouterr().err
+    assert "/new\\nline\\u202e: CE, last weights" in said
+    message = fails_with(capsys, "--run", run, photo_folder, "--weights", "selected")
+    assert "new\\nline\\u202e has no selected weights" in message
+
+
+def test_a_prior_without_calibration_says_what_it_takes_for_granted(tmp_path, capsys, photo_folder):
+    run, image = make_run(tmp_path / "run"), str(photo_folder / "both/00.jpg")
+    main(["--run", str(run), image, "--prior", "uniform"])
+    assert "note: --prior takes" in capsys.readouterr().err
+    write_calibration(run, {"last": (Calibration(2.0, 1.5, [0.5, 0.25, 0.25]), {})})
+    main(["--run", str(run), image, "--prior", "uniform"])
+    assert "note:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("formatted", [False, True])
+def test_runs_of_before_models_described_themselves(tmp_path, capsys, photo_folder, formatted):
+    """As the first versions left them: model.json was the network's spec, or that and the format."""
+    run, image = make_run(tmp_path / "run"), photo_folder / "both/00.jpg"
+    expected = rows(capsys, "--run", run, image)
+    spec = json.loads((run / "model.json").read_text())["network"]
+    (run / "model.json").write_text(json.dumps({"format": 1, "network": spec} if formatted else spec))
+    config = {"about": {"method": "erm"}, "input": {"image_size": 32, "augment": "shift", "eval_augment": "eval"}}
+    (run / "config.yaml").write_text(json.dumps(config))
+    assert "is not finished (no summary.json)" in fails_with(capsys, "--run", run, image)
+    summary = {"dataset": "photos", "title": "CE", "epochs": 2, "last": {"top1": 0.5}, "evaluated_on": "test"}
+    (run / "summary.json").write_text(json.dumps(summary | {"environment": {}}))
+    assert "train the run again" in fails_with(capsys, "--run", run, image)
+    (run / "per_class.json").write_text(json.dumps({"classes": CLASSES, "train_counts": [24, 12, 6]}))
+    assert rows(capsys, "--run", run, image) == expected
+    assert "no selected weights" in fails_with(capsys, "--run", run, image, "--weights", "selected")
+    # A second stage keeps in its configuration where stage one is, which knows the pictures.
+    second = shutil.copytree(run, tmp_path / "second")
+    (second / "config.yaml").write_text(json.dumps({"about": {"from": str(run)}, "input": {"batch_size": 9}}))
+    assert rows(capsys, "--run", second, image) == expected
+    shutil.rmtree(run)
+    assert "run is not a run" in fails_with(capsys, "--run", second, image)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from jsonargparse import Namespace
 
 from pipeline.augment import find_recipe
 from pipeline.plan import Stream, TrainPlan
@@ -12,10 +11,11 @@ from shards.errors import UserError
 from shards.index import SAMPLE, Dataset, Split
 from train import afg
 from train.bbn import BBN
-from train.engine.config import PRESETS, Input, Loop, Model, Optim, make_parser, parse, preset
+from train.engine.config import PRESETS, Config, Input, Loop, Model, Optim, make_parser, parse, preset
 from train.engine.method import Progress
 from train.engine.objectives import make_objective
-from train.engine.optimisers import lr_factor
+from train.engine.optimisers import check_settings, lr_factor, warnings_about
+from train.engine.recipes import usual_settings
 from train.erm import ERM
 from train.features.commands import stage_parser
 from train.sdn import SDN
@@ -28,10 +28,13 @@ def chosen_by(manifest_preset: str, digits: Dataset) -> Dataset:
     return Dataset(digits.root, {**digits.manifest, "preset": manifest_preset}, digits.splits)
 
 
-def settings_of(name: str, digits: Dataset, method: type = BBN, variant: str | None = None) -> Namespace:
+def settings_of(
+    name: str, digits: Dataset, method: type = BBN, variant: str | None = None, parts: tuple[str, ...] = ()
+) -> Config:
     parser = make_parser("x", "", input=Input, model=Model, method=method.Settings, optim=Optim, loop=Loop)
-    defaults = preset(chosen_by(name, digits), "training", method.name, variant=variant)
-    return parser.instantiate(parse(parser, [], defaults))
+    defaults = usual_settings(chosen_by(name, digits), ["training", *parts, method.name], {}, variant)
+    chosen = parser.instantiate(parse(parser, [], defaults))
+    return Config(chosen.input, chosen.model, chosen.method, chosen.optim, chosen.loop)
 
 
 def test_every_dataset_that_can_be_built_has_its_preset():
@@ -46,13 +49,16 @@ def test_the_manifest_chooses(digits, photos):
 
 
 @pytest.mark.parametrize("method", [BBN, ERM, SDN])
-@pytest.mark.parametrize("name", NAMES)
-def test_what_a_preset_names_exists(name, method, digits):
-    settings = settings_of(name, digits, method)
+@pytest.mark.parametrize(
+    ("name", "parts"), [*((name, ()) for name in NAMES), ("photos", ("cpu", "finetune")), ("small", ("finetune",))]
+)
+def test_what_a_preset_names_exists(name, parts, method, digits):
+    settings = settings_of(name, digits, method, parts=parts)
     assert find_recipe(settings.input.augment)
     assert find_recipe(settings.input.eval_augment)
     if settings.model.weights is not None:
-        assert settings.model.weights in torchvision.models.get_model_weights(settings.model.backbone).__members__
+        members = torchvision.models.get_model_weights(settings.model.backbone).__members__
+        assert settings.model.weights.upper() in members
         settings.model.weights = None  # not to be fetched here
     with torch.device("meta"):
         method(settings, np.array([9, 5, 2]))
@@ -168,3 +174,24 @@ def test_glag_changes_nothing_for_others(name, digits):
     assert settings_of(name, digits, BBN, None).optim.weight_decay == weight_decay[name]
     second = parse(stage_parser("afg", "", afg.Settings), [], preset(chosen_by(name, digits), "afg"))
     assert (second.method.classifier, second.method.beta) == ("scaled", "select")
+
+
+@pytest.mark.parametrize("method", [BBN, ERM, SDN])
+@pytest.mark.parametrize("name", ["photos", "small"])
+def test_pretrained_weights_are_fine_tuned(name, method, digits):
+    before, settings = settings_of(name, digits, method), settings_of(name, digits, method, parts=("finetune",))
+    optim = settings.optim
+    assert (optim.optimizer, optim.schedule, optim.weight_decay) == ("adamw", "cosine", 0.05)
+    assert 0.65 <= optim.layer_decay <= 0.9
+    assert optim.epochs <= before.optim.epochs / 3
+    check_settings(optim, settings.model, False, set())
+    assert warnings_about(optim, steps_per_epoch=10) == []
+    rates = [lr_factor(optim, epoch, step, 10) for epoch in range(1, optim.epochs + 1) for step in range(10)]
+    assert max(rates) == rates[optim.warmup_steps] == 1
+    assert rates[0] == pytest.approx(1 / optim.warmup_steps)
+    assert settings.model.weights == before.model.weights  # what to start from is not this recipe's
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"photos", "small"}))
+def test_a_papers_recipe_stays_what_it_is_with_pretrained_weights(name, digits):
+    assert settings_of(name, digits, parts=("finetune",)) == settings_of(name, digits)

@@ -109,6 +109,9 @@ def test_two_processes_are_one(workplace):
             assert ours["eval"][figure] == pytest.approx(theirs["eval"][figure], abs=0.05)
     per_class = [json.loads((workplace / f"runs/{name}/per_class.json").read_text()) for name in ("one", "two")]
     assert per_class[0]["total"] == per_class[1]["total"]
+    kept = [dict(np.load(workplace / f"runs/{name}/diagnostics.npz")) for name in ("one", "two")]
+    for name, values_C in kept[0].items():  # each image's features counted once
+        assert values_C == pytest.approx(kept[1][name], rel=0.02), name
     assert len((workplace / "rank-0.log").read_text().splitlines()) == 7
     assert (workplace / "rank-1.log").read_text() == ""
 

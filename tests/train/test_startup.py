@@ -19,7 +19,7 @@ finally:
 """
 
 
-@pytest.mark.parametrize("page", ["bbn", "erm", "sdn", "afg", "decouple"])
+@pytest.mark.parametrize("page", ["bbn", "erm", "sdn", "afg", "decouple", "frozen"])
 @pytest.mark.parametrize(("option", "status"), [("--help", 0), ("--optim.lrr", 2), ("--optim.lr=-1", 2)])
 def test_help_and_wrong_options_wait_for_no_torch(page, option, status, tmp_path):
     path = str(ROOT / "train" / f"{page}.py")

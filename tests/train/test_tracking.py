@@ -90,9 +90,9 @@ def test_nothing_is_tracked_unless_asked(tmp_path, packages):
     assert not list(tmp_path.iterdir())
 
 
-def test_tensorboard_drops_what_a_resumed_run_takes_again(tmp_path, packages):
+def test_tensorboard_drops_the_steps_after_the_one_where_a_run_is_resumed(tmp_path, packages):
     track("tensorboard", tmp_path, step=7)
-    assert packages[0] == ("open", str(tmp_path / "tensorboard"), {"purge_step": 7})
+    assert packages[0] == ("open", str(tmp_path / "tensorboard"), {"purge_step": 8})
     assert packages[1:-1] == [("scalar", name, value, 7) for name, value in NUMBERS.items()]
     assert packages[-1] == ("close",)
 

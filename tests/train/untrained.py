@@ -12,10 +12,12 @@ from train.networks.networks import build_network
 CLASSES = ["temple", "flower", "both"]
 
 
-def make_run(folder: Path, *, classes=CLASSES, kind="plain", seed=0, size=32, selected=False, **changes) -> Path:
+def make_run(
+    folder: Path, *, classes=CLASSES, kind="plain", unit=False, seed=0, size=32, selected=False, **changes
+) -> Path:
     """Save a network whose probabilities depend on every pixel, with its description."""
     torch.manual_seed(seed)
-    network = build_network(kind, "resnet32", len(classes))
+    network = build_network(kind, "resnet32", len(classes), unit_features=unit)
     with torch.no_grad():
         network.train()
         noise_BHWC = torch.randint(0, 256, (64, 4, 4, 3)).float()

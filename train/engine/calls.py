@@ -27,9 +27,10 @@ def split_call(setting: str, text: str, example: str) -> tuple[str, dict[str, An
     try:
         tree = ast.parse(text.strip(), mode="eval").body
         call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
-        if call.args or any(keyword.arg is None for keyword in call.keywords):
+        given = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords if k.arg}
+        if call.args or len(given) < len(call.keywords):  # one without a name, or one name twice
             raise ValueError
-        return ast.unparse(call.func), {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        return ast.unparse(call.func), given
     except (SyntaxError, ValueError):
         raise UserError(f"{setting}={text} is not understood; write it as {example}") from None
 

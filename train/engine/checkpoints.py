@@ -1,7 +1,7 @@
 """Checkpoints: everything that a run needs to go on, written so that a kill leaves the old one or the new one.
 
     checkpoints/step-00000135/    model.safetensors, state.pt (loaded as plain data), sums.json (of those two)
-    checkpoints/selected.safetensors, selected.json    the weights that did best on the selecting split
+    checkpoints/selected.safetensors    the weights that did best on the selecting split; which those are, is inside
 
 Where the streams stand needs no more than the step. What methods draw by torch's generators goes on where it was;
 everything else random is a function of (seed, epoch, step).
@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from shards.atomic import partial_folder, write_json
+from shards.atomic import partial_file, partial_folder
 from shards.errors import UserError
 from train.networks.model_files import load_weights
 
 FOLDER = "checkpoints"
 SUMS = "sums.json"
+SELECTED = "selected.safetensors"
 
 
 @dataclass
@@ -120,25 +122,34 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def save_selected(run: Path, network: torch.nn.Module, epoch: int, score: float) -> None:
-    """Keep the weights of the epoch that did best so far on the selecting split."""
+    """Keep the weights of the epoch that did best so far on the selecting split: one file, with epoch and score."""
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
-    temporary = folder / ".selected.partial"
-    temporary.write_bytes(_weights(network))
-    os.replace(temporary, folder / "selected.safetensors")
-    write_json(folder / "selected.json", {"epoch": epoch, "balanced_accuracy": score})
+    told = {"epoch": epoch, "balanced_accuracy": score}
+    with partial_file(folder / SELECTED) as temporary:
+        temporary.write_bytes(_weights(network, {"selected": json.dumps(told)}))
+    (folder / "selected.json").unlink(missing_ok=True)  # of a run that was begun when it was beside
 
 
 def read_selected(run: Path) -> tuple[Path, int, float] | None:
-    """Return the selected weights' file, their epoch and their score, or None where nothing was selected."""
-    folder = run / FOLDER
+    """Return the selected weights' file, their epoch and their score, or None where nothing was selected.
+
+    A damaged file counts as none, with a line on stderr: it must not keep a run of three days from its end.
+    """
+    path, beside = run / FOLDER / SELECTED, run / FOLDER / "selected.json"
     try:
-        told = json.loads((folder / "selected.json").read_text(encoding="utf-8"))
+        with safe_open(path, "pt") as file:
+            inside = (file.metadata() or {}).get("selected")
+        told = json.loads(inside or beside.read_text(encoding="utf-8"))
+        return path, int(told["epoch"]), float(told["balanced_accuracy"])
     except FileNotFoundError:
         return None
-    return folder / "selected.safetensors", int(told["epoch"]), float(told["balanced_accuracy"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        print(f"warning: {path} is damaged ({' '.join(str(error).split())[:120]}); not used", file=sys.stderr)
+        return None
 
 
-def _weights(network: torch.nn.Module) -> bytes:
+def _weights(network: torch.nn.Module, metadata: dict[str, str] | None = None) -> bytes:
     # safetensors refuses channels_last tensors.
-    return save({key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()})
+    state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    return save(state, metadata)

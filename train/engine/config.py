@@ -27,7 +27,6 @@ from shards.errors import UserError
 from shards.index import Dataset, open_dataset
 from train.engine.model import Model
 from train.engine.optimisers import Optim
-from train.engine.tracking import Tracker
 
 if TYPE_CHECKING:  # a command line is read without torch, which takes seconds: see train/engine/launch.py
     import torch
@@ -40,6 +39,7 @@ PRESETS = Path(__file__).parents[1] / "presets"
 DATA = Path("data")
 
 
+Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
 Duration = restricted_string_type("Duration", r"(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s)?$", docstring="such as 1h30m")
 
 

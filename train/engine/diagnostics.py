@@ -6,7 +6,7 @@ diagnostics.npz
     distances         (C,) float32: how far the test features of a class lie from their centroid (BBN, supplement,
                       Figure 6), nan where it has fewer than two; see `Compactness`. Not of a second stage, whose
                       features are stage one's
-    beta              (C,) float32: β in the end, of a second stage with a β per class; 0 for head classes
+    beta              (C,) float32: β in the end, of a second stage with a β per class; nan for head classes
 """
 
 from pathlib import Path
@@ -84,6 +84,7 @@ def norms(classifier: nn.Linear, branches: int) -> dict[str, NDArray[np.float32]
 
 def write_diagnostics(run_folder: Path, network: Network, **arrays: Any) -> None:
     """Write diagnostics.npz, of the network's classifier and of further arrays; None leaves one out."""
-    kept = {name: np.asarray(array, np.float32) for name, array in arrays.items() if array is not None}
+    kept: dict[str, Any] = {**norms(network.classifier, network.branches)}
+    kept |= {name: np.asarray(array, np.float32) for name, array in arrays.items() if array is not None}
     with partial_file(run_folder / FILE) as temporary, temporary.open("wb") as file:
-        np.savez(file, **norms(network.classifier, network.branches), **kept)
+        np.savez(file, **kept)

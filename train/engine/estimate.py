@@ -27,7 +27,7 @@ from pipeline.plan import TrainPlan
 from shards.index import Dataset
 from train.engine.config import Config
 from train.engine.evaluation import test_split
-from train.engine.loop import prepare_method
+from train.engine.loop import prepare_network
 from train.engine.method import Method, Progress
 from train.engine.optimisers import make_optimizer
 
@@ -35,8 +35,12 @@ from train.engine.optimisers import make_optimizer
 FIRST_IMAGES = 4
 # A step that takes less is measured again with more images; and how long measuring may take in all, in seconds.
 LONG_STEP, LONGEST = 0.5, 6.0
+# A run that takes less, in seconds, is not worth measuring more than two steps of a few images.
+SHORT = 30.0
 # Buffers that the backward pass fills beside what was kept for it, in sizes of the largest tensor that was kept.
 BUFFERS = 3
+# What allocators leave unused between tensors: read off processes (three ResNets, float32, CPU), as a factor.
+GAPS = 1.2
 
 
 class NoiseLoader(Loader):
@@ -66,7 +70,7 @@ class Estimate:
         parameters: of what is trained, frozen ones too.
         fixed_bytes: weights, gradients, the optimiser's state and the average of the weights.
         image_bytes: what the backward pass needs of an image of each stream.
-        process_bytes: what the process held before.
+        process_bytes: what the process holds beside these, libraries for the most part.
         step_seconds: of a whole step, loading included where it was measured.
         predict_seconds: of predicting one image.
         steps: how many were measured.
@@ -115,7 +119,7 @@ def measure(
     held = resident_bytes()
     method.network.to(device)
     # Processes measure each on its own, and compiling takes longer than measuring.
-    prepare_method(method, replace(config, loop=replace(config.loop, sync_batch_norm=False, compile=False)))
+    prepare_network(method.network, replace(config.loop, sync_batch_norm=False, compile=False))
     optimizer = make_optimizer(method, config.optim)
     method.network.train()
 
@@ -136,12 +140,17 @@ def measure(
         with _kept() as kept:
             step(images)
         fixed = _fixed_bytes(method, optimizer, config)
-        image_bytes = (kept.bytes + BUFFERS * kept.largest) / images
+        image_bytes = (kept.bytes + BUFFERS * kept.largest) * GAPS / images
+        held = max(held, resident_bytes() - fixed)  # libraries that the first step loads
         seconds: list[float] = []
-        left = LONGEST
+        left = LONGEST if not load else 10 * LONGEST
+        of_run = config.optim.epochs * plan.steps_per_epoch * config.optim.accumulate
         while len(seconds) < steps and left > 0:
             took = step(images)
             left -= took
+            if not load and took * part / images * of_run < SHORT:
+                seconds = [took]
+                break
             larger = min(part, 2 * images * max(1, int(LONG_STEP / took / 2)))
             room = fixed + image_bytes * larger < free_memory(device) / 2
             if took < LONG_STEP and larger > images and room:

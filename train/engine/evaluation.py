@@ -23,7 +23,8 @@ from train.engine.checkpoints import Counters, read_selected
 from train.engine.config import Config, Input
 from train.engine.diagnostics import Compactness, write_diagnostics
 from train.engine.method import Method, unwrapped
-from train.engine.predictions import Collector, write_predictions
+from train.engine.predictions import FILES as PREDICTIONS
+from train.engine.predictions import Collector, Predictions, write_predictions
 from train.networks.model_files import (
     FILES,
     Description,
@@ -99,7 +100,7 @@ def finish(
     """Evaluate the last and the selected weights on the test split and write the run's results."""
     network, test = method.model, test_split(dataset)
 
-    def measure(weights: str, compactness: Compactness | None = None) -> Tally:
+    def measure(compactness: Compactness | None = None) -> tuple[Tally, dict[str, Predictions]]:
         tallies, kept = {}, {}
         # What results are reported on comes first. Calibration needs a split beside it.
         for split in dict.fromkeys([test.name, *held_out_beside(test, dataset)]):
@@ -107,26 +108,29 @@ def finish(
             watching = compactness if split == test.name else None
             tallies[split] = evaluate(method, dataset.splits[split], config.input, accelerator, collector, watching)
             kept[split] = collector.gather(accelerator)
-        if accelerator.is_main_process:
-            write_predictions(run_folder, kept, weights)
-        return tallies[test.name]
+        return tallies[test.name], kept
 
     with Compactness(network, len(dataset.classes)) as compactness:
-        final = measure("last", compactness)
+        final, kept = measure(compactness)
     last, selected = summarize(final, dataset.train_counts), None
     distances_C = compactness.distances(accelerator)
     if accelerator.is_main_process:
         write_diagnostics(run_folder, network, distances=distances_C)
-        (run_folder / runs.CALIBRATION).unlink(missing_ok=True)  # of weights that are replaced now
+        for name in (runs.CALIBRATION, *PREDICTIONS.values()):  # of weights that are replaced now
+            (run_folder / name).unlink(missing_ok=True)
+        # Until `describe` has its turn, nobody takes what is there for a model.
         save_model(network, run_folder)
+        write_predictions(run_folder, kept)
     epochs = {"last": config.optim.epochs}
     chosen = read_selected(run_folder) if config.loop.select else None
     if chosen is not None:
         path, epochs["selected"], _ = chosen
         load_weights(network, path)
-        selected = {"epoch": epochs["selected"], **summarize(measure("selected"), dataset.train_counts)}
+        of_selected, kept = measure()
+        selected = {"epoch": epochs["selected"], **summarize(of_selected, dataset.train_counts)}
         if accelerator.is_main_process:
             save_selected_model(network, run_folder)
+            write_predictions(run_folder, kept, "selected")
     summary = {
         "method": method.name,
         "title": method.title,

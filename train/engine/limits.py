@@ -18,8 +18,10 @@ from shards.errors import UserError
 from shards.index import Dataset
 from train.engine.config import Config
 from train.engine.estimate import Estimate, measure
-from train.engine.method import Method
+from train.engine.method import Method, make_method
 
+# Settings of the optimiser that a budget shortens; what else its schedule says are shares of the epochs.
+SCHEDULE = ("epochs", "warmup_epochs", "warmup_steps")
 # Longer than this, in seconds, a run is worth a warning: a day on a CPU, two weeks on GPUs.
 SENSIBLE = {"cpu": 86_400.0, "cuda": 14 * 86_400.0}
 
@@ -49,7 +51,7 @@ def estimate_run(
     device = accelerator.device
     free = free_memory(device) // (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        method = method_class(config, dataset.train_counts)
+        method = make_method(method_class, config, dataset.train_counts)
         estimate = measure(
             method, plan, config, accelerator, 10 if thorough else 3, thorough or bool(config.loop.budget)
         )
@@ -155,8 +157,14 @@ def within_budget(config: Config, plan: TrainPlan, dataset: Dataset, estimate: E
             " a smaller --input.image_size or --model.backbone takes less"
         )
     epochs = min(optim.epochs, 1 + int((budget - first) / another))
-    warmup = round(optim.warmup_epochs * epochs / optim.epochs)
-    return replace(config, optim=replace(optim, epochs=epochs, warmup_epochs=warmup))
+    share = epochs / optim.epochs
+    shorter = replace(
+        optim,
+        epochs=epochs,
+        warmup_epochs=round(optim.warmup_epochs * share),
+        warmup_steps=None if optim.warmup_steps is None else round(optim.warmup_steps * share),
+    )
+    return replace(config, optim=shorter)
 
 
 def seconds_in(duration: str) -> float:
@@ -178,4 +186,4 @@ def said_time(seconds: float) -> str:
 
 def said_bytes(size: float) -> str:
     """Return bytes as GB, or MB where there are few."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

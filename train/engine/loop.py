@@ -60,7 +60,7 @@ class Training:
         self._method, self._config, self._dataset, self._plan = method, config, dataset, plan
         self._run_folder, self._accelerator, self._counters = run_folder, accelerator, counters
         self._tracking = tracking
-        prepare_method(method, config)
+        prepare_network(method.network, config.loop)
         self._average = None
         if config.optim.ema is not None:
             self._average = AveragedModel(
@@ -311,15 +311,6 @@ class Sums:
     def clear(self) -> None:
         """Begin an epoch."""
         self._sums, self._gathered = {}, {}
-
-
-def prepare_method(method: Method, config: Config) -> None:
-    """Set how a method's network computes, what of it is trained and what is kept for the backward pass, in place."""
-    prepare_network(method.network, config.loop)
-    if config.optim.freeze == "trunk":
-        method.model.freeze_trunk()
-    if config.loop.grad_checkpointing:
-        method.model.set_grad_checkpointing()
 
 
 def prepare_network(network: torch.nn.Module, loop: Loop) -> None:

@@ -142,7 +142,8 @@ def launched_by(script: str) -> list[str]:
             line = (PROC / str(os.getppid()) / "cmdline").read_bytes().decode().split("\0")[:-1]
         except (OSError, UnicodeDecodeError):
             line = []
-        if script in line[1:]:
+        # A launcher that runs a script of several lines, as Slurm's file has one, is none that anybody types.
+        if script in line[1:] and not any("\n" in word for word in line):
             words = line[: line.index(script, 1)]
     if len(words) > 1 and _is_on_path(words[1]):
         words = [Path(words[1]).name, *words[2:]]

@@ -113,3 +113,17 @@ class Method(ABC):
 def unwrapped(network: torch.nn.Module) -> Any:
     """Return the network inside a DistributedDataParallel wrapper."""
     return getattr(network, "module", network)
+
+
+def make_method(method_class: type[Method], config: Any, train_counts_C: NDArray[np.int64]) -> Method:
+    """Make a method whose network is trained as the configuration says: what of it is frozen, which maps are kept.
+
+    Raises:
+        UserError: a mistake in the method's settings; no trunk to freeze; blocks that cannot be computed again.
+    """
+    method = method_class(config, train_counts_C)
+    if config.optim.freeze == "trunk":
+        method.model.freeze_trunk()
+    if config.loop.grad_checkpointing:
+        method.model.set_grad_checkpointing()
+    return method

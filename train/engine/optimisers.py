@@ -10,6 +10,7 @@ layers above it    L+1      L              2         1            0
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jsonargparse.typing import (
@@ -26,8 +27,8 @@ from shards.errors import UserError
 if TYPE_CHECKING:  # torch would be what --help waits for
     import torch
 
-    from train.engine.config import Config
     from train.engine.method import Method
+    from train.engine.model import Model
     from train.networks.depths import Part
     from train.networks.networks import Network
 
@@ -97,17 +98,18 @@ SHAPING = (
 )  # fmt: skip
 
 
-def check_settings(config: "Config", given: Collection[str]) -> None:
+def check_settings(optim: Optim, model: "Model", grad_checkpointing: bool, given: Collection[str]) -> None:
     """Refuse settings that exclude each other.
 
     Args:
-        config: of a run to be.
+        optim: of a run to be.
+        model: its network's.
+        grad_checkpointing: loop.grad_checkpointing.
         given: dotted names of the settings that were asked for; what a preset says is overruled by them in silence.
 
     Raises:
         UserError: names both.
     """
-    optim = config.optim
 
     def said(name: str) -> str:
         return f"optim.{name}={getattr(optim, name)}"
@@ -115,12 +117,12 @@ def check_settings(config: "Config", given: Collection[str]) -> None:
     def asked(*names: str) -> list[str]:
         return [name for name in names if f"optim.{name}" in given]
 
-    if optim.optimizer == "adamw":
-        for name in asked("momentum", "nesterov"):
-            raise UserError(f"{said(name)} is of SGD, and {said('optimizer')}; leave it out, or use sgd")
-    else:
-        for name in asked("betas"):
-            raise UserError(f"{said(name)} are of AdamW, and {said('optimizer')}; leave them out, or use adamw")
+    others, owner = (("momentum", "nesterov"), "sgd") if optim.optimizer == "adamw" else (("betas",), "adamw")
+    for name in asked(*others):
+        raise UserError(
+            f"{said(name)} and {said('optimizer')} exclude each other; leave out optim.{name}, or use"
+            f" --optim.optimizer {owner}"
+        )
     if optim.warmup_steps is not None and asked("warmup_epochs"):
         raise UserError(
             f"{said('warmup_epochs')} and {said('warmup_steps')} exclude each other; leave one out, or set"
@@ -131,12 +133,14 @@ def check_settings(config: "Config", given: Collection[str]) -> None:
     for name in asked("layer_decay", "lr_scale_trunk"):
         if getattr(optim, name) not in (None, 1.0):
             raise UserError(f"{said('freeze')} and {said(name)} exclude each other: a frozen trunk has no rate")
-    if config.loop.grad_checkpointing:
+    if grad_checkpointing:
         raise UserError(
             f"{said('freeze')} and loop.grad_checkpointing exclude each other: nothing of a frozen trunk is kept"
             " for the backward pass"
         )
-    if config.model.weights is None:
+    if model.adapt is not None:
+        raise UserError(f"{said('freeze')} and model.adapt={model.adapt} exclude each other: adapters lie in the trunk")
+    if model.weights is None:
         raise UserError(
             f"{said('freeze')} without model.weights would keep a trunk of random weights; give pretrained ones with"
             " --model.weights"
@@ -167,15 +171,13 @@ def make_optimizer(method: "Method", optim: Optim) -> "torch.optim.Optimizer":
     import torch
 
     groups = parameter_groups(method, optim)
+    # Plain numbers: a checkpoint holds them, and is loaded as plain data, without the command line's own types.
+    common = {"lr": float(optim.lr), "weight_decay": float(optim.weight_decay)}
     if optim.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
-    return torch.optim.SGD(
-        groups,
-        lr=optim.lr,
-        momentum=optim.momentum,
-        nesterov=optim.nesterov and optim.momentum > 0,
-        weight_decay=optim.weight_decay,
-    )
+        first, second = map(float, optim.betas)
+        return torch.optim.AdamW(groups, betas=(first, second), **common)
+    momentum = float(optim.momentum)
+    return torch.optim.SGD(groups, momentum=momentum, nesterov=optim.nesterov and momentum > 0, **common)
 
 
 def parameter_groups(method: "Method", optim: Optim) -> list[dict[str, Any]]:
@@ -229,16 +231,20 @@ def parameter_places(model: "Network") -> "dict[torch.nn.Parameter, Place]":
     """Return where each of a network's parameters stands; see the picture above."""
     from train.networks.depths import part_of
 
-    exempt = {
-        f"{prefix}.{name}"
+    exempt = [
+        f"{prefix}.{pattern}"
         for prefix, module in model.named_modules()
         if hasattr(module, "no_weight_decay")
-        for name in module.no_weight_decay()
-    }
+        for pattern in module.no_weight_decay()
+    ]
+
+    def is_spared(name: str, parameter: "torch.nn.Parameter") -> bool:
+        return parameter.ndim <= 1 or any(fnmatchcase(name, pattern) for pattern in exempt)
+
     depths = model.parameter_depths()
     top = max(depths.values())
     return {
-        parameter: Place(part_of(name), top - depths[name], parameter.ndim <= 1 or name in exempt)
+        parameter: Place(part_of(name), top - depths[name], is_spared(name, parameter))
         for name, parameter in model.named_parameters()
     }
 

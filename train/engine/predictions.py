@@ -114,11 +114,34 @@ def read_predictions(run_folder: Path, weights: str, *names: str) -> list[NDArra
         UserError: there is no such file or array, or it is damaged.
     """
     with _opened(run_folder, weights) as file:
+        for name in names:
+            if name not in file.files:
+                raise KeyError(name)
         arrays = [file[name] for name in names]
         for name, array in zip(names, arrays, strict=True):
             if not isinstance(array, np.ndarray):
                 raise ValueError(f"{name} is no array")
         return arrays
+
+
+def read_val_logits(run_folder: Path, weights: str, num_classes: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Return the val logits that a run kept, (M, C) with M >= 1, and their labels.
+
+    Raises:
+        UserError: there are none, they are not finite, or they do not fit each other or the number of classes.
+    """
+    logits_MC, rows_M, labels_N = read_predictions(run_folder, weights, "val_logits", "val_logit_rows", "val_labels")
+    path = run_folder / FILES[weights]
+    try:
+        labels_M = labels_N[rows_M]
+        fits = logits_MC.shape == (len(labels_M), num_classes) and 0 <= labels_M.min() <= labels_M.max() < num_classes
+    except (IndexError, ValueError):  # rows that are not there, or none at all
+        fits = False
+    if not fits:
+        raise UserError(f"{path} is damaged, or of another run: its arrays do not fit; train the run again")
+    if not np.isfinite(logits_MC).all():
+        raise UserError(f"the val logits in {path} hold nan or inf: the training has diverged; use another run")
+    return logits_MC, labels_M
 
 
 def kept_arrays(run_folder: Path, weights: str) -> list[str]:
@@ -135,7 +158,8 @@ def _opened(run_folder: Path, weights: str) -> Iterator[Any]:
             yield file
     except FileNotFoundError:
         raise UserError(
-            f"{run_folder} has no {path.name}: it was trained before predictions were kept; train the run again"
+            f"{run_folder} has no {path.name}: it was trained before predictions were kept; --resume evaluates a run of"
+            " stage one again, a second stage is to be trained again"
         ) from None
     except KeyError as error:
         raise UserError(f"{path} has no array {error.args[0]!r}; train the run again") from None

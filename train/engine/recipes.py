@@ -1,6 +1,7 @@
 """Settings that follow from the data and the machine, where neither the command line nor --config gives them.
 
-    training  <  cpu  <  finetune  <  METHOD          parts of the dataset's preset, later ones over earlier ones
+    training  <  cpu  <  finetune  <  adapt  <  METHOD     parts of the dataset's preset, later ones over earlier ones
+                  │          │           └─ where it is adapters that are trained (model.adapt)
                   │          └─ where the network starts from pretrained weights: the recipe of fine-tuning
                   └─ without a GPU: what a CPU can train
     fit: {steps_per_epoch, steps, most_epochs}          of a preset for any images; those of papers have none
@@ -86,7 +87,8 @@ def choose(
     given = given_settings(parser, argv)
     full = preset(dataset, "training", method, variant=variant)
     weights = given.get("model.weights", full.get("model", {}).get("weights"))
-    parts = ["training", *["cpu"] * (not gpu), *["finetune"] * (weights is not None and not missing), method]
+    tuned = ["finetune", *["adapt"] * (given.get("model.adapt") is not None)] if weights and not missing else []
+    parts = ["training", *["cpu"] * (not gpu), *tuned, method]
     merged = preset(dataset, *parts, variant=variant)
     choice = Choice(Namespace(), parts, weights_by_preset=weights is not None and "model.weights" not in given)
     if missing:
@@ -94,7 +96,7 @@ def choose(
     fit = merged.pop("fit", None)
     settings = parse(parser, _plain(argv), choice.usual(dataset, variant))
     # One of timm's models is shown pictures as it was in its pretraining.
-    before = choice.usual(dataset, variant)["input"]
+    before = choice.usual(dataset, variant).get("input", {})
     view = with_own_view({"input": before}, settings.model.backbone)["input"]
     if changed := {key: value for key, value in view.items() if value != before.get(key)}:
         choice.fitted["input"] = changed
@@ -105,13 +107,14 @@ def choose(
     if not gpu and (said := _changed_by("cpu", dataset, parts, variant, given)):
         choice.notes.append(f"no GPU: {said}")
     if fit:
-        _fit(choice, settings, fit, full, given, images=len(dataset.splits["train"]))
+        recipe = preset(dataset, *(part for part in parts if part != "cpu"), variant=variant)
+        _fit(choice, settings, fit, recipe["input"]["batch_size"], given, images=len(dataset.splits["train"]))
     choice.settings = parse(parser, argv, choice.usual(dataset, variant))
     if missing:
         backbone, images = choice.settings.model.backbone, len(dataset.splits["train"])
         choice.notes.append(
-            f"warning: {backbone} starts from random weights, since its pretrained ones are out of reach ({missing});"
-            f" {images:,} images teach it much less that way, in many times the steps"
+            f"warning: {backbone} starts from random weights, which take many times the steps and learn less from"
+            f" {images:,} images, because its pretrained ones are out of reach: {missing}"
         )
     return choice
 
@@ -146,17 +149,16 @@ def _changed_by(part: str, dataset: Dataset, parts: list[str], variant: str | No
 
 
 def _fit(
-    choice: Choice, settings: Namespace, fit: dict[str, int], full: Sections, given: dict[str, Any], images: int
+    choice: Choice, settings: Namespace, fit: dict[str, int], usual_batch: int, given: dict[str, Any], images: int
 ) -> None:
-    """Choose batch, rate and epochs that fit the number of images."""
+    """Choose batch, rate and epochs that fit the number of images; the rate is meant for batches of `usual_batch`."""
     batch, epochs = settings.input.batch_size, settings.optim.epochs
     if "input.batch_size" not in given:
         shares = 2 * int(os.environ.get("WORLD_SIZE", "1")) * settings.optim.accumulate
         while images // batch < fit["steps_per_epoch"] and batch // 2 >= LEAST_BATCH and batch // 2 % shares == 0:
             batch //= 2
-        # Fine-tuning has a rate of its own, which is that of its own batch.
-        meant = settings.input.batch_size if "finetune" in choice.parts else full["input"]["batch_size"]
-        scale = batch / meant
+        # In proportion for SGD (Goyal et al. 2017), by the root for adaptive methods (Malladi et al. 2022).
+        scale = (batch / usual_batch) ** (0.5 if settings.optim.optimizer == "adamw" else 1)
         if batch != settings.input.batch_size:
             choice.fitted.setdefault("input", {})["batch_size"] = batch
         if scale != 1 and "optim.lr" not in given:
@@ -169,7 +171,7 @@ def _fit(
     of = f"{images:,} images: {epochs} epochs of {steps} steps of {batch} images, {epochs * steps:,} steps in all"
     choice.notes.append(of)
     noise = "finetune" not in choice.parts
-    if noise and epochs * steps < fit["steps"]:
+    if noise and "model" not in choice.fitted and epochs * steps < fit["steps"]:
         choice.notes.append(
             f"warning: {images:,} images are few to learn from random weights: {fit['steps']:,} steps are sensible;"
             " start from pretrained ones (--model.weights default, or a file)"

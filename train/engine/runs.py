@@ -70,12 +70,13 @@ def lock(run: Path) -> None:
             file.close()
 
 
-def unlock() -> None:
-    """Let other processes write to the runs that this one holds."""
-    for path, file in _held.items():
-        path.unlink(missing_ok=True)  # while it is locked
-        file.close()
-    _held.clear()
+def unlock(run: Path | None = None) -> None:
+    """Let other processes write to a run that this one holds, or to all of them."""
+    for path in list(_held) if run is None else [run.resolve() / LOCK]:
+        file = _held.pop(path, None)
+        if file is not None:
+            path.unlink(missing_ok=True)  # while it is locked
+            file.close()
 
 
 def write_config(run: Path, content: dict[str, Any]) -> None:

@@ -24,12 +24,13 @@ from train.engine.config import Config, changed_settings, find_dataset, find_dat
 from train.engine.evaluation import finish, test_split
 from train.engine.guards import told_in_one_line
 from train.engine.interrupts import EXIT_STATUS, Interrupted
-from train.engine.limits import enlarged, estimate_run, said, within_budget
+from train.engine.limits import SCHEDULE, enlarged, estimate_run, said, within_budget
 from train.engine.loop import Training
 from train.engine.machine import launched_by, make_accelerator, usable_gpu
-from train.engine.method import Method
+from train.engine.method import Method, make_method
 from train.engine.model import make_adapter
 from train.engine.optimisers import check_resumed, check_settings
+from train.engine.predictions import FILES as PREDICTIONS
 from train.engine.recipes import choose, given_settings, resumed_choice
 from train.engine.tracking import Tracking
 from train.networks.backbones import make_backbone
@@ -84,7 +85,7 @@ def train(
         sections = plain_sections(parser, choice.settings)
         usual = choice.usual(dataset, asked.variant)
         asked.changed = changed_settings(parser, sections, usual, method_class.in_title)
-        check_settings(config, given_settings(parser, argv))
+        check_settings(config.optim, config.model, config.loop.grad_checkpointing, given_settings(parser, argv))
         if resumed is not None and (resumed / "config.yaml").exists():
             check_resumed(config.optim, saved.get("optim", {}), resumed)
         asked.preset = {"parts": choice.parts, "fitted": choice.fitted}
@@ -154,12 +155,19 @@ def _train_and_finish(
     restored = load_checkpoint(resumed, method.network) if resumed else None
     counters = restored[1] if restored else Counters()
     if resumed and counters.epochs >= config.optim.epochs and (resumed / "summary.json").exists():
-        accelerator.print(f"{resumed} is finished: it has its {counters.epochs} epochs (more with --optim.epochs)")
-        return
+        if (resumed / PREDICTIONS["last"]).exists():
+            accelerator.print(f"{resumed} is finished: it has its {counters.epochs} epochs (more with --optim.epochs)")
+            return
+        accelerator.print(f"{resumed} is of an older version: its last checkpoint is evaluated again")
     if counters.step // plan.steps_per_epoch != counters.epochs:
         raise UserError(
             f"{resumed} did {counters.step} steps in {counters.epochs} epochs, and an epoch has {plan.steps_per_epoch}"
             " now: resume with the dataset and input.batch_size that it began with"
+        )
+    if counters.step > config.optim.epochs * plan.steps_per_epoch:
+        raise UserError(
+            f"{resumed} has done {counters.step} steps, and optim.epochs={config.optim.epochs} are"
+            f" {config.optim.epochs * plan.steps_per_epoch}; give more epochs, or start a new run"
         )
     (first_step,) = broadcast_object_list([counters.step])
     if first_step != counters.step:
@@ -175,7 +183,7 @@ def _train_and_finish(
         estimate = estimate_run(method_class, plan, config, dataset, accelerator, thorough=asked.dry_run)
         if config.loop.budget and resumed is None:
             config = within_budget(config, plan, dataset, estimate)
-            sections["optim"] |= {key: getattr(config.optim, key) for key in sections["optim"]}
+            sections["optim"] |= {key: getattr(config.optim, key) for key in SCHEDULE}
             method, plan = _make(method_class, config, dataset, accelerator)
             left = config.optim.epochs * plan.steps_per_epoch
         for line in said(estimate, config, plan, dataset, left, accelerator.device):
@@ -228,7 +236,7 @@ def _make(
 ) -> tuple[Method, TrainPlan]:
     """Make the method, from the seed alone, and its plan."""
     set_seed(config.loop.seed)
-    method = method_class(config, dataset.train_counts)
+    method = make_method(method_class, config, dataset.train_counts)
     plan = TrainPlan(
         dataset.splits["train"],
         windowed(method.streams, dataset.splits["train"], config.input.shard_window),

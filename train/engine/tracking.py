@@ -13,15 +13,15 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from shards.atomic import write_json
 from shards.errors import UserError
+from train.engine.config import Tracker
 
-Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
 FILE = "tracking.json"
 
 
@@ -62,7 +62,7 @@ class Tracking:
         token, name = known or uuid4().hex[:8], run_folder.name
         try:
             if self._name == "tensorboard":
-                tracker: GeneralTracker = TensorBoardTracker("tensorboard", run_folder, purge_step=step)
+                tracker: GeneralTracker = TensorBoardTracker("tensorboard", run_folder, purge_step=step + 1)
             elif self._name == "wandb":
                 project = os.environ.get("WANDB_PROJECT", project)
                 tracker = WandBTracker(project, id=token, name=name, dir=str(run_folder), resume="allow")

@@ -32,6 +32,7 @@ from pipeline.sampling import random_generator
 from shards.atomic import write_json
 from shards.errors import UserError
 from shards.index import MANIFEST, Dataset, Split
+from train.engine import runs
 from train.engine.config import Input
 from train.networks.model_files import FILES
 from train.networks.networks import BilateralNetwork, PlainNetwork
@@ -114,26 +115,33 @@ def feature_bank(
         decode. On a CPU the features are memory-mapped; else both are on the accelerator's device.
 
     Raises:
-        UserError: the disk is full, or what the loader raises.
+        UserError: the disk is full, another process takes features of this run, features that half precision cannot
+            hold, or what the loader raises.
     """
     folder = run / FOLDER / split
     wanted = _wanted(run, network, dataset, split, input, accelerator, views, weights)
-    told = _read(folder)
-    if told != wanted | {"complete": True}:
+    if _read(folder) != wanted | {"complete": True}:
         accelerator.wait_for_everyone()  # all have looked
         if accelerator.is_main_process:
-            if told != wanted | {"complete": False}:
+            try:
+                folder.parent.mkdir(exist_ok=True)
+                runs.lock(folder.parent)
+            except OSError as error:
+                raise _unwritable(folder, error, wanted) from None
+            told = _read(folder)  # another process may have finished it meanwhile
+            if told and {**told, "complete": True} == wanted | {"complete": True}:
+                print(f"resuming the features of {split} in {folder}")
+            else:
                 if told:
                     differing = ", ".join(key for key in wanted if told.get(key) != wanted[key])
                     print(f"the features of {split} in {folder} have another {differing}; taking them anew")
                 _begin(folder, wanted)
-            else:
-                print(f"going on with the features of {split} in {folder}")
         accelerator.wait_for_everyone()
         _fill(folder, network, dataset.splits[split], input, accelerator, wanted)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_json(folder / "bank.json", wanted | {"complete": True})
+            runs.unlock(folder.parent)
     # Copy on write: nothing is written, but torch warns about memory that cannot be.
     features_RD, labels_R, seen_R = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ARRAYS)
     if not seen_R.all():
@@ -181,6 +189,13 @@ def has_bank(
     return _read(run / FOLDER / split) == wanted | {"complete": True}
 
 
+def keep_bank(run: Path, split: str, weights: str = "last") -> None:
+    """Say that a finished bank fits the run's weights as they are now: their classifier alone has changed."""
+    folder = run / FOLDER / split
+    known = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
+    write_json(folder / "bank.json", known | {"weights": _digest(run / FILES[weights])})
+
+
 def bank_ids(run: Path, split: Split) -> NDArray[np.int64]:
     """Return the samples that a finished bank of one view holds, row by row: ids_R, int64."""
     seen_R = np.load(run / FOLDER / split.name / "seen.npy")
@@ -211,7 +226,6 @@ def _begin(folder: Path, wanted: dict[str, Any]) -> None:
     """Make the files of an empty bank, with room on the disk for all of it."""
     counts = wanted["class_counts"]
     arrays = {"labels": np.repeat(np.arange(len(counts)), counts), "seen": np.zeros(sum(counts), np.bool_)}
-    size = sum(counts) * wanted["dimensions"] * 2
     try:
         # New files, not new contents: somebody may have the old ones mapped.
         shutil.rmtree(folder, ignore_errors=True)
@@ -222,14 +236,23 @@ def _begin(folder: Path, wanted: dict[str, Any]) -> None:
             header = {"descr": "<f2", "fortran_order": False, "shape": (sum(counts), wanted["dimensions"])}
             np.lib.format.write_array_header_1_0(file, header)
             file.flush()
-            os.posix_fallocate(file.fileno(), file.tell(), size)
+            os.posix_fallocate(file.fileno(), file.tell(), _size(wanted))
     except OSError as error:
         (folder / "features.npy").unlink(missing_ok=True)
-        raise UserError(
-            f"{folder} cannot be written ({error.strerror}): the features of {wanted['split']} take"
-            f" {size / 1e9:.2f} GB; make room"
-        ) from None
+        raise _unwritable(folder, error, wanted) from None
     write_json(folder / "bank.json", wanted | {"complete": False})
+
+
+def _size(wanted: dict[str, Any]) -> int:
+    """Return the bytes that features take."""
+    return 2 * int(wanted["dimensions"]) * sum(wanted["class_counts"])
+
+
+def _unwritable(folder: Path, error: OSError, wanted: dict[str, Any]) -> UserError:
+    return UserError(
+        f"{folder} cannot be written ({error.strerror}): the features of {wanted['split']} take"
+        f" {_size(wanted) / 1e9:.2f} GB; make room"
+    )
 
 
 def _fill(
@@ -267,7 +290,15 @@ def _features(
         for batch in tqdm(loader, title, plan.steps, unit="batch", leave=False, disable=None):
             with accelerator.autocast():
                 features_BD = network.features(batch["eval"].images_BHWC)
-            yield batch["eval"].ids_B, features_BD.half().cpu().numpy()
+            half_BD = features_BD.half()
+            if not half_BD.isfinite().all():
+                least, most = features_BD.min().item(), features_BD.max().item()
+                raise UserError(
+                    f"features of {plan.split.name} reach from {least:g} to {most:g}, and half precision, in which they"
+                    f" are kept, holds {torch.finfo(torch.half).max:g} at most; a network whose features are that large"
+                    " has diverged: train it again with a lower optim.lr"
+                )
+            yield batch["eval"].ids_B, half_BD.cpu().numpy()
 
 
 class _Rows:

@@ -10,7 +10,8 @@ from train.features.candidates import Candidate, Families, Judge, setting_of
 from train.features.classifiers import measure
 from train.features.commands import BETA_START
 from train.features.passes import Passes, Source
-from train.features.training import Recipe, Trained, train_together
+from train.features.recipes import Recipe, Trained
+from train.features.training import train_together
 
 # Adaptive β: how far a step goes, and the bound.
 BETA_STEP, BETA_MOST = 0.05, 0.9
@@ -60,6 +61,7 @@ def choose_beta(families: Families, settings: Any) -> Choice:
     judge, source = families.judge, Source("generated", families.optim.batch_size)
     wanted = settings.beta
     if isinstance(wanted, str) and not judge.chooses:
+        families.passes.say(f"β is {BETA_START}, the paper's, because nothing can choose it; or give --method.beta")
         wanted = BETA_START
     grid = {"select": settings.beta_grid, "adaptive": [0.0]}[wanted] if isinstance(wanted, str) else [wanted]
     found = families.search(source, {"AFG": recipes(settings, families, grid[0])})["AFG"]

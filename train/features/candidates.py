@@ -13,9 +13,9 @@
 from simple to complex. train/afg.py shows all but NCM beside itself; train/decouple.py makes one of them a run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -25,13 +25,15 @@ from train.features.classifiers import logit_adjusted, measure, nearest_means, t
 from train.features.commands import RATES, ClassifierOptim, ReferenceOptim
 from train.features.mixing import Mixture, Sampling
 from train.features.passes import Passes, Source
-from train.features.training import Kind, Recipe, Trained
+from train.features.recipes import Kind, Recipe, Trained
 
 Bank = tuple[Tensor, Tensor]
 # Values of τ that the held-out split chooses from. The first is taken where nothing chooses.
 TAUS = (1.0, *(t / 10 for t in range(21) if t != 10))
 # A grid of rates whose end wins is extended by RATE_STEP, up to this factor of the first rate either way.
 RATE_STEP, RATE_BOUND = 4.0, 4.0**6
+# Families that are trained as their reference trains them, and the kind of their classifiers.
+REFERENCES: dict[str, Kind] = {"cRT": "linear", "LWS": "lws", "MiSLAS": "scaled"}
 # Images a class that the held-out split needs on average; with fewer, a choice among classifiers is mostly noise.
 IMAGES_TO_CHOOSE = 10
 
@@ -88,9 +90,9 @@ class Judge:
         """Return the candidate with its score."""
         return replace(candidate, score=self.score(candidate.linear))
 
-    def best(self, candidates: Sequence[Candidate]) -> Candidate:
+    def best(self, candidates: Iterable[Candidate]) -> Candidate:
         """Return the candidate of the highest score; the first where nothing can be chosen."""
-        return max(candidates, key=lambda one: one.score) if self.chooses else candidates[0]
+        return max(candidates, key=lambda one: one.score) if self.chooses else next(iter(candidates))
 
     def report(self, linear: nn.Linear) -> dict[str, float | None]:
         """Return the figures on the test split."""
@@ -110,6 +112,9 @@ class Families:
         reference: of cRT, LWS and MiSLAS.
         kind: AFG's classifier.
         rates: factors of each rate that are tried; where there is one, it is kept.
+        q: the sampler of cRT, LWS and MiSLAS: 0, classes in balance; or 1, every feature once, over and over until as
+            many are seen.
+        weights: of classes, in the loss of these three; see `Recipe`.
     """
 
     stage_one: nn.Linear
@@ -120,40 +125,45 @@ class Families:
     reference: ReferenceOptim
     kind: Kind = "scaled"
     rates: Sequence[float] = RATES
+    q: Literal[0, 1] = 0
+    weights: str = "none"
     unit: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.unit = self.mixture.unit
 
-    def closed(self, name: str) -> list[Candidate]:
-        """Return the candidates of a family that needs no training."""
+    def closed(self, name: str) -> Iterator[Candidate]:
+        """Yield the candidates of a family that needs no training: with thousands of classes each takes memory."""
         first, counts_C = self.stage_one, self.mixture.gaussians.counts_C
+        made: Iterator[Candidate]
         if name == "stage one":
-            made = [Candidate({}, first)]
+            made = iter([Candidate({}, first)])
         elif name == "logit adjustment":
-            made = [Candidate({"tau": t}, logit_adjusted(first, counts_C, t)) for t in TAUS]
+            made = (Candidate({"tau": t}, logit_adjusted(first, counts_C, t)) for t in TAUS)
         elif name == "tau-normalized":
-            made = [Candidate({"tau": t}, tau_normalized(first, t)) for t in TAUS]
+            made = (Candidate({"tau": t}, tau_normalized(first, t)) for t in TAUS)
         else:
             assert name == "NCM", name
             bank = (self.mixture.features_ND, self.mixture.labels_N, len(counts_C))
-            made = [Candidate({"by": by}, nearest_means(*bank, by == "angle")) for by in ("angle", "distance")]
-        return [self.judge.scored(one) for one in made]
+            made = (Candidate({"by": by}, nearest_means(*bank, by == "angle")) for by in ("angle", "distance"))
+        yield from map(self.judge.scored, made)
 
     def recipes(self, name: str) -> tuple[Source, list[Recipe]]:
         """Return what a trained family on real features sees, and its recipes at the first rate."""
         o, r = self.optim, self.reference
-        if name in ("cRT", "LWS", "MiSLAS"):
-            kind: Kind = {"cRT": "linear", "LWS": "lws", "MiSLAS": "scaled"}[name]  # type: ignore[assignment]
-            epochs = r.lws_epochs if name == "LWS" else r.crt_epochs
-            plain = Recipe(kind, epochs, r.lr, r.momentum, r.weight_decay, early_cosine=True)
+        if name in REFERENCES:
+            epochs, passes = r.lws_epochs if name == "LWS" else r.crt_epochs, 1.0
+            if self.q == 1:
+                counts_C = self.mixture.gaussians.counts_C
+                passes = len(counts_C) * int(counts_C.max()) / int(counts_C.sum())
+            kind, epochs = REFERENCES[name], round(epochs * passes)
+            plain = Recipe(kind, epochs, r.lr, r.momentum, r.weight_decay, early_cosine=True, weights=self.weights)
+            source = Source("oversampled" if self.q == 0 else "each-once", r.batch_size)
             if name == "MiSLAS":
                 # ε of the largest and the smallest class, and the rate of W beside that of the scales.
                 plain = replace(plain, early_cosine=False, weight_rate=0.1)
-                return Source("oversampled", r.batch_size), [
-                    replace(plain, smoothing=ends) for ends in ((0.3, 0.0), (0.1, 0.0), (0.4, 0.1))
-                ]
-            return Source("oversampled", r.batch_size), [plain]
+                return source, [replace(plain, smoothing=ends) for ends in ((0.3, 0.0), (0.1, 0.0), (0.4, 0.1))]
+            return source, [plain]
         sampling: Sampling = "each-once" if name == "no generation" else "oversampled"
         recipe = Recipe(self.kind, o.epochs, o.lr, o.momentum, o.weight_decay, self.unit)
         return Source(sampling, o.batch_size), [recipe]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -27,12 +27,17 @@ class Extraction:
         loader: dali, torch, or auto.
         threads: decoding threads.
         views: how often each training image is taken with stage one's training recipe; 0: once, as in evaluation.
+        branch: of a bilateral network: both, or the features of one alone, conventional or rebalancing (BBN, Table 5).
+        shift_batch_norm: whether batch norm's running statistics are first taken anew, from classes in balance
+            (train/features/shift.py); by default where the classifier's reference does so: for mislas.
     """
 
     views: NonNegativeInt = 0
     batch_size: PositiveInt = 256
     loader: LoaderKind = "auto"
     threads: PositiveInt = 2
+    branch: Literal["both", "conventional", "rebalancing"] = "both"
+    shift_batch_norm: bool | None = None
 
 
 @dataclass
@@ -111,6 +116,14 @@ def stage_parser(name: str, description: str, settings: type) -> ArgumentParser:
     return parser
 
 
+class Work(NamedTuple):
+    """So many classifiers, as far as that is known beforehand, and the epochs and the batch of the longest."""
+
+    classifiers: int
+    epochs: int
+    batch_size: int
+
+
 @dataclass
 class Program:
     """A launchable second stage.
@@ -120,7 +133,8 @@ class Program:
         title: what the first line calls the stage.
         parser: from `stage_parser`.
         check: raises UserError for settings that cannot be used together, before anything is made.
-        classifiers: how many classifiers the settings train, where the val split chooses among them or not.
+        work: what the settings make it train, where the val split chooses among classifiers or not.
+        shifts: whether batch norm is shifted where the settings leave it open.
         variants: settings by the name of a variant, for every dataset: {variant: {section: {key: value}}}.
     """
 
@@ -128,7 +142,8 @@ class Program:
     title: str
     parser: ArgumentParser
     check: Callable[[Any], None] = lambda config: None
-    classifiers: Callable[[Any, bool], int] = lambda config, chooses: 1
+    work: Callable[[Any, bool], Work] = lambda config, chooses: Work(1, config.optim.epochs, config.optim.batch_size)
+    shifts: Callable[[Any], bool] = lambda config: False
     variants: Mapping[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
 

@@ -14,7 +14,7 @@ from train.engine.config import Input
 from train.engine.estimate import resident_bytes
 from train.engine.limits import said_bytes, said_time
 from train.features.bank import has_bank
-from train.features.commands import ClassifierOptim
+from train.features.commands import Work
 from train.networks.networks import BilateralNetwork, PlainNetwork
 
 STEPS = 10
@@ -27,11 +27,10 @@ def estimate_lines(
     dataset: Dataset,
     input: Input,
     accelerator: Accelerator,
-    optim: ClassifierOptim,
+    work: Work,
     *,
     views: int,
     weights: str,
-    classifiers: int,
 ) -> list[str]:
     """Return what is said of a second stage, from ten steps of its two works.
 
@@ -41,10 +40,9 @@ def estimate_lines(
         dataset: what the features are of.
         input: what the network sees.
         accelerator: gives device, precision and processes.
-        optim: of the classifiers.
+        work: what is trained on the features.
         views: how often each training image is taken; 0: once.
         weights: of the run: "last" or "selected".
-        classifiers: how many are trained, as far as that is known before.
     """
     device, linear = accelerator.device, network.classifier
     images = {name: len(split) * (max(1, views) if name == "train" else 1) for name, split in dataset.splits.items()}
@@ -54,7 +52,7 @@ def estimate_lines(
     }
     left = sum(number for name, number in images.items() if not taken[name])
     counts = dataset.train_counts
-    steps = math.ceil(len(counts) * int(counts.max()) * max(1, views) / optim.batch_size)
+    steps = math.ceil(len(counts) * int(counts.max()) * max(1, views) / work.batch_size)
 
     shown = min(input.batch_size, 32)
     images_BHWC = torch.zeros(shown, input.image_size, input.image_size, 3, dtype=torch.uint8, device=device)
@@ -66,15 +64,15 @@ def estimate_lines(
             network.features(images_BHWC)
 
     weight = linear.weight.detach().clone().requires_grad_()
-    features_BD = torch.rand(optim.batch_size, linear.in_features, device=device)
-    labels_B = torch.randint(linear.out_features, (optim.batch_size,), device=device)
+    features_BD = torch.rand(work.batch_size, linear.in_features, device=device)
+    labels_B = torch.randint(linear.out_features, (work.batch_size,), device=device)
 
     def learn() -> None:
         F.cross_entropy(F.linear(features_BD, weight), labels_B).backward()
         weight.grad = None
 
     extracting = _seconds(extract, device) / shown * left / accelerator.num_processes
-    learning = _seconds(learn, device) * optim.epochs * steps * classifiers / accelerator.num_processes
+    learning = _seconds(learn, device) * work.epochs * steps * work.classifiers / accelerator.num_processes
     bank = sum(images.values()) * linear.in_features * 2
     parameters = sum(p.numel() for p in network.parameters())
     lines = [
@@ -83,10 +81,10 @@ def estimate_lines(
         f"{said_bytes(bank)} of features, about {said_bytes(bank + resident_bytes())} of memory;"
         f" about {said_time(extracting)} for the features",
     ]
-    if classifiers:
+    if work.classifiers:
         lines.append(
-            f"about {said_time(learning)} for {classifiers} classifiers, each {optim.epochs} epochs of {steps:,} steps"
-            f" of {optim.batch_size} features (measured: {STEPS} steps)"
+            f"about {said_time(learning)} for {work.classifiers} classifiers, each {work.epochs} epochs of {steps:,}"
+            f" steps of {work.batch_size} features (measured: {STEPS} steps)"
         )
     return lines
 

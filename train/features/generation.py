@@ -16,13 +16,13 @@ Where n_j > D, noise of length D meets the factor R_j instead. All mathematics i
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.budget import free_memory
 from shards.errors import UserError
 from shards.groups import MANY_ABOVE
 from train.features.gaussians import ClassGaussians, Support, find_support, fit, head_classes, inverse_tukey_
@@ -42,6 +42,7 @@ def generate_chunks(
     chunk: int = 65536,
     rank: int = 0,
     world_size: int = 1,
+    memory: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Generate features, shuffled over classes, in chunks; nothing is kept (GLAG Eq. 8 and 9).
 
@@ -63,6 +64,7 @@ def generate_chunks(
             the more samples share a product: thousands of classes want tens of thousands of rows.
         rank: this process's number.
         world_size: how many processes share the samples.
+        memory: (M, D), float32, in which every chunk lies, so that the one before it is lost; None: new for each.
 
     Yields:
         features_MD, float32, and labels_M, int64; the last chunk may be shorter.
@@ -86,7 +88,8 @@ def generate_chunks(
 
     def chunks() -> Iterator[tuple[Tensor, Tensor]]:
         for parents_M, noise in _parents(gaussians, targets_C, generator, chunk, rank, world_size):
-            samples_MD = _sample(gaussians, support, parents_M, beta_C, noise)
+            place = None if memory is None else memory[: len(parents_M)]
+            samples_MD = _sample(gaussians, support, parents_M, beta_C, noise, place)
             _add_noise(samples_MD, gamma, noise)
             inverse_tukey_(samples_MD, gaussians.lam)
             yield samples_MD, gaussians.labels_N[parents_M]
@@ -106,29 +109,33 @@ def generate_parts(
     chunk: int = 65536,
     rank: int = 0,
     world_size: int = 1,
+    memory: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Generate as `generate_chunks` does, from the same parents, but for any number of β at once.
 
-    The sample at β is inverse_tukey(own + β·lent): one noise serves every β, which are compared by pairs.
+    The sample at β is inverse_tukey((1−β)·own + β·lent): one noise serves every β, which are compared by pairs.
 
-    Args: as those of `generate_chunks`.
+    Args: as those of `generate_chunks`; memory has room for both parts.
 
     Yields:
-        own_MD and lent_MD (what is borrowed less the own part; 0 in rows that borrow nothing), float32, in Tukey space,
-        γ's noise in the first; and labels_M, int64. A chunk has half as many rows, for two parts; the next one takes
+        own_MD and lent_MD (what is borrowed; the own part again in rows that borrow nothing), float32, in Tukey space,
+        γ's noise in both; and labels_M, int64. A chunk has half as many rows, for two parts; the next one takes
         the same memory.
     """
     rows = max(1, chunk // 2)
     _check_memory(2 * min(rows, int(targets_C.sum())), gaussians.features_ND)
-    memory = None
     for parents_M, noise in _parents(gaussians, targets_C, generator, rows, rank, world_size):
         if memory is None:  # the first chunk is the largest
             memory = gaussians.features_ND.new_empty(2 * len(parents_M), gaussians.features_ND.shape[1])
         parts_PD = _sample(gaussians, support, parents_M, None, noise, memory[: 2 * len(parents_M)])
         own_MD, lent_MD = parts_PD.chunk(2)
-        lent_MD -= own_MD
-        lent_MD *= support.weights_NK[parents_M].any(1)[:, None]
-        _add_noise(own_MD, gamma, noise)
+        alone_R = (~support.weights_NK[parents_M].any(1)).nonzero().flatten()
+        lent_MD[alone_R] = own_MD[alone_R]
+        if gamma:
+            added_MD = _noise(len(parents_M), own_MD.shape[1], noise).mul_(gamma**0.5)
+            own_MD += added_MD
+            lent_MD += added_MD
+            del added_MD
         yield own_MD, lent_MD, gaussians.labels_N[parents_M]
 
 
@@ -162,12 +169,11 @@ def _check_memory(rows: int, features_ND: Tensor) -> None:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Return the bytes that can be had on a device."""
+    """Return the free bytes of a device, with those that torch keeps for itself on a GPU."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(meminfo["MemAvailable"].split()[0]) * 1024
+        return free_memory(device) + kept
+    return free_memory(device)
 
 
 def take_turns(gaussians: ClassGaussians, numbers_C: Tensor, generator: torch.Generator) -> Tensor:

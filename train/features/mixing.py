@@ -46,7 +46,13 @@ class Mixture:
         """Return real features, float32, and their labels."""
         return self.features_ND[rows_B].float(), self.labels_N[rows_B]
 
-    def generated(self, beta: float | Tensor, generator: torch.Generator) -> Batches:
+    def workspace(self, betas: int) -> Tensor:
+        """Return memory for one chunk, of one β or of the two parts that several need; see `generate_chunks`."""
+        share = int(self.targets_C.sum()) // self.world_size
+        rows = min(self.chunk, share) if betas == 1 else 2 * min(max(1, self.chunk // 2), share)
+        return self.gaussians.features_ND.new_empty(rows, self.features_ND.shape[1])
+
+    def generated(self, beta: float | Tensor, generator: torch.Generator, memory: Tensor | None = None) -> Batches:
         """Return this rank's chunks of an epoch's generated features; see `generate_chunks`."""
         return generate_chunks(
             self.gaussians,
@@ -58,9 +64,10 @@ class Mixture:
             chunk=self.chunk,
             rank=self.rank,
             world_size=self.world_size,
+            memory=memory,
         )
 
-    def parts(self, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
+    def parts(self, generator: torch.Generator, memory: Tensor | None = None) -> Iterator[tuple[Tensor, ...]]:
         """Return the same for any number of β; see `generate_parts`."""
         return generate_parts(
             self.gaussians,
@@ -71,6 +78,7 @@ class Mixture:
             chunk=self.chunk,
             rank=self.rank,
             world_size=self.world_size,
+            memory=memory,
         )
 
     @property
@@ -82,7 +90,11 @@ class Mixture:
 
 
 def mixed_epoch(
-    mixture: Mixture, betas: Sequence[float | Tensor], batch_size: int, generator: torch.Generator
+    mixture: Mixture,
+    betas: Sequence[float | Tensor],
+    batch_size: int,
+    generator: torch.Generator,
+    memory: Tensor | None = None,
 ) -> Iterator[tuple[Iterator[Tensor], Tensor]]:
     """Yield one epoch's batches: every real feature once, and new generated ones, shuffled together.
 
@@ -94,13 +106,17 @@ def mixed_epoch(
         betas: each β a number, or one per class (C,).
         batch_size: features per batch on this rank.
         generator: in the same state on every rank; afterwards again.
+        memory: from `Mixture.workspace`, to be used again in every epoch: fresh pages take long.
 
     Yields:
-        An iterator over the batch's features_BD, float32, at each β: the memory is used again for the next one. And
+        An iterator over the batch's features_BD, float32, at each β: the memory is used again for every next one. And
         labels_B, int64.
     """
     share, several = int(mixture.targets_C.sum()) // mixture.world_size, len(betas) > 1
-    made: Iterator[tuple[Tensor, ...]] = mixture.parts(generator) if several else mixture.generated(betas[0], generator)
+    made: Iterator[tuple[Tensor, ...]] = (
+        mixture.parts(generator, memory) if several else mixture.generated(betas[0], generator, memory)
+    )
+    space_BD = mixture.gaussians.features_ND.new_empty(batch_size, mixture.features_ND.shape[1])
     mine_N = mixture.share(torch.randperm(len(mixture.labels_N), generator=generator))
     nothing = (mixture.labels_N[:0],)
     rows = max(1, mixture.chunk // 2) if several else mixture.chunk
@@ -114,26 +130,31 @@ def mixed_epoch(
             real_BD, real_labels_B = mixture.real(mine_R[old_B])
             labels_B = labels_M[next_rows]
             yield (
-                _views(mixture, betas, [part[next_rows] for part in parts], labels_B, real_BD),
+                _views(mixture, betas, [part[next_rows] for part in parts], labels_B, real_BD, space_BD),
                 torch.cat([labels_B, real_labels_B]),
             )
         del parts  # before the next chunk is made
 
 
 def _views(
-    mixture: Mixture, betas: Sequence[float | Tensor], parts: list[Tensor], labels_B: Tensor, real_BD: Tensor
+    mixture: Mixture,
+    betas: Sequence[float | Tensor],
+    parts: list[Tensor],
+    labels_B: Tensor,
+    real_BD: Tensor,
+    space_BD: Tensor,
 ) -> Iterator[Tensor]:
-    """Yield generated and then real features, at each β."""
-    batch_BD = real_BD.new_empty(len(labels_B) + len(real_BD), real_BD.shape[1])
+    """Yield generated and then real features, at each β, in the same memory."""
+    batch_BD = space_BD[: len(labels_B) + len(real_BD)]
     new_BD = batch_BD[: len(labels_B)]
     batch_BD[len(labels_B) :] = real_BD
     for beta in betas:
         if len(parts) == 2:
             own_BD, lent_BD = parts
             if isinstance(beta, Tensor):
-                torch.addcmul(own_BD, lent_BD, beta[labels_B, None], out=new_BD)
+                torch.lerp(own_BD, lent_BD, beta[labels_B, None], out=new_BD)
             else:
-                torch.add(own_BD, lent_BD, alpha=beta, out=new_BD)
+                torch.lerp(own_BD, lent_BD, beta, out=new_BD)
             inverse_tukey_(new_BD, mixture.gaussians.lam)
         elif parts:
             new_BD.copy_(parts[0])

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from shards.atomic import partial_folder
 from train.features.mixing import Mixture, Sampling, mixed_epoch, real_epoch
-from train.features.training import PASS_VALUES, Recipe, Stack, Trained, Views, train_together
+from train.features.recipes import Recipe, Trained
+from train.features.training import PASS_VALUES, Stack, Views, train_together
 
 FOLDER = "candidates"
 SEEN = {
@@ -62,12 +63,16 @@ class Passes:
     writes: bool = True
     salt: Any = field(default_factory=dict)
 
+    @property
+    def at_once(self) -> int:
+        """How many classifiers a pass may train."""
+        return max(1, PASS_VALUES // (3 * self.stage_one.weight.numel()))
+
     def train(self, source: Source, recipes: Sequence[Recipe]) -> list[Trained]:
         """Train a classifier per recipe, in as few passes as memory allows; or find those of a finished pass."""
-        at_once = max(1, PASS_VALUES // (3 * self.stage_one.weight.numel()))
         found: list[Trained] = []
-        for start in range(0, len(recipes), at_once):
-            together = list(recipes[start : start + at_once])
+        for start in range(0, len(recipes), self.at_once):
+            together = list(recipes[start : start + self.at_once])
             kept = self._read(source, together)
             if kept is None:
                 kept = self._train(source, together)
@@ -76,16 +81,16 @@ class Passes:
         return found
 
     def stacks(self, recipes: Sequence[Recipe]) -> tuple[list[Stack], list[list[int]]]:
-        """Return a stack per β, and which recipes each holds."""
-        betas = list(dict.fromkeys(recipe.beta for recipe in recipes))
-        places = [[i for i, recipe in enumerate(recipes) if recipe.beta == beta] for beta in betas]
+        """Return a stack per β, those of lws apart, and which recipes each holds."""
+        kinds = [(recipe.beta, recipe.kind == "lws") for recipe in recipes]
+        places = [[i for i, one in enumerate(kinds) if one == kind] for kind in dict.fromkeys(kinds)]
         counts_C, head_C = self.mixture.gaussians.counts_C, self.mixture.support.head_C
         return [
             Stack(self.stage_one, [recipes[i] for i in inside], counts_C, head_C, self.seed) for inside in places
         ], places
 
     def epochs(self, source: Source, betas: Sequence[float | Tensor | None]) -> tuple[Callable[[], Views], int]:
-        """Return what gives an epoch's batches, and how many there are."""
+        """Return what gives an epoch's batches, with a view for each β, and how many there are."""
         generator = torch.Generator().manual_seed(self.seed)
         mixture = self.mixture
         share = max(1, source.batch_size // mixture.world_size)
@@ -93,13 +98,16 @@ class Passes:
         if source.sampling == "generated":
             at = [beta for beta in betas if beta is not None]
             number = int(counts_C.sum() + mixture.targets_C.sum())
-            return (lambda: mixed_epoch(mixture, at, share, generator)), -(-number // mixture.world_size // share)
+            memory = mixture.workspace(len(at))
+            return (lambda: mixed_epoch(mixture, at, share, generator, memory)), -(
+                -number // mixture.world_size // share
+            )
         sampling: Sampling = source.sampling
         number = int(counts_C.max()) * len(counts_C) if sampling == "oversampled" else len(mixture.labels_N)
 
         def real() -> Views:
             for features_BD, labels_B in real_epoch(mixture, sampling, share, generator):
-                yield [features_BD], labels_B
+                yield [features_BD] * len(betas), labels_B
 
         return real, -(-number // mixture.world_size // share)
 

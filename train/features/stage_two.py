@@ -2,42 +2,39 @@
 
 finished run of stage one ─ open_stage ─> Stage: frozen network, features of train, val and test
                                              │  (the launchable file trains a linear classifier)
-                                        close_stage ─> run folder: model, rows, summary
+                           close_stage (train/features/results.py) ─> run folder: model, rows, summary
 """
 
-import shutil
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from jsonargparse import Namespace
-from torch import Tensor, nn
+from torch import Tensor
 
-from analysis.metrics import summarize
 from shards.errors import UserError
 from shards.index import Dataset
 from train.engine import runs
 from train.engine.config import Input, find_dataset, find_dataset_of, parse, plain_sections
-from train.engine.diagnostics import write_diagnostics
-from train.engine.evaluation import collect_faults, describe, device_name, test_split, write_results
+from train.engine.evaluation import test_split
 from train.engine.machine import make_accelerator
-from train.engine.predictions import Collector, write_predictions
 from train.features import passes
 from train.features.bank import FOLDER as BANK
-from train.features.bank import bank_ids, feature_bank
-from train.features.candidates import IMAGES_TO_CHOOSE, Candidate, Families, Judge
-from train.features.classifiers import FEATURES_PER_BLOCK, measure
+from train.features.bank import feature_bank
+from train.features.candidates import IMAGES_TO_CHOOSE, Families, Judge
 from train.features.commands import RATES, Program, defaults
 from train.features.estimate import estimate_lines
 from train.features.gaussians import find_support, fit, fitting_lambda, head_classes
 from train.features.mixing import Mixture
-from train.networks.model_files import SELECTED_FILE, choose_weights, load_model, save_model, save_selected_model
+from train.features.shift import FOLDER as SHIFTED
+from train.features.shift import batch_norms, shifted
+from train.networks.model_files import choose_weights, load_model, read_description
+from train.networks.networks import BilateralNetwork
 
 
 @dataclass(frozen=True)
@@ -59,6 +56,7 @@ class Stage:
         started: when it began, by time.perf_counter.
         weights: which of the stage-one run's weights the network has: "last" or "selected".
         input: what the network sees.
+        home: the folder that keeps the network's features: that of stage one, or of the shifted network.
     """
 
     name: str
@@ -76,6 +74,7 @@ class Stage:
     started: float
     weights: str
     input: Input
+    home: Path
 
     def average(self, gradient: Tensor) -> Tensor:
         """Return the mean of a gradient over all ranks."""
@@ -116,6 +115,7 @@ def open_stage(
         if (resumed / "summary.json").exists():
             print(f"{resumed} is finished")
             return None
+        _check_resumed(resumed, asked, about)
     wanted = find_dataset(asked.data).name if asked.data else None
     place = asked["from"] or about.get("from")
     source = Path(place) if place else runs.newest_run({1}, dataset=wanted)
@@ -123,24 +123,36 @@ def open_stage(
     if not (source / "summary.json").exists():
         again = f"tailstream train {saved['about']['method']} {runs.resuming(source)}"
         raise UserError(f"{source} is not finished; resume it: {again}")
-    dataset = find_dataset_of(source, saved["about"], asked.data)
+    dataset = find_dataset_of(source, about if "data" in about else saved["about"], asked.data)
     settings = parse(parser, argv, saved_settings or defaults(program, dataset, asked.variant))
     config = parser.instantiate(settings)
     program.check(config)
 
     accelerator = make_accelerator(config.loop.precision)
     set_seed(config.loop.seed)
-    weights = choose_weights(source, asked.weights)
+    weights = choose_weights(source, asked.weights or about.get("weights"))
     network = load_model(source, weights)
+    if config.input.branch != "both" and not isinstance(network, BilateralNetwork):
+        raise UserError(
+            f"input.branch={config.input.branch} names a branch of a bilateral network, and {source} has one branch;"
+            " leave it out, or name a run of train/bbn.py with --from"
+        )
     if network.classifier.out_features != len(dataset.classes):
         raise UserError(
             f"{source} was trained for {network.classifier.out_features} classes, and {dataset.root} has"
             f" {len(dataset.classes)}; name the dataset it was trained on with --data"
         )
+    described = read_description(source)
+    if described is not None and described.classes != list(dataset.classes):
+        first = next(pair for pair in zip(described.classes, dataset.classes, strict=True) if pair[0] != pair[1])
+        raise UserError(
+            f"{source} was trained for other classes than {dataset.root} has: {first[0]!r} is {first[1]!r} there; name"
+            " the dataset it was trained on with --data"
+        )
     test, held_out = test_split(dataset), dataset.splits.get("val")
     watched = "val" if held_out and test.name != "val" else None
-    taken = vars(config.input)
-    views = taken.pop("views")
+    taken = dict(vars(config.input))
+    views, branch, shifts = (taken.pop(key) for key in ("views", "branch", "shift_batch_norm"))
     input = Input(**{key: saved["input"][key] for key in ("image_size", "augment", "eval_augment")}, **taken)
     network.to(accelerator.device)
     if asked.dry_run:
@@ -152,10 +164,9 @@ def open_stage(
             dataset,
             input,
             accelerator,
-            config.optim,
+            program.work(config, chooses),
             views=views,
             weights=weights,
-            classifiers=program.classifiers(config, chooses),
         ):
             accelerator.print(line)
         accelerator.print("nothing was written (--dry-run)")
@@ -180,24 +191,37 @@ def open_stage(
     )
 
     started = time.perf_counter()
+    home, of = source, weights
+    if program.shifts(config) if shifts is None else shifts:
+        if batch_norms(network):
+            network, home = shifted(network, run_folder / SHIFTED, dataset, input, accelerator, config.loop.seed)
+            of = "last"
+        else:
+            accelerator.print(f"the network of {source} has no batch norm, so that there is nothing to shift")
 
     def bank(split: str) -> tuple[Tensor, Tensor]:
         seen = views if split == "train" else 0
-        return feature_bank(source, network, dataset, split, input, accelerator, seen, weights)
+        features_ND, labels_N = feature_bank(home, network, dataset, split, input, accelerator, seen, of)
+        if branch != "both":
+            features_ND = features_ND.chunk(2, dim=1)[branch == "rebalancing"]
+        return features_ND, labels_N
 
     features_ND, labels_N = bank("train")
     judge = Judge(bank(watched) if watched else None, bank(test.name), dataset.train_counts)
     if not judge.chooses:
-        held = f"val has {judge.images_per_class:.1f} images a class" if watched else "there is no val split"
+        held = f"val has {judge.images_per_class:.1f} images a class, and a choice needs {IMAGES_TO_CHOOSE}"
+        if not watched:
+            held = "results are reported on val, for lack of a test split" if held_out else "there is no val split"
+        remedy = "--test-fraction" if held_out and not watched else "a larger --val-fraction"
         accelerator.print(
-            f"{held}, and a choice needs {IMAGES_TO_CHOOSE}: nothing is selected: β is the paper's, and every"
-            " other setting the first of its grid; build the dataset with a larger --val-fraction to have them chosen"
+            f"{held}: nothing is chosen or selected, and each setting is the first of its grid; build the dataset with"
+            f" {remedy} to have them chosen"
         )
     return Stage(
         name,
         config,
         source,
-        network,
+        network if branch == "both" else network.single(branch).to(accelerator.device),
         dataset,
         run_folder,
         accelerator,
@@ -209,7 +233,25 @@ def open_stage(
         started,
         weights,
         input,
+        home,
     )
+
+
+def _check_resumed(run: Path, asked: Any, about: dict[str, Any]) -> None:
+    """Refuse to resume a run from something else than it began with; stage one's folder may have moved.
+
+    Raises:
+        UserError: --from, --weights or --variant differ.
+    """
+    if asked.variant:
+        raise UserError(f"--variant {asked.variant} comes too late for {run}, which has its settings; leave it out")
+    for key in ("from", "weights"):
+        begun, given = about.get(key), asked[key]
+        same = None in (begun, given) or given == begun
+        if not same and key == "from":
+            same = Path(given).resolve() == Path(begun).resolve() or not Path(begun).exists()
+        if not same:
+            raise UserError(f"{run} began with --{key} {begun}, not {given}; leave --{key} out, or begin another run")
 
 
 def make_families(
@@ -222,8 +264,10 @@ def make_families(
     head_above: int = 100,
     kind: Literal["scaled", "lws", "linear"] = "scaled",
     rates: list[float] | None = None,
+    q: Literal[0, 1] = 0,
+    weights: str = "none",
 ) -> Families:
-    """Fit the Gaussians, and return all that makes candidates; arguments as AFG's settings of the same names.
+    """Fit the Gaussians, and return all that makes candidates; arguments as settings of the same names.
 
     λ is 1 where features are negative.
     """
@@ -243,7 +287,8 @@ def make_families(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    salt = [lam, k, gamma, chunk, head_above, (stage.source / BANK / "train" / "bank.json").read_text()]
+    bank = (stage.home / BANK / "train" / "bank.json").read_text()
+    salt = [lam, k, gamma, chunk, head_above, stage.config.input.branch, bank]
     trainer = passes.Passes(
         stage.network.classifier,
         mixture,
@@ -256,85 +301,6 @@ def make_families(
         salt,
     )
     optim, reference = stage.config.optim, stage.config.reference
-    return Families(stage.network.classifier, mixture, stage.judge, trainer, optim, reference, kind, rates or RATES)
-
-
-def close_stage(
-    stage: Stage,
-    title: str,
-    last: Candidate,
-    selected: dict[str, Any] | None = None,
-    winner: nn.Linear | None = None,
-    **more: Any,
-) -> None:
-    """Evaluate the classifier on the test split and leave a finished run folder.
-
-    Args:
-        stage: from `open_stage`.
-        title: what tables call the stage; stage one's title comes before it.
-        last: the stage's own classifier, which takes the place of stage one's.
-        selected: what is said of the selected one, whose figures and file are added.
-        winner: the selected classifier.
-        more: further keys of summary.json.
-    """
-    rows = last.trained.rows if last.trained else []
-    final, _ = measure(last.linear, stage.judge.test)
-    if selected is not None and winner is not None:
-        selected |= {"file": SELECTED_FILE, **stage.judge.report(winner)}
-    seconds = time.perf_counter() - stage.started
-    summary = {
-        "method": stage.name,
-        "title": f"{runs.read_summary(stage.source)['title']} + {title}",
-        "stage": 2,
-        "from": stage.source.resolve().name,
-        "from_weights": stage.weights,
-        "dataset": stage.dataset.name,
-        "seed": stage.config.loop.seed,
-        "epochs": len(rows),
-        "last": summarize(final, stage.dataset.train_counts),
-        "selected": selected,
-        "selected_on": stage.watched if selected else None,
-        "held_out_images_per_class": stage.judge.images_per_class,
-        "evaluated_on": stage.tested,
-        **more,
-        "images_per_second": sum(row["images_per_second"] for row in rows) / len(rows) if rows else None,
-        "seconds": seconds,
-        "faults": collect_faults(stage.dataset, stage.accelerator),
-        "environment": runs.environment(device_name(stage.accelerator.device), stage.accelerator.num_processes),
-        "command": runs.command(),
-    }
-    if stage.accelerator.is_main_process:
-        stage.network.classifier = last.linear
-        save_model(stage.network, stage.run_folder)
-        epochs = {"last": len(rows)}
-        if winner is not None:
-            stage.network.classifier = winner
-            save_selected_model(stage.network, stage.run_folder)
-            stage.network.classifier = last.linear
-            epochs["selected"] = len(rows)
-        describe(stage.run_folder, stage.network, stage.dataset, stage.input, summary, epochs)
-        keep_predictions(stage, last.linear)
-        write_diagnostics(stage.run_folder, stage.network, beta=last.trained and last.trained.beta_C)
-        (stage.run_folder / "metrics.jsonl").touch()
-        for row in rows:
-            runs.append_row(stage.run_folder, {**row, "seconds": seconds})
-        write_results(stage.run_folder, summary, final, stage.dataset)
-        shutil.rmtree(stage.run_folder / passes.FOLDER, ignore_errors=True)
-
-
-@torch.no_grad()
-def keep_predictions(stage: Stage, linear: nn.Linear) -> None:
-    """Write predictions.npz: what a classifier says of the features of test, and of val where there is one."""
-    kept = {}
-    for name, bank in ((stage.tested, stage.judge.test), (stage.watched, stage.judge.watched)):
-        if name is not None and bank is not None:
-            collector = Collector(linear.out_features, logits=name != stage.tested)
-            ids_N = bank_ids(stage.source, stage.dataset.splits[name])
-            for ids_B, features_BD, labels_B in zip(
-                np.split(ids_N, range(FEATURES_PER_BLOCK, len(ids_N), FEATURES_PER_BLOCK)),
-                *(part.split(FEATURES_PER_BLOCK) for part in bank),
-                strict=True,
-            ):
-                collector.add(ids_B, labels_B, linear(features_BD.float()))
-            kept[name] = collector.gather()
-    write_predictions(stage.run_folder, kept)
+    return Families(
+        stage.network.classifier, mixture, stage.judge, trainer, optim, reference, kind, rates or RATES, q, weights
+    )

@@ -182,7 +182,7 @@ def _use_drop_path(blocks: list[nn.Module], rate: float) -> None:
         return stochastic_depth(maps_BDHW, of_block, "row", norm.training)
 
     for number, block in enumerate(blocks):
-        norm = block.bn3 if hasattr(block, "bn3") else block.bn2
+        norm = block.get_submodule("bn3" if hasattr(block, "bn3") else "bn2")
         norm.register_forward_hook(partial(drop, rate * number / (len(blocks) - 1)))
 
 

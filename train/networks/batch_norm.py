@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.module_tracker import ModuleTracker
 
+from shards.errors import UserError
+
 IN_BACKWARD = ModuleTracker()
 
 
@@ -43,7 +45,7 @@ class StreamBatchNorm2d(nn.BatchNorm2d):
     num_batches_tracked: Tensor
 
     def forward(self, maps_NCHW: Tensor) -> Tensor:
-        """See the class."""
+        """See the class. A UserError where there is one value of a channel and stream alone."""
         maps_NCHW = self._normalized(maps_NCHW)
         for follows in self._modules.values():  # of timm's norms, which hold their activation
             maps_NCHW = cast(nn.Module, follows)(maps_NCHW)
@@ -55,6 +57,13 @@ class StreamBatchNorm2d(nn.BatchNorm2d):
             again = self.recomputes and IN_BACKWARD.is_bw
             if self.synchronised and dist.is_initialized() and dist.get_world_size() > 1:
                 return self._over_ranks(maps_NCHW, again)
+            if maps_NCHW.numel() // (self.streams * self.num_features) < 2:
+                # The kernel below would leave a variance that is no number, and say nothing.
+                raise UserError(
+                    f"a part of one image, whose maps are {maps_NCHW.shape[2]}x{maps_NCHW.shape[3]} here, has no"
+                    " variance to normalise by; use a larger input.batch_size or input.image_size, fewer processes, or"
+                    " a smaller optim.accumulate"
+                )
             if again:
                 # A momentum of 0 leaves them as they are; without them autograd would miss what it saved before.
                 running = self.running_mean, self.running_var

@@ -72,8 +72,8 @@ class Description:
 def save_model(network: Network, folder: Path | str) -> None:
     """Write `model.safetensors` (the state) and `model.json` (the network's spec) into `folder`.
 
-    A cosine classifier is written as the plain linear layer that gives the same logits. Each file appears whole or not
-    at all. The folder is made where it is missing. Selected weights of an earlier model go.
+    A cosine classifier is written as the plain linear layer that gives the same logits. The folder is made where it is
+    missing. An earlier model goes first, with its selected weights: a kill leaves no model rather than a mixed one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,8 @@ def save_model(network: Network, folder: Path | str) -> None:
     with partial_folder(folder / ".model.partial") as temporary:
         _save_state(network, temporary / WEIGHTS_FILE)
         write_json(temporary / SPEC_FILE, content)
-        (folder / SELECTED_FILE).unlink(missing_ok=True)
+        for name in (SPEC_FILE, SELECTED_FILE):
+            (folder / name).unlink(missing_ok=True)
         for name in (WEIGHTS_FILE, SPEC_FILE):
             os.replace(temporary / name, folder / name)
 
@@ -139,7 +140,10 @@ def choose_weights(folder: Path | str, asked: str | None) -> str:
     """
     has_selected = "selected" in _read_json(Path(folder)).get("weights", {})
     if asked == "selected" and not has_selected:
-        raise UserError(f"{folder} has no selected weights, because no val split chose an epoch; use --weights last")
+        raise UserError(
+            f"{folder} has no selected weights: no val split chose an epoch, or they were not yet kept as a model when"
+            " it was trained; use --weights last"
+        )
     return asked or ("selected" if has_selected else "last")
 
 

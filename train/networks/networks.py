@@ -108,10 +108,9 @@ class Network(nn.Module):
         return sum(name.startswith("layer") for name, _ in self.trunk.named_children())
 
     def freeze_trunk(self) -> None:
-        """Keep the trunk as it is from now on: without gradients, its batch norm as in evaluation.
-
-        Nothing of it is kept for the backward pass then, because nothing in it needs a gradient.
-        """
+        """Keep the trunk as it is from now on: no gradients, no maps kept for them, batch norm as in evaluation."""
+        if not self.is_cut:
+            raise UserError(f"optim.freeze=trunk: {self.spec['backbone']} is not cut, and has no trunk; leave it out")
         self.trunk_is_frozen = True
         self.trunk.requires_grad_(False).eval()
 
