@@ -28,6 +28,7 @@ from train.engine.limits import SCHEDULE, enlarged, estimate_run, said, within_b
 from train.engine.loop import Training
 from train.engine.machine import launched_by, make_accelerator, usable_gpu
 from train.engine.method import Method, make_method
+from train.engine.model import make_adapter
 from train.engine.optimisers import check_resumed, check_settings
 from train.engine.predictions import FILES as PREDICTIONS
 from train.engine.recipes import choose, given_settings, resumed_choice
@@ -144,6 +145,7 @@ def _train_and_finish(
     if config.loop.seed >= 2**32:
         raise UserError(f"loop.seed={config.loop.seed} must be below 2**32, NumPy's limit")
     if config.model.adapt and config.model.weights is None and not resumed:
+        make_adapter(config.model.adapt)  # which names one that is none
         raise UserError(
             f"model.adapt={config.model.adapt} trains small layers beside frozen ones, which model.weights does not"
             " name: they would be random; give --model.weights default, or a file"
