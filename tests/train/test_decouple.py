@@ -92,7 +92,7 @@ def test_one_branch_of_bbn(workplace, capsys):
         torch.testing.assert_close(network.features(images), half)
         assert_predictions_are_the_models(run)
     # Both branches come from one bank.
-    assert "taking them anew" not in capsys.readouterr().out
+    assert "extracting them again" not in capsys.readouterr().out
 
 
 def assert_predictions_are_the_models(run: str) -> None:

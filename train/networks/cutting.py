@@ -49,7 +49,7 @@ class Trunk(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # of timm, which has no types
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Return what the last block takes: maps (B, C, H, W), or tokens (B, N, C)."""
@@ -75,7 +75,7 @@ class Branch(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # of timm, which has no types
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return features_BD, float32: pooling, and a norm that follows it, are float32 also under autocast."""
@@ -114,7 +114,7 @@ def cut(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return Trunk(model), last
 
 
-def last_block(model: nn.Module) -> list[str]:
+def last_block(model: Any) -> list[str]:
     """Return the path of the last block: where the last stage ends."""
     path = str(model.feature_info[-1]["module"]).split(".")
     while True:

@@ -138,7 +138,7 @@ def _view(config: Any) -> View:
     return View(config.input_size[-1], config.crop_pct, config.interpolation, tuple(config.mean), tuple(config.std))
 
 
-def _build(name: str, config: Any, weights: str | None, size: int, drop_path: float) -> nn.Module:
+def _build(name: str, config: Any, weights: str | None, size: int, drop_path: float) -> Any:
     import timm
 
     given: dict[str, Any] = {"num_classes": 0}
@@ -213,7 +213,7 @@ def _load(name: str, config: Any, model: nn.Module, weights: str) -> None:
 
 
 @torch.no_grad()
-def _check_features(name: str, model: nn.Module, size: int) -> int:
+def _check_features(name: str, model: Any, size: int) -> int:
     """Return D, found by showing the model pictures that have a size and no contents."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
