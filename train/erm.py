@@ -1,6 +1,6 @@
 """Single-branch training: any sampler, any objective, any class weights, any mixing; plain cross-entropy by default.
 
-    accelerate launch train/erm.py [--data data/digits] [--method.q 0] [--method.objective gradual]
+    tailstream train erm [--data data/digits] [--method.q 0] [--method.objective gradual]
     … --method.objective ldam --method.weights effective --method.defer 0.8                      LDAM-DRW
     … --method.objective focal --method.weights effective                                        CB-focal
     … --method.q 0 --method.defer 0.8                                                            CE-DRS

@@ -148,8 +148,8 @@ def test_images_that_are_enlarged_are_named():
 
 def test_times_as_they_are_given_and_said():
     assert [seconds_in(text) for text in ("90s", "15m", "1h30m", "2d")] == [90, 900, 5400, 172_800]
-    told = [said_time(seconds) for seconds in (0.314, 12.3, 100, 3_600, 20_000, 200_000)]
-    assert told == ["0.31 s", "12 s", "1.7 minutes", "60 minutes", "5.6 hours", "2.3 days"]
+    reported = [said_time(seconds) for seconds in (0.314, 12.3, 100, 3_600, 20_000, 200_000)]
+    assert reported == ["0.31 s", "12 s", "1.7 minutes", "60 minutes", "5.6 hours", "2.3 days"]
 
 
 @pytest.mark.parametrize("budget", ["15", "m", "1h 30m", "-5m", ""])

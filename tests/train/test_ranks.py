@@ -199,8 +199,8 @@ def test_a_run_that_not_all_processes_see_is_refused(workplace):
 def _agree(rank: int) -> None:
     torch.distributed.init_process_group("gloo")
     consensus = Consensus(2)
-    told = [consensus(15 * rank, rank == 0), consensus(0, False), consensus(0, False)]
-    assert told == [[0, 0], [15, 1], [0, 0]]
+    reported = [consensus(15 * rank, rank == 0), consensus(0, False), consensus(0, False)]
+    assert reported == [[0, 0], [15, 1], [0, 0]]
     assert consensus.wait() == [0, 0]
     assert consensus.wait() is None
     torch.distributed.destroy_process_group()

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from shards.errors import UserError
 from train import afg, bbn, decouple, erm, export, predict, sdn
+from train.engine.config import Input, Loop, Optim, make_parser
 from train.engine.launch import run
+from train.engine.model import Model
+from train.engine.recipes import choose
 from train.networks.batch_norm import StreamBatchNorm2d
 from train.networks.depths import part_of
 from train.networks.model_files import load_model, read_description, save_model
@@ -403,7 +406,7 @@ def test_pictures_are_mixed_at_depth_0(files):
 
 # Through the commands: digits at 32 pixels.
 SHORT = ["--input.image_size", "32", "--input.batch_size", "96", "--optim.epochs", "2", "--optim.lr", "0.01"]
-SHORT += ["--loop.threads", "1", "--optim.warmup_epochs", "0"]
+SHORT += ["--loop.threads", "1", "--optim.warmup_epochs", "0", "--loop.estimate", "false"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -416,11 +419,11 @@ def test_a_run_from_start_to_export(family, files, workplace, capsys, monkeypatc
     assert "after epoch 1" in said
     spec = json.loads((workplace / "runs/bbn/model.json").read_text())["network"]
     assert spec == {"kind": "bilateral", "backbone": backbone[1], "num_classes": 10, "image_size": 32}
-    told = read_description("runs/bbn")
+    reported = read_description("runs/bbn")
     cfg = timm.get_pretrained_cfg(FAMILIES[family])
-    assert (told.image_size, told.crop_share) == (32, pytest.approx(cfg.crop_pct))
-    assert told.interpolation.startswith(cfg.interpolation)
-    assert told.mean == pytest.approx(cfg.mean)
+    assert (reported.image_size, reported.crop_share) == (32, pytest.approx(cfg.crop_pct))
+    assert reported.interpolation.startswith(cfg.interpolation)
+    assert reported.mean == pytest.approx(cfg.mean)
     afg.run(["--from", "runs/bbn", "--run", "runs/afg", "--optim.epochs", "2", "--method.baselines", "false"])
     said = capsys.readouterr().out
     assert ("features have negative values" in said) == (family != "resnet")
@@ -456,18 +459,25 @@ def test_other_methods(command, files, workplace):
     assert model.predict(images(2)).shape == (2, 10)
 
 
-def test_own_view_is_the_default_and_flags_come_over_it(files, workplace):
-    run(erm.ERM, ["--model.backbone", "timm/test_vit", "--model.weights", files["vit"], "--optim.epochs", "1",
-                  "--input.batch_size", "200", "--input.eval_augment", "none", "--run", "runs/a"])  # fmt: skip
-    told = read_description("runs/a")
-    assert (told.image_size, told.eval_augment, told.crop_share) == (160, "none", 1.0)
+def test_own_view_is_the_default_and_flags_come_over_it(digits):
+    parser = make_parser("erm", "", input=Input, model=Model, method=erm.ERM.Settings, optim=Optim, loop=Loop)
+
+    def chosen(*flags: str):
+        argv = ["--model.backbone", "timm/test_vit", *flags]
+        return choose(parser, argv, digits, "erm", None, gpu=False)
+
+    own, given = chosen(), chosen("--input.eval_augment", "none", "--input.image_size", "32")
+    assert (own.settings.input.image_size, own.settings.input.eval_augment) == (160, "centre(0.95)+bicubic")
+    assert own.settings.input.augment == "shift+bicubic"
+    assert (given.settings.input.image_size, given.settings.input.eval_augment) == (32, "none")
+    assert any("pretrained on pictures of 160×160 pixels, shown as centre(0.95)+bicubic" in note for note in own.notes)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model.adapt", "lora"], "model.adapt=lora trains small layers beside frozen ones"),
-        (["--model.adapt", "lore"], "model.adapt=lore is unknown; did you mean lora?"),
+        (["--model.adapt", "lore"], "model.adapt=lore is unknown; choose one of"),
         (["--model.adapt", "lora(dim=3)"], "lora has no setting 'dim'; its settings are: rank, scale"),
         (["--model.backbone", "timm/test_vitt"], "did you mean timm/test_vit"),
         (["--input.image_size", "30"], "30 is no multiple"),

@@ -267,7 +267,7 @@ def peek(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
 def changed_settings(
     parser: ArgumentParser, sections: dict[str, Any], defaults: dict[str, Any], spoken: frozenset[str] = frozenset()
 ) -> list[str]:
-    """Return the dotted names of the settings that differ from the defaults, for tables to tell runs apart.
+    """Return the dotted names of the settings that differ from the defaults, by which tables distinguish runs.
 
     Args:
         parser: that of the run.

@@ -22,12 +22,13 @@ from train.engine import runs
 from train.engine.checkpoints import Counters, has_checkpoint, load_checkpoint
 from train.engine.config import Config, changed_settings, find_dataset, find_dataset_of, plain_sections
 from train.engine.evaluation import finish, test_split
-from train.engine.guards import told_in_one_line
+from train.engine.guards import errors_in_one_line
 from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.limits import SCHEDULE, enlarged, estimate_run, said, within_budget
 from train.engine.loop import Training
 from train.engine.machine import launched_by, make_accelerator, usable_gpu
 from train.engine.method import Method, make_method
+from train.engine.model import make_adapter
 from train.engine.optimisers import check_resumed, check_settings
 from train.engine.predictions import FILES as PREDICTIONS
 from train.engine.recipes import choose, given_settings, resumed_choice
@@ -80,7 +81,7 @@ def train(
     config = _config(parser, choice.settings)
 
     accelerator = make_accelerator(config.loop.precision, config.loop.device, config.loop.threads)
-    with told_in_one_line(resumed):
+    with errors_in_one_line(resumed):
         if choice.weights_by_preset and (missing := _missing_weights(config, accelerator)):
             choice = choose(parser, argv, dataset, method_class.name, asked.variant, gpu=gpu, missing=missing)
             config = _config(parser, choice.settings)
@@ -144,6 +145,7 @@ def _train_and_finish(
     if config.loop.seed >= 2**32:
         raise UserError(f"loop.seed={config.loop.seed} must be below 2**32, NumPy's limit")
     if config.model.adapt and config.model.weights is None and not resumed:
+        make_adapter(config.model.adapt)  # which names one that is none
         raise UserError(
             f"model.adapt={config.model.adapt} trains small layers beside frozen ones, which model.weights does not"
             " name: they would be random; give --model.weights default, or a file"
@@ -152,7 +154,7 @@ def _train_and_finish(
         # Its weights replace the pretrained ones, whose file or server may be out of reach by now.
         config = replace(config, model=replace(config.model, weights=None))
     method, plan = _make(method_class, config, dataset, accelerator)
-    test_split(dataset)  # tells early where there is none
+    test_split(dataset)  # refused early where there is none
     tracking = Tracking(config.loop.track)
     # Whatever can fail comes before the folder is made or touched.
     restored = load_checkpoint(resumed, method.network) if resumed else None
@@ -217,7 +219,7 @@ def _train_and_finish(
         within = counters.step - counters.epochs * plan.steps_per_epoch
         where = f" and {within} of {plan.steps_per_epoch} steps" if within else ""
         accelerator.print(f"resuming {run_folder} after epoch {counters.epochs}{where}")
-    with loader, told_in_one_line(run_folder):
+    with loader, errors_in_one_line(run_folder):
         training = Training(method, config, dataset, plan, run_folder, accelerator, counters, tracking)
         if restored:
             training.restore(restored[0])
