@@ -194,7 +194,7 @@ def train(stage: "Stage") -> None:
         best,
         selected,
         winner,
-        beta.masked_fill(mixture.support.head_C, torch.nan).cpu() if isinstance(beta, torch.Tensor) else None,
+        beta_C=beta.masked_fill(mixture.support.head_C, torch.nan).cpu() if isinstance(beta, torch.Tensor) else None,
         beta={
             "used": best.setting["beta"],
             "tried": choice.tried,

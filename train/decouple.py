@@ -42,7 +42,7 @@ TITLES = {
     "lws": ("LWS", "LWS"),
     "tau": ("tau-normalized", "tau-normalized"),
     "ncm": ("NCM", "NCM"),
-    "mislas": ("label-aware smoothing", "MiSLAS"),
+    "mislas": ("MiSLAS", "MiSLAS"),
     "adjusted": ("logit adjustment", "logit adjustment"),
     "oversampling": ("oversampling", "oversampling"),
     "plain": ("no generation", "no generation"),

@@ -171,6 +171,11 @@ def test_adaptive_beta_runs_beside_its_control(here, capsys):
     summary = json.loads((here / "runs/afg/summary.json").read_text())
     assert summary["beta"]["used"] == rows[-1]["beta"]
     assert summary["beta"]["selected_on"] == "val"
+    with np.load(here / "runs/afg/diagnostics.npz") as kept:
+        assert np.isnan(kept["beta"]).sum() == 1  # the one class with more than 100 images borrows nothing
+        assert ((kept["beta"] >= 0) & (kept["beta"] <= BETA_MOST)).sum() == 9
+    with np.load(here / "runs/afg/feature_sample.npz") as kept:
+        assert kept["generated"].any()
     below = summary["beta"]["note"]
     printed = capsys.readouterr().out
     assert below is None or below in printed

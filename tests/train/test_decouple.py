@@ -170,8 +170,9 @@ def test_shifted_statistics_are_the_means_over_balanced_batches(here):
     steps = max(16, plan.steps_per_epoch)
     assert len(seen) == steps
     variances = torch.stack([maps.var((0, 2, 3)) for maps in seen])
-    torch.testing.assert_close(first.running_mean, torch.stack([maps.mean((0, 2, 3)) for maps in seen]).mean(0))
-    torch.testing.assert_close(first.running_var, variances.mean(0))
+    means = torch.stack([maps.mean((0, 2, 3)) for maps in seen])
+    torch.testing.assert_close(first.running_mean, means.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first.running_var, variances.mean(0), rtol=1e-4, atol=1e-4)
     labels = np.concatenate([dataset.splits["train"].samples["label"][plan.draws(s)[0].ids_B] for s in range(steps)])
     counts = np.bincount(labels, minlength=10)
     assert counts.min() > 0.6 * counts.max()  # in balance

@@ -173,7 +173,7 @@ def test_a_checkpoint_of_another_model_is_named(workplace, capsys):
         (["--input.loader", "ffcv"], "input.loader"),
         (["--input.augment", "cifra"], "'cifra'; choose one of"),
         (["--input.batch_size", "0"], "input.batch_size"),
-        (["--model.backbone", "resnet33"], "'resnet33' is unknown; choose one of"),
+        (["--model.backbone", "resnet33"], "'resnet33' is unknown; did you mean resnet34?"),
         (["--data", "nowhere"], "nowhere does not exist"),
         (["--data", "."], "has no dataset.json"),
         (["--config", "absent.yaml"], "absent.yaml"),

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from shards.errors import UserError
 from train import afg, bbn, decouple, erm, export, predict, sdn
+from train.engine.config import Input, Loop, Optim, make_parser
 from train.engine.launch import run
+from train.engine.model import Model
+from train.engine.recipes import choose
 from train.networks.batch_norm import StreamBatchNorm2d
 from train.networks.depths import part_of
 from train.networks.model_files import load_model, read_description, save_model
@@ -403,7 +406,7 @@ def test_pictures_are_mixed_at_depth_0(files):
 
 # Through the commands: digits at 32 pixels.
 SHORT = ["--input.image_size", "32", "--input.batch_size", "96", "--optim.epochs", "2", "--optim.lr", "0.01"]
-SHORT += ["--loop.threads", "1", "--optim.warmup_epochs", "0"]
+SHORT += ["--loop.threads", "1", "--optim.warmup_epochs", "0", "--loop.estimate", "false"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -456,11 +459,18 @@ def test_other_methods(command, files, workplace):
     assert model.predict(images(2)).shape == (2, 10)
 
 
-def test_own_view_is_the_default_and_flags_come_over_it(files, workplace):
-    run(erm.ERM, ["--model.backbone", "timm/test_vit", "--model.weights", files["vit"], "--optim.epochs", "1",
-                  "--input.batch_size", "200", "--input.eval_augment", "none", "--run", "runs/a"])  # fmt: skip
-    reported = read_description("runs/a")
-    assert (reported.image_size, reported.eval_augment, reported.crop_share) == (160, "none", 1.0)
+def test_own_view_is_the_default_and_flags_come_over_it(digits):
+    parser = make_parser("erm", "", input=Input, model=Model, method=erm.ERM.Settings, optim=Optim, loop=Loop)
+
+    def chosen(*flags: str):
+        argv = ["--model.backbone", "timm/test_vit", *flags]
+        return choose(parser, argv, digits, "erm", None, gpu=False)
+
+    own, given = chosen(), chosen("--input.eval_augment", "none", "--input.image_size", "32")
+    assert (own.settings.input.image_size, own.settings.input.eval_augment) == (160, "centre(0.95)+bicubic")
+    assert own.settings.input.augment == "shift+bicubic"
+    assert (given.settings.input.image_size, given.settings.input.eval_augment) == (32, "none")
+    assert any("pretrained on pictures of 160×160 pixels, shown as centre(0.95)+bicubic" in note for note in own.notes)
 
 
 @pytest.mark.parametrize(

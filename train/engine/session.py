@@ -28,6 +28,7 @@ from train.engine.limits import SCHEDULE, enlarged, estimate_run, said, within_b
 from train.engine.loop import Training
 from train.engine.machine import launched_by, make_accelerator, usable_gpu
 from train.engine.method import Method, make_method
+from train.engine.model import make_adapter
 from train.engine.optimisers import check_resumed, check_settings
 from train.engine.predictions import FILES as PREDICTIONS
 from train.engine.recipes import choose, given_settings, resumed_choice
@@ -68,6 +69,11 @@ def train(
         asked.variant = begun_with
         dataset = _dataset_of(resumed, about, asked.data)
         choice = resumed_choice(parser, argv, saved, about, method_class.name)
+        if choice.settings.loop.budget != saved.get("loop", {}).get("budget"):
+            raise UserError(
+                f"loop.budget={choice.settings.loop.budget} fits the epochs of a run that begins, and {resumed} has"
+                " begun; leave it out, or set --optim.epochs"
+            )
     else:
         dataset = find_dataset(asked.data)
         gpu = usable_gpu(asked.loop.device)
@@ -139,6 +145,7 @@ def _train_and_finish(
     if config.loop.seed >= 2**32:
         raise UserError(f"loop.seed={config.loop.seed} must be below 2**32, NumPy's limit")
     if config.model.adapt and config.model.weights is None and not resumed:
+        make_adapter(config.model.adapt)  # which names one that is none
         raise UserError(
             f"model.adapt={config.model.adapt} trains small layers beside frozen ones, which model.weights does not"
             " name: they would be random; give --model.weights default, or a file"
@@ -179,8 +186,9 @@ def _train_and_finish(
     if config.loop.estimate or config.loop.budget or asked.dry_run:
         left = config.optim.epochs * plan.steps_per_epoch - counters.step
         estimate = estimate_run(method_class, plan, config, dataset, accelerator, thorough=asked.dry_run)
-        if config.loop.budget and resumed is None:
-            config = within_budget(config, plan, dataset, estimate)
+        if config.loop.budget and not (resumed and (resumed / "config.yaml").exists()):
+            wanted, config = config.optim.epochs, within_budget(config, plan, dataset, estimate)
+            accelerator.print(f"loop.budget={config.loop.budget}: {config.optim.epochs} of {wanted} epochs fit it")
             sections["optim"] |= {key: getattr(config.optim, key) for key in SCHEDULE}
             method, plan = _make(method_class, config, dataset, accelerator)
             left = config.optim.epochs * plan.steps_per_epoch

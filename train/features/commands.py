@@ -143,8 +143,8 @@ class Program:
     parser: ArgumentParser
     check: Callable[[Any], None] = lambda config: None
     work: Callable[[Any, bool], Work] = lambda config, chooses: Work(1, config.optim.epochs, config.optim.batch_size)
-    shifts: Callable[[Any], bool] = lambda config: False
     variants: Mapping[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    shifts: Callable[[Any], bool] = lambda config: False
 
 
 def defaults(program: Program, dataset: Dataset, variant: str | None) -> dict[str, Any]:
