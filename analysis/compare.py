@@ -33,7 +33,7 @@ class Entry:
     Attributes:
         dataset: the dataset's name.
         title: the method's, with what sets it apart from the other experiments compared.
-        runs: at least one, by what tells seeds apart: of a second stage, its own seed and stage one's.
+        runs: at least one, by what distinguishes seeds: of a second stage, its own seed and stage one's.
         last: the figures after each run's last epoch.
         selected: those after the epochs that the runs selected; None where no run selected any.
         baselines: by name, what the runs measured themselves against, last figures only; often none.

@@ -9,7 +9,7 @@ from analysis.metrics import percent, points
 from shards.errors import UserError
 
 # Name: colour on a light page, colour on a dark one; no two alike, since a figure's colours are found by value.
-# The entries' are those of Okabe and Ito, told apart by colour-blind eyes, behind a grey for the baseline.
+# The entries' are those of Okabe and Ito, which colour-blind eyes distinguish, behind a grey for the baseline.
 PALETTE = {
     "paper": ("#ffffff", "#14171c"),
     "panel": ("#f6f7f9", "#1c2027"),

@@ -53,7 +53,6 @@ from train.features.mixing import Mixture
 BETA, K = 0.4, 2
 BATCH = 512  # of the classifier
 CHUNK = 65536
-SPREAD = 0.3  # of the second stage's classes: so close that about two thirds of the features are recognised
 
 # What must hold: a figure of `figures` and its bound.
 BARS: list[dict[str, Any]] = [
@@ -167,15 +166,15 @@ def shrunk(counts: list[int], size: float) -> list[int]:
     return counts[:: max(1, round(1 / size))]
 
 
-def make_case(folder: Path, name: str, counts: list[int], dim: int, spread: float = 1.0) -> Case:
-    """Make skewed features around a centre per class, in a memory-mapped file as a bank is; `spread` is the centres'.
+def make_case(folder: Path, name: str, counts: list[int], dim: int) -> Case:
+    """Make skewed features around a centre per class, in a memory-mapped file as a bank is.
 
-    The same size and spread have the same centres, whatever the counts.
+    As many classes of the same size have the same centres, whatever the counts.
     """
     counts_C = torch.tensor(counts)
     labels_N = torch.repeat_interleave(counts_C)
     generator = torch.Generator().manual_seed(0)
-    centres_CD = spread * torch.rand(len(counts), dim, generator=generator)
+    centres_CD = torch.rand(len(counts), dim, generator=generator)
     generator.manual_seed(len(labels_N))
     features = open_memmap(folder / f"{name}.npy", "w+", np.float16, (len(labels_N), dim))
     for start in range(0, len(labels_N), 16384):
@@ -191,8 +190,8 @@ def make_case(folder: Path, name: str, counts: list[int], dim: int, spread: floa
 def whole_stage(folder: Path, counts: list[int], size: float, epochs: int, rounds: int) -> dict[str, Any]:
     """Measure the training of a second stage's classifiers, together and one by one."""
     dim = max(4, int(1024 * size))
-    case = make_case(folder, "flowers", counts, dim, SPREAD)
-    held_out = make_case(folder, "flowers, held out", [20] * len(counts), dim, SPREAD)
+    case = make_case(folder, "flowers", counts, dim)
+    held_out = make_case(folder, "flowers, held out", [20] * len(counts), dim)
     gaussians = fit(case.features_ND, case.labels_N, len(counts))
     support = find_support(gaussians, K, head_classes(gaussians.counts_C, MANY_ABOVE))
     mixture = Mixture(case.features_ND, case.labels_N, gaussians, support, case.targets_C, chunk=CHUNK)

@@ -16,29 +16,26 @@ trap 'kill $(jobs -p) 2>/dev/null || true' EXIT # cut off, it leaves no training
 
 step() { printf '\n== %s\n' "$*"; }
 folder() { if [ "$1" = 0 ]; then echo "$runs"; else echo "$runs/seed-$1"; fi; }
-# The options are what accelerate would otherwise warn that it assumes. Small images gain nothing from several
-# threads, so one core trains BBN while another does the rest.
-launch() {
-    OMP_NUM_THREADS=1 accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no "$@"
-}
+# Small images gain nothing from several threads, so one core trains BBN while another does the rest.
+train() { OMP_NUM_THREADS=1 tailstream train "$@"; }
 train_baselines_and_run_afg() {
     for seed in $seeds; do
-        launch train/erm.py --data data/digits --run "$(folder "$seed")/ce" --loop.seed "$seed"
+        train erm --data data/digits --run "$(folder "$seed")/ce" --loop.seed "$seed"
     done
     for seed in $seeds; do
         until [ -e "$(folder "$seed")/bbn/summary.json" ]; do sleep 1; done
-        launch train/afg.py --from "$(folder "$seed")/bbn" --run "$(folder "$seed")/afg" --loop.seed "$seed"
+        train afg --from "$(folder "$seed")/bbn" --run "$(folder "$seed")/afg" --loop.seed "$seed"
     done
 }
 
 step "digits, made long-tailed: data/digits"
-scripts/build_shards.sh digits
+tailstream build digits
 
 step "BBN (two branches, two streams); beside it, in $log:"
 echo "   the baseline CE (one branch, cross-entropy), then AFG (generated tail features for BBN's classifier)"
 train_baselines_and_run_afg >"$log" 2>&1 &
 for seed in $seeds; do
-    launch train/bbn.py --data data/digits --run "$(folder "$seed")/bbn" --loop.seed "$seed"
+    train bbn --data data/digits --run "$(folder "$seed")/bbn" --loop.seed "$seed"
 done
 wait $! || { cat "$log"; exit 1; }
 grep "last epoch" "$log"
@@ -48,6 +45,9 @@ all=()
 for seed in $seeds; do
     for method in ce bbn afg; do all+=("$(folder "$seed")/$method"); done
 done
-python -m analysis report "${all[@]}" --out "$runs/report.html"
+tailstream report "${all[@]}" --out "$runs/report.html"
 echo
-python -m analysis compare "${all[@]}"
+tailstream compare "${all[@]}"
+
+step "now your own photographs, in a folder with a sub-folder per class:"
+echo "   source .venv/bin/activate && tailstream build folder --source FOLDER --out data/mine"

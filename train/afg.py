@@ -1,13 +1,13 @@
 """AFG: a second stage that generates features for the tail and trains the classifier on them.
 
-    accelerate launch train/afg.py [--from runs/digits-bbn-1] [--method.beta 0.4]
+    tailstream train afg [--from runs/digits-bbn-1] [--method.beta 0.4]
 
 The Adaptive Feature Generator of GLAG (Zhang and Xiang, "Long-Tailed Classification with Gradual Balanced Loss and
 Adaptive Feature Generation", section 4.2) on the frozen network of a finished run, the newest one by default:
 
     bank of real features ──> Gaussian per class, in Tukey space ──> calibrated samples, n_max − n_c per class
               │                                                             │
-              └─────────────────> shuffled together, each epoch anew <──────┘
+              └─────────────────> shuffled together, new each epoch  <──────┘
                                       │
                         scales ⊙ (W·f + b), from stage one's W and b
                         loss = CE + α(t)·KL(teacher ‖ now) on head classes
@@ -95,7 +95,7 @@ def title(settings: Settings, used: float | None = None) -> str:
 
 
 def run(argv: list[str] | None = None) -> None:
-    """Run the stage from its command line; exits with 2 for a user's mistake, told in one line."""
+    """Run the stage from its command line; exits with 2 for a user's mistake, reported in one line."""
     parser = stage_parser("afg", (__doc__ or "").split("\n")[0], Settings)
     parser.add_argument(
         "--export",
@@ -194,7 +194,7 @@ def train(stage: "Stage") -> None:
         best,
         selected,
         winner,
-        beta.masked_fill(mixture.support.head_C, torch.nan).cpu() if isinstance(beta, torch.Tensor) else None,
+        beta_C=beta.masked_fill(mixture.support.head_C, torch.nan).cpu() if isinstance(beta, torch.Tensor) else None,
         beta={
             "used": best.setting["beta"],
             "tried": choice.tried,

@@ -1,6 +1,6 @@
 """BBN: the bilateral-branch network with cumulative learning (Zhou et al., CVPR 2020).
 
-    accelerate launch train/bbn.py [--data data/digits] [--method.adaptor linear_decay] [--method.q 0]
+    tailstream train bbn [--data data/digits] [--method.adaptor linear_decay] [--method.q 0]
 
     uniform stream ──> trunk ──> conventional branch ──> f_c ──> z_c = 2·W_c·f_c + b ── ·α ─────┐
                          ║                                                                      ├─(+)─> z

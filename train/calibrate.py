@@ -1,6 +1,6 @@
 """Make a run's probabilities honest: a temperature and a prior adjustment, fitted on its val split alone.
 
-    python -m train.calibrate --run runs/birds-bbn-1 [--reject 0.95] [--per-class]
+    tailstream calibrate --run runs/birds-bbn-1 [--reject 0.95] [--per-class]
 
 Writes calibration.json, which train.predict and train.export use, for the last weights and for those that val chose.
 It reads the val logits that training kept, and nothing of the test split. The equations: train/engine/calibration.py.

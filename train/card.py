@@ -1,6 +1,6 @@
 """Write a model card: what a model was trained on, how, how well it does for head, middle and tail, and its limits.
 
-    python -m train.card --run runs/birds-bbn-1 [--seed-run runs/birds-bbn-2 …] [--out README.md]
+    tailstream card --run runs/birds-bbn-1 [--seed-run runs/birds-bbn-2 …] [--out README.md]
 
 Markdown with the metadata that model hubs read from a card's head. Figures come from the run's files and not from any
 image. Their spread: with runs of other seeds the standard deviation over all of them, else the standard error over the
@@ -73,7 +73,7 @@ def figures_table(models: Sequence[Model]) -> list[str]:
     figures = [model.description.weights[model.weights]["figures"] for model in models]
     if len(models) > 1:
         said = f"± is the standard deviation over {len(models)} runs of other seeds."
-        all_of = {key: [told.get(key) for told in figures] for key in FIGURES}
+        all_of = {key: [one.get(key) for one in figures] for key in FIGURES}
         spread = {key: None if None in values else statistics.stdev(values) for key, values in all_of.items()}
     elif (first.run / FILES[first.weights]).exists():
         said = "± is the standard error over the evaluated images; one run says nothing about other seeds."
@@ -82,7 +82,7 @@ def figures_table(models: Sequence[Model]) -> list[str]:
         said, spread = "The spread is unknown: this is one run.", dict.fromkeys(FIGURES)
     cells = []
     for key in FIGURES:
-        values = [told.get(key) for told in figures]
+        values = [one.get(key) for one in figures]
         mean = statistics.fmean(values) if None not in values else None
         cells.append(percent(mean) + (f" ± {100 * error:.1f}" if mean is not None and (error := spread[key]) else ""))
     groups = ["more than 100", "20 to 100", "fewer than 20"]
@@ -102,10 +102,10 @@ def figures_table(models: Sequence[Model]) -> list[str]:
 
 def card(models: Sequence[Model]) -> str:
     """Return the card of the first model; the others are runs of other seeds."""
-    model, told = models[0], models[0].description
-    figures, counts = told.weights[model.weights]["figures"], told.train_counts
+    model, about = models[0], models[0].description
+    figures, counts = about.weights[model.weights]["figures"], about.train_counts
     folder = printable(model.run.resolve().name)
-    dataset_name = printable(told.dataset["name"])
+    dataset_name = printable(about.dataset["name"])
     name, dataset = plain(folder), plain(dataset_name)
     metadata: dict[str, Any] = {
         "license": "other",
@@ -116,7 +116,7 @@ def card(models: Sequence[Model]) -> str:
     }
     results = [{"type": "accuracy", "name": shown, "value": round(100 * figures[key], 2)}
                for key, shown in FIGURES.items() if figures.get(key) is not None]  # fmt: skip
-    where = {"type": dataset_name, "name": dataset_name, "split": told.evaluated_on}
+    where = {"type": dataset_name, "name": dataset_name, "split": about.evaluated_on}
     metadata["model-index"] = [
         {
             "name": folder,
@@ -132,8 +132,8 @@ def card(models: Sequence[Model]) -> str:
         "" if figures.get("ece") is None else f" Expected calibration error of the network's own: {figures['ece']:.3f}."
     )
     chosen = "the epoch that did best on val" if model.weights == "selected" else "the last epoch"
-    recipe = f"centre square of {100 * (told.crop_share or 1):g} % of the shorter side, {told.interpolation}"
-    named = [f"{plain(one)} ({count:,})" for one, count in zip(told.classes, counts, strict=True)][:MOST_CLASSES]
+    recipe = f"centre square of {100 * (about.crop_share or 1):g} % of the shorter side, {about.interpolation}"
+    named = [f"{plain(one)} ({count:,})" for one, count in zip(about.classes, counts, strict=True)][:MOST_CLASSES]
     more = "" if len(named) == len(counts) else f", and {len(counts) - len(named):,} more in model.json"
     lines = [
         "---",
@@ -142,7 +142,7 @@ def card(models: Sequence[Model]) -> str:
         "",
         f"# {name}",
         "",
-        f"Recognises {len(told.classes):,} classes of images, trained with {plain(told.method)} on a long-tailed"
+        f"Recognises {len(about.classes):,} classes of images, trained with {plain(about.method)} on a long-tailed"
         f" dataset ({dataset}) by tailstream.",
         "",
         "- **Licence:** *fill in: of the weights, and whether that of the training images allows it*",
@@ -152,17 +152,17 @@ def card(models: Sequence[Model]) -> str:
         "",
         f"```bash\ntailstream predict --run {shlex.quote(folder)} PICTURES…\n```",
         "",
-        f"The network sees {told.image_size}×{told.image_size} pixels: {recipe}. {honest}{error}",
+        f"The network sees {about.image_size}×{about.image_size} pixels: {recipe}. {honest}{error}",
         "",
         "*Fill in: what it is meant for, and what it must not be used for.*",
         "",
         "## Training",
         "",
         f"- **Data:** {dataset}, {sum(counts):,} images of {len(counts):,} classes, {max(counts):,} to {min(counts):,}"
-        f" a class; fingerprint {code(told.dataset['fingerprint'] or 'unknown')}",
-        f"- **Method:** {plain(told.method)}; network {code(json.dumps(model.network.spec))}",
-        f"- **Weights:** {chosen}, epoch {told.weights[model.weights]['epoch']}",
-        f"- **Code:** tailstream, commit {code(told.commit or 'unknown')}",
+        f" a class; fingerprint {code(about.dataset['fingerprint'] or 'unknown')}",
+        f"- **Method:** {plain(about.method)}; network {code(json.dumps(model.network.spec))}",
+        f"- **Weights:** {chosen}, epoch {about.weights[model.weights]['epoch']}",
+        f"- **Code:** tailstream, commit {code(about.commit or 'unknown')}",
         *_how(model),
         "",
         "## Results",

@@ -1,6 +1,6 @@
 """Second-stage classifiers, each as a run of its own: the decoupling of representation and classifier.
 
-    accelerate launch train/decouple.py --classifier crt [--from runs/birds-erm-1]
+    tailstream train decouple --classifier crt [--from runs/birds-erm-1]
 
 Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition" (ICLR 2020), section 4, and what
 came after it, on the frozen network of a finished run:
@@ -42,7 +42,7 @@ TITLES = {
     "lws": ("LWS", "LWS"),
     "tau": ("tau-normalized", "tau-normalized"),
     "ncm": ("NCM", "NCM"),
-    "mislas": ("label-aware smoothing", "MiSLAS"),
+    "mislas": ("MiSLAS", "MiSLAS"),
     "adjusted": ("logit adjustment", "logit adjustment"),
     "oversampling": ("oversampling", "oversampling"),
     "plain": ("no generation", "no generation"),
@@ -80,7 +80,7 @@ def program() -> Program:
 
 
 def run(argv: list[str] | None = None) -> None:
-    """Run the stage from its command line; exits with 2 for a user's mistake, told in one line."""
+    """Run the stage from its command line; exits with 2 for a user's mistake, reported in one line."""
     given = sys.argv[1:] if argv is None else argv
     # In full, so that the run's configuration has it.
     words = [re.sub(r"^--classifier(?==|$)", "--method.classifier", word) for word in given]

@@ -1,6 +1,6 @@
 """Single-branch training: any sampler, any objective, any class weights, any mixing; plain cross-entropy by default.
 
-    accelerate launch train/erm.py [--data data/digits] [--method.q 0] [--method.objective gradual]
+    tailstream train erm [--data data/digits] [--method.q 0] [--method.objective gradual]
     … --method.objective ldam --method.weights effective --method.defer 0.8                      LDAM-DRW
     … --method.objective focal --method.weights effective                                        CB-focal
     … --method.q 0 --method.defer 0.8                                                            CE-DRS
@@ -88,14 +88,14 @@ class ERM(Method):
             scale=self._objective.scale,
             **config.network(),
         )
-        adjusts = isinstance(self._objective, Adjusted)
-        self._check(settings, config.model.backbone, network.depths, adjusts)
+        adjusted = self._objective if isinstance(self._objective, Adjusted) else None
+        self._check(settings, config.model.backbone, network.depths, adjusted is not None)
         self.network = network
         augment, mix = config.input.augment, self._mixing.mix() if self._mixing else None
         train = Stream("train", q=settings.q, augment=augment, mix=mix, from_share=settings.defer)
         self.streams = (train,)
-        if adjusts and settings.q != 1:
-            self._objective.draw_by(lambda progress: _drawn(train_counts_C, train, progress))
+        if adjusted and settings.q != 1:
+            adjusted.draw_by(lambda progress: _drawn(train_counts_C, train, progress))
         if self._mixing and self._mixing.partner_q is not None:
             self.streams += (Stream(PARTNERS, q=self._mixing.partner_q, augment=augment),)
         prefix, mixed = weighting.title if weighting else None, self._mixing.label if self._mixing else None

@@ -1,6 +1,6 @@
 """Take a trained model elsewhere: one ONNX or PyTorch (pt2) file that takes plain images and gives probabilities.
 
-    python -m train.export --run runs/birds-bbn-1 --format onnx [--out birds.onnx] [--input network] [--output logits]
+    tailstream export --run runs/birds-bbn-1 --format onnx [--out birds.onnx] [--input network] [--output logits]
 
     images, uint8, (B, H, W, 3), RGB ─ centre square ─ resize to S×S ─ normalise ─ network ─ calibration ─ softmax
 

@@ -1,6 +1,6 @@
 """Stage one without training: a pretrained network as it is, with its features' class means as classifier.
 
-    python train/frozen.py --model.backbone timm/vit_small_patch14_dinov2.lvd142m --model.weights default
+    tailstream train frozen --model.backbone timm/vit_small_patch14_dinov2.lvd142m --model.weights default
 
     images ── pretrained network ──> f/‖f‖ ──> z_c = s·cos(μ_c, f) + (1 − τ)·log π_c
 

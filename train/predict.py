@@ -1,8 +1,8 @@
 """Use a trained model: what it says of images, as a table, CSV, JSON Lines or Parquet.
 
-    python -m train.predict --run runs/birds-bbn-1 ~/holiday --topk 3 --format jsonl --out birds.jsonl
-    find /archive -name '*.jpg' -print0 | python -m train.predict --run runs/birds-bbn-1 -
-    python -m train.predict --run runs/seed-0 --run runs/seed-1 --run runs/seed-2 ~/holiday       averaged
+    tailstream predict --run runs/birds-bbn-1 ~/holiday --topk 3 --format jsonl --out birds.jsonl
+    find /archive -name '*.jpg' -print0 | tailstream predict --run runs/birds-bbn-1 -
+    tailstream predict --run runs/seed-0 --run runs/seed-1 --run runs/seed-2 ~/holiday       averaged
 
 It shows the network exactly the pictures that an evaluation would, and needs neither the dataset nor DALI: the run's
 folder, copied anywhere, is enough. Images that cannot be read are named on standard error and left out. A name that
@@ -122,16 +122,16 @@ def read_prior(asked: str | None, description_classes: Sequence[str], train_coun
         return np.full(len(classes), 1 / len(classes))
     remedy = 'give {"class": share, …} for all classes'
     try:
-        told = json.loads(Path(asked).read_text(encoding="utf-8"))
+        given = json.loads(Path(asked).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--prior {asked} cannot be read ({error.strerror}); {remedy}, train or uniform") from None
     except ValueError as error:
         raise UserError(f"--prior {asked} is not JSON ({error}); {remedy}") from None
-    if not isinstance(told, dict) or told.keys() != set(classes):
-        named = told.keys() if isinstance(told, dict) else set()
+    if not isinstance(given, dict) or given.keys() != set(classes):
+        named = given.keys() if isinstance(given, dict) else set()
         odd = [name for name in classes if name not in named] + sorted(named - set(classes))
         raise UserError(f"--prior {asked} and the model differ in {len(odd)} classes ({odd[0]!r}, …); {remedy}")
-    values = [told[name] for name in classes]
+    values = [given[name] for name in classes]
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0 for value in values)
     if not numbers or not math.isclose(sum(values), 1.0, abs_tol=1e-3):
         raise UserError(f"--prior {asked} holds no shares of at least 0 that sum to 1; divide each by their sum")
@@ -161,8 +161,8 @@ class _Table:
     def write(self, row: Row) -> None:
         first = "(rejected)" if row.label is None else printable(row.label)
         others = [f"{printable(name)} {score:.3f}" for name, score in row.topk[row.label is not None :]]
-        told = f"  ({', '.join(others)})" if others else ""
-        self._file.write(f"{printable(row.file)}  {first}  {row.score:.3f}{told}\n")
+        more = f"  ({', '.join(others)})" if others else ""
+        self._file.write(f"{printable(row.file)}  {first}  {row.score:.3f}{more}\n")
 
     def close(self) -> None:
         pass

@@ -1,6 +1,6 @@
 """SDNHL: the strong-weak dual-branch network with hard-aware loss (Zhang and Ye).
 
-    accelerate launch train/sdn.py [--data data/digits] [--method.gamma 0.3] [--method.hard_from 1]
+    tailstream train sdn [--data data/digits] [--method.gamma 0.3] [--method.hard_from 1]
 
     images, weak view ───> trunk ──> weak branch ────> z_w ── L(z_w, y) ──┐
        │ (the same ones)     ║                          └── KL(P_s‖P_w)   ├─(+)─> λ·(L_w + L_s) + (1−λ)·[b − KL]₊

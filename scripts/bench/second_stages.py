@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from shards.progress import say
 from train.engine.objectives import gradual_weight
-from train.features.classifiers import ClassifierOptim, ReferenceOptim, logit_adjusted, measure
+from train.features.classifiers import logit_adjusted, measure
+from train.features.commands import ClassifierOptim, ReferenceOptim
 from train.features.mixing import Batches, Mixture, real_epoch
 from train.features.passes import Passes, Source
 from train.features.recipes import Recipe
@@ -119,7 +120,7 @@ def take_some_steps(mixture: Mixture, chunks: int) -> None:
 def trained_stage_one(mixture: Mixture) -> nn.Linear:
     """Return a classifier trained on the real features as they are."""
     fresh = nn.Linear(mixture.features_ND.shape[1], len(mixture.targets_C))
-    recipe = Recipe("linear", 10, 10.0, unit=mixture.unit)
+    recipe = Recipe("linear", 10, 5.0, unit=mixture.unit)
     (one,) = Passes(fresh, mixture, 0).train(Source("each-once", 128), [recipe])
     assert one.linear is not None
     return one.linear

@@ -15,7 +15,7 @@ def say(make_run):
     """Return `say(CE=[…], BBN=[…])`: the headline over entries of these balanced accuracies, one for each seed."""
     numbers = itertools.count()
 
-    def told(versus=None, **accuracies):
+    def reported(versus=None, **accuracies):
         number = next(numbers)
         runs = []
         for title, values in accuracies.items():
@@ -25,7 +25,7 @@ def say(make_run):
                 runs.append(make_run(f"{number}/{title}{seed}", title=title, seed=seed, last=last))
         return headline(group_runs(read_runs(runs)), "test", versus or {})
 
-    return told
+    return reported
 
 
 def test_two_entries_and_their_single_seeds(say):
@@ -37,16 +37,16 @@ def test_two_entries_and_their_single_seeds(say):
 
 
 def test_the_best_of_several_is_not_the_last(say):
-    told = say(CE=[0.5, 0.51], BBN=[0.8, 0.81], AFG=[0.7])
-    assert told.startswith(
+    reported = say(CE=[0.5, 0.51], BBN=[0.8, 0.81], AFG=[0.7])
+    assert reported.startswith(
         "BBN (mean of 2 seeds) does best of 3 methods: counting every class equally, it recognises 80.5 % of the test"
         " images, 30.0 points more than CE with 50.5 %."
     )
-    assert "seed, and" not in told
-    assert "within the spread" not in told
+    assert "seed, and" not in reported
+    assert "within the spread" not in reported
 
 
-def test_a_first_that_nobody_beats_is_told_as_it_is(say):
+def test_a_first_that_nobody_beats_is_reported_as_it_is(say):
     assert say(CE=[0.8], BBN=[0.7]).startswith(
         "BBN does worse than CE: counting every class equally, it recognises 70.0 % of the test images, 10.0 points"
         " fewer than CE with 80.0 %. It loses 10.0 points in the tail (few), and stays level in the head (many)."

@@ -66,7 +66,7 @@ def set_first(value):
         ({"test_ids": lambda a: np.array([None] * len(a))}, "allow_pickle=False"),
     ],
 )
-def test_damaged_predictions_are_told_in_one_line(make_run, changes, why):
+def test_damaged_predictions_are_reported_in_one_line(make_run, changes, why):
     path = make_run("a", predictions=True)
     changed(path, **changes)
     with pytest.raises(UserError, match=rf"predictions.npz is damaged \(.*{why}.*remove the file") as caught:
@@ -92,9 +92,9 @@ def test_estimates_are_the_figures_themselves():
     correct_N = rng.random(100) < 0.7
     found = intervals(correct_N, labels_N, COUNTS_C)
     many, medium, few = recalls(correct_N, labels_N)
-    told = {key: interval.estimate for key, interval in found.items()}
+    reported = {key: interval.estimate for key, interval in found.items()}
     expected = {"top1": correct_N.mean(), "balanced_accuracy": (many + medium + few) / 3}
-    assert told == pytest.approx(expected | {"many": many, "medium": medium, "few": few})
+    assert reported == pytest.approx(expected | {"many": many, "medium": medium, "few": few})
     assert all(interval.low < interval.estimate < interval.high for interval in found.values())
     assert found == intervals(correct_N, labels_N, COUNTS_C)  # the same each time
     order = rng.permutation(100)
@@ -168,8 +168,8 @@ def test_a_difference_over_seeds_is_that_of_the_means(make_run):
     ce = [make_run(f"ce{seed}", title="CE", recall=0.3, seed=seed, predictions=True) for seed in range(2)]
     bbn = [make_run(f"bbn{seed}", recall=0.8, seed=seed, predictions=True) for seed in range(3)]
     entries = group_runs(read_runs([*ce, *bbn]))
-    told = against_first(entries, {entry.title: answers(entry) for entry in entries})
-    (difference,) = told.values()
+    reported = against_first(entries, {entry.title: answers(entry) for entry in entries})
+    (difference,) = reported.values()
     for key in ("balanced_accuracy", "few", "many", "top1"):
         expected = entries[1].last.mean[key] - entries[0].last.mean[key]
         assert difference[key].estimate == pytest.approx(expected)

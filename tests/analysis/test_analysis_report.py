@@ -211,7 +211,7 @@ def test_a_single_run_beside_seeds_has_no_spread(make_seeds):
     assert bbn.startswith("BBN 2 seeds 80.0 ±14.1 +30.0 ")
 
 
-def test_a_seed_run_twice_is_told_as_runs(make_run):
+def test_a_seed_run_twice_is_reported_as_runs(make_run):
     text = Page(render(read_runs([make_run("a", seed=2), make_run("b", seed=2)]))).text
     assert "BBN (mean of 2 runs of one seed) recognises" in text
     assert "BBN on digits: seed 2 was run twice (a, b); their mean counts as one seed." in text
@@ -219,7 +219,7 @@ def test_a_seed_run_twice_is_told_as_runs(make_run):
 
 
 @pytest.mark.parametrize(
-    ("first", "last", "told"),
+    ("first", "last", "reported"),
     [
         ((0.50, 0.60), (0.55, 0.65), True),  # 5 points, ±7.1 both
         ((0.50,), (0.50, 0.60), True),
@@ -229,9 +229,9 @@ def test_a_seed_run_twice_is_told_as_runs(make_run):
         ((0.40, 0.60), (0.40, 0.60), False),  # level: no difference to doubt
     ],
 )
-def test_a_difference_within_the_spread_is_told(make_seeds, first, last, told):
+def test_a_difference_within_the_spread_is_reported(make_seeds, first, last, reported):
     text = Page(render(read_runs(make_seeds("CE", first) + make_seeds("BBN", last)))).text
-    assert ("The difference overall is within the spread of the seeds." in text) == told
+    assert ("The difference overall is within the spread of the seeds." in text) == reported
 
 
 def test_differences_within_the_spread_are_listed(make_run):
@@ -392,7 +392,7 @@ def test_labels_of_bars_never_touch(entries, value):
     assert min(gaps) > 1.5  # points
 
 
-def test_palette_colours_are_told_apart_by_value():
+def test_palette_colours_are_reported_apart_by_value():
     assert len({light for light, _ in page.PALETTE.values()}) == len(page.PALETTE)
 
 

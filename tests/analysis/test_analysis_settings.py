@@ -22,7 +22,7 @@ def test_runs_whose_settings_differ_are_not_averaged(make_run):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "reported"),
     [
         ({"model.backbone": "resnet50"}, "BBN, resnet50"),
         ({"method.q": 0.0}, "BBN, q=0"),
@@ -35,9 +35,9 @@ def test_runs_whose_settings_differ_are_not_averaged(make_run):
         ({"method.new_switch": True}, "BBN, new_switch=true"),  # a setting that no list knows
     ],
 )
-def test_a_title_names_the_settings_that_differ(make_run, settings, told):
+def test_a_title_names_the_settings_that_differ(make_run, settings, reported):
     found = titles(make_run("a"), make_run("b", seed=1, settings=settings))
-    assert found == ["BBN"] if told is None else found[1] == told and len(found) == 2
+    assert found == ["BBN"] if reported is None else found[1] == reported and len(found) == 2
 
 
 def test_what_does_not_change_the_result_does_not_split_an_experiment(make_run):
@@ -50,7 +50,7 @@ def test_whole_numbers_and_fractions_of_one_value_are_one_setting(make_run):
     assert titles(make_run("a"), make_run("b", seed=1, settings={"method.q": -1})) == ["BBN"]
 
 
-def test_equal_names_of_two_sections_are_told_with_their_section(make_run):
+def test_equal_names_of_two_sections_are_reported_with_their_section(make_run):
     runs = [make_run(str(i), settings={"input.size": i % 2, "method.size": i // 2}) for i in range(3)]
     assert titles(*runs)[1] == "BBN, input.size=1, method.size=0"
 
@@ -146,7 +146,7 @@ def test_with_the_presets_own_settings_known_only_others_are_named(make_run):
     assert titles(make_run("e", changed=["loop.seed", "input.threads"], seed=3), runs[0]) == ["BBN", "CE, epochs=9"]
 
 
-def test_two_presets_of_one_name_are_still_told_apart(make_run):
+def test_two_presets_of_one_name_are_still_reported_apart(make_run):
     runs = [make_run(str(lr), settings={"optim.lr": lr}, changed=[]) for lr in (0.1, 0.2)]
     assert titles(*runs) == ["BBN, lr=0.1", "BBN, lr=0.2"]
 
@@ -156,7 +156,7 @@ def test_a_title_that_says_it_already_is_left_alone(make_run):
     assert titles(*runs) == ["CE, q=0", "CE, q=1"]
 
 
-def test_older_runs_that_lack_a_setting_are_told_apart(make_run):
+def test_older_runs_that_lack_a_setting_are_reported_apart(make_run):
     found = titles(make_run("old"), make_run("new", seed=1, settings={"optim.clip_norm": None}))
     assert found == ["BBN", "BBN, clip_norm=none"]
 

@@ -42,8 +42,8 @@ def call(monkeypatch, *arguments) -> None:
 
 def test_the_error_falls_and_even_shares_serve_the_tail(overconfident, tmp_path, monkeypatch, capsys):
     before = {path.name: path.read_bytes() for path in overconfident.iterdir()}
-    call(monkeypatch, overconfident, "--out", tmp_path / "table.md", "--json", tmp_path / "told.json")
-    (row,) = json.loads((tmp_path / "told.json").read_text())["rows"]
+    call(monkeypatch, overconfident, "--out", tmp_path / "table.md", "--json", tmp_path / "table.json")
+    (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert (row["val_images"], row["test_images"]) == (2000, 4000)
     assert row["temperature"] == pytest.approx(3, rel=0.15)
     assert row["tau"] == pytest.approx(1, abs=0.15)

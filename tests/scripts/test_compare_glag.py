@@ -69,7 +69,7 @@ def test_what_was_cut_off_goes_on(tmp_path, launched):
         (tmp_path / name / "config.yaml").write_text("")
     finish(tmp_path)
     assert ["--resume" in command for command in launched.commands] == [True, False, False, False, False, False]
-    assert not (tmp_path / "gradual-2-afg/config.yaml").exists()  # begun anew
+    assert not (tmp_path / "gradual-2-afg/config.yaml").exists()  # started over
 
 
 def test_a_run_that_fails_is_named_with_what_it_said(tmp_path, launched):

@@ -296,7 +296,7 @@ def test_nobody_waits_for_a_slow_link_once_the_reader_is_closed(remote, monkeypa
         with pytest.raises(CancelledError):
             waiting.result(20)
     go_on.set()
-    assert len(reader.encoded([0])) == 1  # reading afterwards waits for it anew
+    assert len(reader.encoded([0])) == 1  # reading afterwards waits for it again
     reader.close()
 
 

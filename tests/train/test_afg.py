@@ -99,8 +99,8 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(here, capsys, stage, op
 def test_the_baselines_are_in_the_summary_and_on_the_screen(here, capsys):
     run([*SHORT, "--run", "runs/afg"])
     summary = json.loads((here / "runs/afg/summary.json").read_text())
-    told, rows = summary["baselines"], {row["name"]: row for row in summary["baselines"]["rows"]}
-    assert told["selected_on"] == "val"
+    reported, rows = summary["baselines"], {row["name"]: row for row in summary["baselines"]["rows"]}
+    assert reported["selected_on"] == "val"
     closed, trained = (
         ["logit adjustment", "tau-normalized"],
         ["LWS", "cRT", "no generation", "oversampling", "own Gaussian"],
@@ -171,6 +171,11 @@ def test_adaptive_beta_runs_beside_its_control(here, capsys):
     summary = json.loads((here / "runs/afg/summary.json").read_text())
     assert summary["beta"]["used"] == rows[-1]["beta"]
     assert summary["beta"]["selected_on"] == "val"
+    with np.load(here / "runs/afg/diagnostics.npz") as kept:
+        assert np.isnan(kept["beta"]).sum() == 1  # the one class with more than 100 images borrows nothing
+        assert ((kept["beta"] >= 0) & (kept["beta"] <= BETA_MOST)).sum() == 9
+    with np.load(here / "runs/afg/feature_sample.npz") as kept:
+        assert kept["generated"].any()
     below = summary["beta"]["note"]
     printed = capsys.readouterr().out
     assert below is None or below in printed
@@ -233,8 +238,8 @@ def test_the_saved_model_predicts_what_was_measured_on_features(here):
     with open_loader(EvalPlan(test, 1000, 16), "torch", threads=0) as loader, torch.no_grad():
         (batch,) = [step["eval"] for step in loader]
         predicted_N = network.predict(batch.images_BHWC).argmax(1)
-    told = json.loads((here / "runs/afg/per_class.json").read_text())
-    assert abs(int((predicted_N == batch.labels_B).sum()) - sum(told["correct"])) <= 1  # the bank is half precision
+    reported = json.loads((here / "runs/afg/per_class.json").read_text())
+    assert abs(int((predicted_N == batch.labels_B).sum()) - sum(reported["correct"])) <= 1  # the bank is half precision
     # The features are sorted by class, and the predictions by id.
     ids_N, labels_N, topk_NK = read_predictions(
         here / "runs/afg", "last", "test_ids", "test_labels", "test_topk_labels"
@@ -346,7 +351,7 @@ def test_a_stopped_stage_two_keeps_what_is_finished_and_resumes(here, capsys, mo
     assert "runs/cut is finished" in capsys.readouterr().out
 
 
-def test_mistakes_are_told_in_one_line(here, capsys, photos):
+def test_mistakes_are_reported_in_one_line(here, capsys, photos):
     assert "nowhere is not a run" in fails_with(capsys, "--from", "nowhere")
     assert "method.beta" in fails_with(capsys, "--method.beta", "1.5")
     assert "method.k" in fails_with(capsys, "--method.k", "0")
@@ -409,13 +414,13 @@ def test_adaptive_beta_follows_the_control_within_its_bounds(monkeypatch):
     """β rises where the held-out split recognises a class better than the control, and falls where it is worse."""
     mixture, linear = make_mixture((200, 30, 5, 3))
     families = families_of(mixture, linear)
-    told = []
+    reported = []
 
     def watched(stack_linear, bank):
         total, loss = measure(stack_linear, bank)
-        told.append(total)
-        if len(told) <= 24:  # 12 epochs of the control and of the adaptive one, by turns
-            control = len(told) % 2
+        reported.append(total)
+        if len(reported) <= 24:  # 12 epochs of the control and of the adaptive one, by turns
+            control = len(reported) % 2
             total.correct_C[:] = [5, 1, 2, 3] if control else [5, 2, 1, 3]
         return total, loss
 

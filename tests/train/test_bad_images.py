@@ -33,9 +33,9 @@ def test_a_run_over_bad_images_counts_them(damaged, loader, tmp_path, capsys):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [(row["split"], row["sample"]) for row in summary["faults"]] == damaged
     assert all(row["times"] >= 1 and row["shard"].endswith(".tar") and row["reason"] for row in summary["faults"])
-    told = capsys.readouterr()
-    assert "2 images did not decode and were replaced or left out" in told.out
-    assert told.err.count("does not decode") == 2  # the test images are evaluated more than once
+    reported = capsys.readouterr()
+    assert "2 images did not decode and were replaced or left out" in reported.out
+    assert reported.err.count("does not decode") == 2  # the test images are evaluated more than once
     per_class = json.loads((tmp_path / "run" / "per_class.json").read_text())
     assert sum(per_class["total"]) == len(open_dataset("digits").splits["test"]) - 1
 

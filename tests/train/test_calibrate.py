@@ -170,7 +170,7 @@ def test_without_val_it_says_so_and_does_nothing(calibrated, capsys):
     assert not (calibrated / "calibration.json").exists()
 
 
-def test_mistakes_are_told_in_one_line(calibrated, tmp_path, capsys):
+def test_mistakes_are_reported_in_one_line(calibrated, tmp_path, capsys):
     def fails_with(*arguments) -> str:
         with pytest.raises(SystemExit, match="2"):
             main([str(argument) for argument in arguments])
@@ -276,7 +276,7 @@ def test_a_run_leaves_predictions_of_both_weights_and_a_model_that_describes_its
     train(ERM, ["--optim.epochs", "2", "--input.batch_size", "64", "--input.image_size", "8", "--run", "runs/a"])
     run = workplace / "runs/a"
     said = capsys.readouterr().out
-    summary, told = (json.loads((run / f"{name}.json").read_text()) for name in ("summary", "per_class"))
+    summary, reported = (json.loads((run / f"{name}.json").read_text()) for name in ("summary", "per_class"))
     model = json.loads((run / "model.json").read_text())
     assert model["classes"] == [str(digit) for digit in range(10)]
     assert (model["image_size"], model["eval_augment"], model["crop_share"]) == (8, "none", 1.0)
@@ -287,7 +287,7 @@ def test_a_run_leaves_predictions_of_both_weights_and_a_model_that_describes_its
         ids, labels, topk, scores, logits, val_labels = read_predictions(
             run, weights, "test_ids", "test_labels", "test_topk_labels", "test_topk_scores", "val_logits", "val_labels"
         )
-        assert ids.tolist() == list(range(sum(told["total"])))
+        assert ids.tolist() == list(range(sum(reported["total"])))
         assert (topk[:, 0] == labels).mean() == pytest.approx(summary[weights]["top1"])
         np.testing.assert_allclose(scores.sum(1), 1, rtol=1e-5)
         assert logits.shape == (len(val_labels), 10)

@@ -58,13 +58,13 @@ def test_a_damaged_newest_is_skipped_for_the_one_before(tmp_path, capsys, name, 
     network = nn.Linear(2, 1)
     states, counters = load_checkpoint(tmp_path, network)
     assert (states["optimizer"]["step"], counters.step, network.weight[0, 0].item()) == (1, 1, 1)
-    told = capsys.readouterr().err
-    assert told.startswith(f"warning: {tmp_path}/checkpoints/step-00000002 is damaged (")
-    assert told.endswith("; skipped\n")
-    assert told.count("\n") == 1
+    reported = capsys.readouterr().err
+    assert reported.startswith(f"warning: {tmp_path}/checkpoints/step-00000002 is damaged (")
+    assert reported.endswith("; skipped\n")
+    assert reported.count("\n") == 1
 
 
-def test_when_all_are_damaged_the_remedy_is_told(tmp_path):
+def test_when_all_are_damaged_the_remedy_is_reported(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "checkpoints/step-00000001/state.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"every checkpoint of .* is damaged; remove .*/checkpoints to start"):

@@ -239,7 +239,8 @@ def test_class_weights_of_two_ranks_are_those_of_the_whole_batch():
         return mean.expand_as(mine) if mine.shape == (1,) else mine
 
     one, other = (
-        stepped(part, told, with_the_others) for part, told in zip(features.chunk(2), labels.chunk(2), strict=True)
+        stepped(part, reported, with_the_others)
+        for part, reported in zip(features.chunk(2), labels.chunk(2), strict=True)
     )
     torch.testing.assert_close((one.weight + other.weight) / 2, whole.weight, rtol=1e-5, atol=1e-6)
 

@@ -71,8 +71,8 @@ def test_a_file_says_what_predict_says_of_odd_images_of_any_size(tmp_path, capsy
     assert json.loads(facts["description"])["image_size"] == 32
     assert json.loads(facts["reject_below"]) == [0.4] * 3
     images = odd_images(tmp_path / "odd")
-    told = list(predict_rows([open_model(run)], find_images([str(path) for path in images]), 3, 8))
-    for path, row in zip(images, told, strict=True):
+    reported = list(predict_rows([open_model(run)], find_images([str(path) for path in images]), 3, 8))
+    for path, row in zip(images, reported, strict=True):
         picture_HWC = np.array(decode(path.read_bytes()))
         scores_C = dict(zip(CLASSES, call(picture_HWC[None])[0].tolist(), strict=True))
         assert max(scores_C, key=scores_C.get) == row.topk[0][0]

@@ -1,4 +1,4 @@
-"""The feature bank: what is in it, when it is made anew, and going on after a kill."""
+"""The feature bank: what is in it, when it is remade, and resuming after a kill."""
 
 import json
 import os
@@ -65,9 +65,14 @@ def test_it_holds_every_images_features_sorted_by_class(stage_one, digits):
         expected = stage_one[1].features(batch.images_BHWC).half()
     # Other batches give other rounding errors.
     torch.testing.assert_close(features_RD, expected[torch.tensor(split.by_class)], rtol=2e-3, atol=1e-3)
-    told = json.loads((stage_one[0] / "features/train/bank.json").read_text())
-    assert told["class_counts"] == split.class_counts.tolist()
-    assert (told["recipe"], told["complete"], told["views"], told["network"]) == ("none", True, 0, "run")
+    reported = json.loads((stage_one[0] / "features/train/bank.json").read_text())
+    assert reported["class_counts"] == split.class_counts.tolist()
+    assert (reported["recipe"], reported["complete"], reported["views"], reported["network"]) == (
+        "none",
+        True,
+        0,
+        "run",
+    )
 
 
 def test_it_is_read_by_memory_mapping(stage_one, digits):
@@ -94,18 +99,18 @@ def test_a_bank_of_another_network_dataset_or_recipe_is_made_anew_and_said(
     bank(stage_one, digits)
     other = Input(image_size=16, batch_size=64, eval_augment="eval", loader="torch", threads=0)
     bank(stage_one, digits, input=other)
-    assert "have another recipe; taking them anew" in capsys.readouterr().out
+    assert "have another recipe; extracting them again" in capsys.readouterr().out
     with torch.no_grad():
         network.trunk.conv1.weight *= 2
     save_model(network, run)
     bank(stage_one, digits, input=other)
-    assert "have another weights; taking them anew" in capsys.readouterr().out
+    assert "have another weights; extracting them again" in capsys.readouterr().out
     copy = tmp_path / "copy"
     shutil.copytree(digits.root, copy)
     manifest = copy / "dataset.json"
     manifest.write_text(manifest.read_text().replace('"name": "digits"', '"name": "others"'))
     bank(stage_one, open_dataset(copy), input=other)
-    assert "have another dataset; taking them anew" in capsys.readouterr().out
+    assert "have another dataset; extracting them again" in capsys.readouterr().out
     assert len(extracted) == 4 * number
 
 
@@ -210,7 +215,7 @@ def test_images_that_are_left_out_leave_no_row(stage_one, digits, monkeypatch):
     assert torch.equal(fewer, labels[kept])
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_half_written(stage_one, digits, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_nothing_half_written(stage_one, digits, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
@@ -231,7 +236,7 @@ def test_features_beyond_half_precision_are_refused(stage_one, digits, monkeypat
 
 
 def test_two_stages_do_not_take_the_same_features_at_once(stage_one, digits):
-    """Each would begin the bank anew, and the first to end would call the other's half complete."""
+    """Each would start the bank over, and the first to end would call the other's half complete."""
     run, _ = stage_one
     holding = "import sys, time; from pathlib import Path; from train.engine.runs import lock; lock(Path(sys.argv[1]))"
     (run / "features").mkdir()

@@ -94,7 +94,7 @@ def test_it_is_a_stage_one_run_whose_features_serve_the_second_stage(workplace, 
     capsys.readouterr()
     afg.run(["--from", "runs/frozen", "--run", "runs/afg", "--optim.epochs", "2", "--method.baselines", "false"])
     assert bank.stat().st_mtime_ns == taken
-    assert "taking them anew" not in capsys.readouterr().out
+    assert "extracting them again" not in capsys.readouterr().out
     assert json.loads((workplace / "runs/afg/summary.json").read_text())["title"] == "class means + AFG"
     frozen.run(["--run", "runs/frozen", "--resume"])
     assert "runs/frozen is finished" in capsys.readouterr().out

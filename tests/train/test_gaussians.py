@@ -309,7 +309,7 @@ def test_samples_leave_tukeys_space(monkeypatch):
         ({"chunk": 0}, "a chunk must have at least 1 row, got 0"),
     ],
 )
-def test_settings_out_of_range_are_told_at_once(setting, message):
+def test_settings_out_of_range_are_reported_at_once(setting, message):
     gaussians, _ = make([3, 2], dim=2)
     settings = {"beta": 0.5} | setting
     with pytest.raises(UserError, match=message):

@@ -152,7 +152,7 @@ def test_ranks_are_even_where_samples_are_not():
     assert [len(labels) for _, labels in ranks(5)] == [21] * 5
 
 
-def test_too_little_memory_for_a_chunk_is_told(monkeypatch):
+def test_too_little_memory_for_a_chunk_is_reported(monkeypatch):
     gaussians = fit(*skewed([40, 9], 6), num_classes=2)
     monkeypatch.setattr(generation, "_free_memory", lambda device: 500)
     message = (

@@ -1,6 +1,6 @@
 """Golden losses: every method's first epochs on the digits, which a refactoring must reproduce.
 
-After a change that is meant to change them: `PYTHONPATH=. python tests/train/test_golden.py` stores them anew.
+After a change that is meant to change them: `PYTHONPATH=. python tests/train/test_golden.py` stores them again.
 """
 
 import json

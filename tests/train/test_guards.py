@@ -1,4 +1,4 @@
-"""What goes wrong in a run of three days is told in one line."""
+"""What goes wrong in a run of three days is reported in one line."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ import torch
 from pipeline.batch import Batch
 from shards.errors import UserError
 from train.engine import guards
-from train.engine.guards import LossGuard, StallGuard, check_devices, told_in_one_line
+from train.engine.guards import LossGuard, StallGuard, check_devices, errors_in_one_line
 from train.engine.launch import run
 from train.engine.loop import Training
 from train.erm import ERM
@@ -45,10 +45,10 @@ def test_a_loss_that_is_not_finite_stops_one_step_later_and_names_its_own_images
         UserError, match=r"the loss is -?(nan|inf) in epoch 2, step 9 \(optim\.lr=0\.1\); lower optim\.lr"
     ):
         guard.seen(torch.tensor(1.0), WHERE | {"step": 10}, step_of(1))
-    told = json.loads((tmp_path / "nonfinite-loss-rank-3.json").read_text())
+    reported = json.loads((tmp_path / "nonfinite-loss-rank-3.json").read_text())
     names = digits.splits["train"].sample_names()
-    assert told == {"loss": str(value), **WHERE, "samples": {"train": [names[4], names[2]]}}
-    guard.check()  # told once
+    assert reported == {"loss": str(value), **WHERE, "samples": {"train": [names[4], names[2]]}}
+    guard.check()  # reported once
 
 
 def test_a_finite_loss_leaves_no_file(tmp_path, digits):
@@ -175,7 +175,7 @@ def test_no_memory(workplace, capsys, monkeypatch, error):
 
 
 def test_really_no_memory():
-    with pytest.raises(UserError, match="out of memory"), told_in_one_line():
+    with pytest.raises(UserError, match="out of memory"), errors_in_one_line():
         torch.empty(2**60, dtype=torch.uint8)
 
 
@@ -204,21 +204,21 @@ def test_a_port_in_use_and_a_lost_process(monkeypatch):
         pytest.raises(
             UserError, match=r"port 29500 is in use on this machine; choose another with --main_process_port"
         ),
-        told_in_one_line(),
+        errors_in_one_line(),
     ):
         raise torch.distributed.DistNetworkError("server socket failed to listen. EADDRINUSE: address already in use")
     with (
         pytest.raises(
             UserError, match=r"lost another process of this run \(.*closed by peer.*\); its own message says"
         ),
-        told_in_one_line(),
+        errors_in_one_line(),
     ):
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3333")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), FileNotFoundError(2, "no such file"), KeyError("x")])
 def test_our_own_bugs_keep_their_traceback(error, tmp_path):
-    with pytest.raises(type(error)), told_in_one_line(tmp_path):
+    with pytest.raises(type(error)), errors_in_one_line(tmp_path):
         raise error
 
 

@@ -122,16 +122,20 @@ def test_a_budget_lowers_the_epochs_and_the_schedule_with_them():
         within_budget(setting(budget="22s"), plan, dataset, BIG)
 
 
-def test_a_resumed_run_keeps_the_epochs_of_its_budget(workplace, monkeypatch):
+def test_a_resumed_run_keeps_the_epochs_of_its_budget(workplace, monkeypatch, capsys):
     monkeypatch.setattr(limits, "measure", lambda *_: replace(BIG, step_seconds=1.0, predict_seconds=0.0))
     run(ERM, [*SHORT[:-1], "50", "--loop.budget", "15s", "--run", "runs/a"])  # 6 steps an epoch
     config = yaml.safe_load((workplace / "runs/a/config.yaml").read_text())
     assert (config["optim"]["epochs"], config["loop"]["budget"]) == (2, "15s")
+    assert "loop.budget=15s: 2 of 50 epochs fit it" in capsys.readouterr().out
     assert "optim.epochs" in config["about"]["changed"]
     monkeypatch.setattr(limits, "measure", lambda *_: BIG)
     (workplace / "runs/a/summary.json").unlink()
     run(ERM, ["--resume", "--run", "runs/a"])
     assert json.loads((workplace / "runs/a/summary.json").read_text())["epochs"] == 2
+    with pytest.raises(SystemExit):
+        run(ERM, ["--resume", "--run", "runs/a", "--loop.budget", "1h"])
+    assert "loop.budget=1h fits the epochs of a run that begins, and runs/a has begun" in capsys.readouterr().err
 
 
 def test_images_that_are_enlarged_are_named():
@@ -144,8 +148,8 @@ def test_images_that_are_enlarged_are_named():
 
 def test_times_as_they_are_given_and_said():
     assert [seconds_in(text) for text in ("90s", "15m", "1h30m", "2d")] == [90, 900, 5400, 172_800]
-    told = [said_time(seconds) for seconds in (0.314, 12.3, 100, 3_600, 20_000, 200_000)]
-    assert told == ["0.31 s", "12 s", "1.7 minutes", "60 minutes", "5.6 hours", "2.3 days"]
+    reported = [said_time(seconds) for seconds in (0.314, 12.3, 100, 3_600, 20_000, 200_000)]
+    assert reported == ["0.31 s", "12 s", "1.7 minutes", "60 minutes", "5.6 hours", "2.3 days"]
 
 
 @pytest.mark.parametrize("budget", ["15", "m", "1h 30m", "-5m", ""])

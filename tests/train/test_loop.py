@@ -173,7 +173,7 @@ def test_a_checkpoint_of_another_model_is_named(workplace, capsys):
         (["--input.loader", "ffcv"], "input.loader"),
         (["--input.augment", "cifra"], "'cifra'; choose one of"),
         (["--input.batch_size", "0"], "input.batch_size"),
-        (["--model.backbone", "resnet33"], "'resnet33' is unknown; choose one of"),
+        (["--model.backbone", "resnet33"], "'resnet33' is unknown; did you mean resnet34?"),
         (["--data", "nowhere"], "nowhere does not exist"),
         (["--data", "."], "has no dataset.json"),
         (["--config", "absent.yaml"], "absent.yaml"),
@@ -187,7 +187,7 @@ def test_a_checkpoint_of_another_model_is_named(workplace, capsys):
         (["--resume", "--run", "data"], "data already exists and is no run of ours"),
     ],
 )
-def test_mistakes_are_told_in_one_line_and_leave_nothing(workplace, capsys, arguments, expected):
+def test_mistakes_are_reported_in_one_line_and_leave_nothing(workplace, capsys, arguments, expected):
     (workplace / "wrong-key.yaml").write_text("optim: {epoch: 3}\n")
     (workplace / "wrong-type.yaml").write_text("optim: {epochs: many}\n")
     (workplace / "broken.yaml").write_text("optim: {epochs: [\n")
@@ -280,7 +280,7 @@ def test_cosine_and_constant_schedules():
     assert lr_factor(Optim(epochs=1, warmup_epochs=5), 1) == pytest.approx(7 / 15)
 
 
-def test_a_warm_up_that_is_longer_than_the_run_is_told(workplace, capsys):
+def test_a_warm_up_that_is_longer_than_the_run_is_reported(workplace, capsys):
     run(ERM, [*SHORT, "--optim.warmup_epochs", "5"])
     warning = (
         "warning: optim.warmup_epochs=5 is more than the 2 epochs: the rate rises to 0.012 only, not to optim.lr=0.02"
@@ -330,7 +330,7 @@ def test_a_variant_belongs_to_a_new_run(workplace, monkeypatch, capsys):
     )
 
 
-def test_an_unknown_variant_is_told(workplace, capsys):
+def test_an_unknown_variant_is_reported(workplace, capsys):
     assert "--variant 3x: the preset digits has no such variant; it has: none" in fails_with(
         capsys, BBN, "--variant", "3x"
     )

@@ -164,7 +164,7 @@ def test_weights_apply_from_the_deferred_epoch_on(make_method, settings, first):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mix", "mixap"], "method.mix=mixap is unknown; did you mean mixup?; choose one of: none, mixup, remix"),
+        (["mix", "mixap"], "method.mix=mixap is unknown; choose one of: none, mixup, remix"),
         (["mix", "mixup(alpha=0)"], "method.mix=mixup(alpha=0): "),
         (["mix", "remix(kappa=0.5)"], "method.mix=remix(kappa=0.5): remix has kappa=0.5; it must be at least 1"),
         (["mix", "manifold(depth=4)"], "depth=4) is too deep: the trunk of model.backbone=resnet32 has depths 0 to 3"),

@@ -90,7 +90,7 @@ def test_the_prior_is_what_the_stream_draws(make_method, digits, q, defer):
         assert float(losses.mean()) == pytest.approx(float(expected), abs=0.01), epoch
 
 
-def test_graloss_is_told_in_rows_and_summary(workplace):
+def test_graloss_is_reported_in_rows_and_summary(workplace):
     common = ["--optim.epochs", "2", "--input.batch_size", "64", "--input.image_size", "8", "--loop.eval_every", "2"]
     run(ERM, [*common, "--run", "runs/a", "--method.objective", "gradual"])
     rows = [json.loads(line) for line in (workplace / "runs/a/metrics.jsonl").read_text().splitlines()]
@@ -101,7 +101,7 @@ def test_graloss_is_told_in_rows_and_summary(workplace):
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ("adjust", "is unknown; did you mean adjusted?; choose one of: ce, adjusted, gradual"),
+        ("adjust", "is unknown; choose one of: ce, adjusted, gradual"),
         ("ce(tau=1)", "ce has no setting 'tau'; it has no settings"),
         ("gradual(tau=1)", "gradual has no setting 'tau'; its settings are: scale, base"),
         ("adjusted(tau=-1)", "tau"),

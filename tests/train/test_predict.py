@@ -64,15 +64,15 @@ def test_it_shows_the_network_the_pictures_of_an_evaluation(tmp_path, capsys, ph
     assert len(expected) == len(images) + 6
     assert np.std([p_C[0] for p_C in expected.values()]) > 0.01  # the network tells them apart
     capsys.readouterr()
-    told = rows(capsys, "--run", run, "--batch-size", 4, tmp_path / "source")
-    for row in told:
+    reported = rows(capsys, "--run", run, "--batch-size", 4, tmp_path / "source")
+    for row in reported:
         p_C = expected[os.path.relpath(row["file"], tmp_path / "source")]
         assert row["label"] == ["both", "odd"][p_C.argmax()]
         assert [pair["score"] for pair in row["topk"]] == pytest.approx(sorted(p_C, reverse=True), abs=1e-5)
     # What the shards hold is predicted alike.
     from_shards = rows(capsys, "--run", run, out)
-    assert len(from_shards) == len(told)
-    scores = [sorted(row["score"] for row in some) for some in (told, from_shards)]
+    assert len(from_shards) == len(reported)
+    scores = [sorted(row["score"] for row in some) for some in (reported, from_shards)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
 
 
@@ -115,9 +115,9 @@ def test_hostile_names_are_data_in_every_format(tmp_path, capsys, photo_folder):
     shutil.copy(photo_folder / "both/00.jpg", broken)
     names = {str(folder / name) for name in HOSTILE} | {os.fsdecode(broken)}
 
-    told = rows(capsys, "--run", run, folder)
-    assert {row["file"] for row in told} == names
-    assert {row["label"] for row in told} <= set(classes)
+    reported = rows(capsys, "--run", run, folder)
+    assert {row["file"] for row in reported} == names
+    assert {row["label"] for row in reported} <= set(classes)
     out = tmp_path / "out.csv"
     predict(capsys, "--run", run, folder, "--format", "csv", "--out", out)
     with out.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
@@ -160,9 +160,9 @@ def test_bad_images_are_named_and_skipped(tmp_path, capsys, photo_folder):
     (folder / "broken.tar").write_bytes(b"no tar at all" * 100)
     main(["--run", str(run), str(folder), "--format", "jsonl", "--batch-size", "3"])
     said = capsys.readouterr()
-    told = [json.loads(line)["file"] for line in said.out.splitlines()]
+    reported = [json.loads(line)["file"] for line in said.out.splitlines()]
     # In the order of the names, over the gaps.
-    assert [Path(name).name for name in told] == ["01.jpg", "02.jpg", "03.jpg", "04.jpg", "05.jpg", "one.JPG"]
+    assert [Path(name).name for name in reported] == ["01.jpg", "02.jpg", "03.jpg", "04.jpg", "05.jpg", "one.JPG"]
     assert "skipped" in said.err
     assert "03\\x1b[2J.jpg: empty file" in said.err
     assert "broken.tar: not an image" in said.err
@@ -227,14 +227,14 @@ def test_what_is_below_the_threshold_has_no_label(tmp_path, capsys, photo_folder
 
 def test_selected_weights_are_the_default_where_val_chose(tmp_path, capsys, photo_folder):
     run, image = make_run(tmp_path / "run", selected=True), photo_folder / "both/00.jpg"
-    told = {name: rows(capsys, "--run", run, image, *option)[0]["score"] for name, option in
+    reported = {name: rows(capsys, "--run", run, image, *option)[0]["score"] for name, option in
             {"default": [], "last": ["--weights", "last"], "selected": ["--weights", "selected"]}.items()}  # fmt: skip
-    assert told["default"] == told["selected"] != told["last"]
+    assert reported["default"] == reported["selected"] != reported["last"]
     plain = make_run(tmp_path / "plain")
     assert "has no selected weights" in fails_with(capsys, "--run", plain, image, "--weights", "selected")
 
 
-def test_mistakes_are_told_in_one_line(tmp_path, capsys, photo_folder):
+def test_mistakes_are_reported_in_one_line(tmp_path, capsys, photo_folder):
     run, image = make_run(tmp_path / "run"), photo_folder / "both/00.jpg"
     (tmp_path / "empty").mkdir()
     assert "no model is named" in fails_with(capsys, image)
@@ -251,14 +251,14 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys, photo_folder):
     assert (tmp_path / "taken").read_text() == "mine"
     assert "the folder" in fails_with(capsys, "--run", run, image, "--out", tmp_path / "no/where")
     assert "needs a file" in fails_with(capsys, "--run", run, image, "--format", "parquet")
-    for told, message in (
+    for reported, message in (
         ('{"temple": 0.5, "flower": 0.5}', "differ in 1 classes ('both', …)"),
         ('{"temple": 0.5, "flower": 0.4, "both": 0.2}', "sum to 1"),
         ('{"temple": "a", "flower": 0.4, "both": 0.2}', "sum to 1"),
         ("[]", "differ in 3 classes"),
         ("{", "is not JSON"),
     ):
-        (tmp_path / "prior.json").write_text(told)
+        (tmp_path / "prior.json").write_text(reported)
         assert message in fails_with(capsys, "--run", run, image, "--prior", tmp_path / "prior.json")
     assert "cannot be read" in fails_with(capsys, "--run", run, image, "--prior", "unifrom")
     content = json.loads((run / "model.json").read_text())
@@ -285,9 +285,9 @@ def test_links_are_followed_once_and_nobody_waits_for_a_pipe(tmp_path, capsys, p
     os.mkfifo(folder / "pipe.jpg")
     main(["--run", str(run), str(folder), "--format", "jsonl"])
     said = capsys.readouterr()
-    told = [os.path.realpath(json.loads(line)["file"]) for line in said.out.splitlines()]
+    reported = [os.path.realpath(json.loads(line)["file"]) for line in said.out.splitlines()]
     names = sorted(os.listdir(photo_folder / "both"))
-    assert sorted(told) == sorted([str(folder / "a/00.jpg"), *(str(folder / k / n) for k in "ab" for n in names)])
+    assert sorted(reported) == sorted([str(folder / "a/00.jpg"), *(str(folder / k / n) for k in "ab" for n in names)])
     assert "pipe.jpg: not a regular file" in said.err
 
 

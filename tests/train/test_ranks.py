@@ -112,7 +112,7 @@ def test_two_processes_are_one(workplace):
     kept = [dict(np.load(workplace / f"runs/{name}/diagnostics.npz")) for name in ("one", "two")]
     for name, values_C in kept[0].items():  # each image's features counted once
         assert values_C == pytest.approx(kept[1][name], rel=0.02), name
-    assert len((workplace / "rank-0.log").read_text().splitlines()) == 7
+    assert len((workplace / "rank-0.log").read_text().splitlines()) == 8
     assert (workplace / "rank-1.log").read_text() == ""
 
 
@@ -199,8 +199,8 @@ def test_a_run_that_not_all_processes_see_is_refused(workplace):
 def _agree(rank: int) -> None:
     torch.distributed.init_process_group("gloo")
     consensus = Consensus(2)
-    told = [consensus(15 * rank, rank == 0), consensus(0, False), consensus(0, False)]
-    assert told == [[0, 0], [15, 1], [0, 0]]
+    reported = [consensus(15 * rank, rank == 0), consensus(0, False), consensus(0, False)]
+    assert reported == [[0, 0], [15, 1], [0, 0]]
     assert consensus.wait() == [0, 0]
     assert consensus.wait() is None
     torch.distributed.destroy_process_group()

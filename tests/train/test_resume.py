@@ -76,11 +76,11 @@ def test_a_signal_stops_after_its_step_and_resume_goes_on_bit_for_bit(
         run(BBN, [*SHORT, *settings, "--run", "runs/cut"])
     assert stopped.value.code == EXIT_STATUS == 75
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == handlers
-    told, name = capsys.readouterr(), signal.Signals(number).name
+    reported, name = capsys.readouterr(), signal.Signals(number).name
     script = os.path.relpath(sys.modules[BBN.__module__].__file__)
-    assert f"stopped by {name} after step {step}, with a checkpoint; resume with: " in told.out
-    assert f" {script} --run runs/cut --resume\n" in told.out
-    assert f"{name}: finishing this step and writing a checkpoint" in told.err
+    assert f"stopped by {name} after step {step}, with a checkpoint; resume with: " in reported.out
+    assert f" {script} --run runs/cut --resume\n" in reported.out
+    assert f"{name}: finishing this step and writing a checkpoint" in reported.err
     assert (workplace / f"runs/cut/checkpoints/step-{step:08d}").is_dir()
     monkeypatch.undo()
     monkeypatch.chdir(workplace)
@@ -104,9 +104,9 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(workplace, monkeypatch
     ]
     Path("runs/cut/checkpoints/step-00000005/state.pt").write_bytes(b"")
     run(ERM, ["--resume", "--run", "runs/cut"])
-    told = capsys.readouterr()
-    assert "warning: runs/cut/checkpoints/step-00000005 is damaged" in told.err
-    assert "after epoch 0 and 4 of 8 steps" in told.out
+    reported = capsys.readouterr()
+    assert "warning: runs/cut/checkpoints/step-00000005 is damaged" in reported.err
+    assert "after epoch 0 and 4 of 8 steps" in reported.out
     assert_alike(workplace / "runs/whole", workplace / "runs/cut")
 
 

@@ -418,11 +418,11 @@ def test_a_run_from_start_to_export(family, files, workplace, capsys, monkeypatc
     assert "after epoch 1" in said
     spec = json.loads((workplace / "runs/bbn/model.json").read_text())["network"]
     assert spec == {"kind": "bilateral", "backbone": backbone[1], "num_classes": 10, "image_size": 32}
-    told = read_description("runs/bbn")
+    reported = read_description("runs/bbn")
     cfg = timm.get_pretrained_cfg(FAMILIES[family])
-    assert (told.image_size, told.crop_share) == (32, pytest.approx(cfg.crop_pct))
-    assert told.interpolation.startswith(cfg.interpolation)
-    assert told.mean == pytest.approx(cfg.mean)
+    assert (reported.image_size, reported.crop_share) == (32, pytest.approx(cfg.crop_pct))
+    assert reported.interpolation.startswith(cfg.interpolation)
+    assert reported.mean == pytest.approx(cfg.mean)
     afg.run(["--from", "runs/bbn", "--run", "runs/afg", "--optim.epochs", "2", "--method.baselines", "false"])
     said = capsys.readouterr().out
     assert ("features have negative values" in said) == (family != "resnet")
@@ -476,7 +476,7 @@ def test_own_view_is_the_default_and_flags_come_over_it(digits):
     ("arguments", "message"),
     [
         (["--model.adapt", "lora"], "model.adapt=lora trains small layers beside frozen ones"),
-        (["--model.adapt", "lore"], "model.adapt=lore is unknown; did you mean lora?"),
+        (["--model.adapt", "lore"], "model.adapt=lore is unknown; choose one of"),
         (["--model.adapt", "lora(dim=3)"], "lora has no setting 'dim'; its settings are: rank, scale"),
         (["--model.backbone", "timm/test_vitt"], "did you mean timm/test_vit"),
         (["--input.image_size", "30"], "30 is no multiple"),

@@ -98,7 +98,7 @@ def test_one_image_has_its_own_loss_whatever_its_class_weighs():
     [
         (
             "inverted",
-            "method.weights=inverted is unknown; did you mean inverse?; choose one of: none, inverse, effective",
+            "method.weights=inverted is unknown; choose one of: none, inverse, effective",
         ),
         ("effective(beta=1.5)", "method.weights=effective(beta=1.5): "),
         ("inverse(power=2)", "method.weights=inverse(power=2): inverse has no setting 'power'; it has no settings"),

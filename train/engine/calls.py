@@ -39,7 +39,7 @@ def unknown(setting: str, name: str, choices: Mapping[str, Any]) -> UserError:
     """Return the error for a name that is none of the choices."""
     near = difflib.get_close_matches(name, choices, n=1)
     guess = f"; did you mean {near[0]}?" if near else ""
-    return UserError(f"{setting}={name} is unknown{guess}; choose one of: {', '.join(choices)}")
+    return UserError(f"{setting}={name} is unknown; choose one of: {', '.join(choices)}{guess}")
 
 
 def make_settings(setting: str, text: str, name: str, kind: type[T], given: dict[str, Any]) -> T:

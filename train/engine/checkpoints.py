@@ -1,9 +1,9 @@
-"""Checkpoints: everything that a run needs to go on, written so that a kill leaves the old one or the new one.
+"""Checkpoints: everything that a run needs to resume, written so that a kill leaves the old one or the new one.
 
     checkpoints/step-00000135/    model.safetensors, state.pt (loaded as plain data), sums.json (of those two)
     checkpoints/selected.safetensors    the weights that did best on the selecting split; which those are, is inside
 
-Where the streams stand needs no more than the step. What methods draw by torch's generators goes on where it was;
+Where the streams stand needs no more than the step. What methods draw by torch's generators continues where it was;
 everything else random is a function of (seed, epoch, step).
 """
 
@@ -125,9 +125,9 @@ def save_selected(run: Path, network: torch.nn.Module, epoch: int, score: float)
     """Keep the weights of the epoch that did best so far on the selecting split: one file, with epoch and score."""
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
-    told = {"epoch": epoch, "balanced_accuracy": score}
+    content = {"epoch": epoch, "balanced_accuracy": score}
     with partial_file(folder / SELECTED) as temporary:
-        temporary.write_bytes(_weights(network, {"selected": json.dumps(told)}))
+        temporary.write_bytes(_weights(network, {"selected": json.dumps(content)}))
     (folder / "selected.json").unlink(missing_ok=True)  # of a run that was begun when it was beside
 
 
@@ -140,8 +140,8 @@ def read_selected(run: Path) -> tuple[Path, int, float] | None:
     try:
         with safe_open(path, "pt") as file:
             inside = (file.metadata() or {}).get("selected")
-        told = json.loads(inside or beside.read_text(encoding="utf-8"))
-        return path, int(told["epoch"]), float(told["balanced_accuracy"])
+        content = json.loads(inside or beside.read_text(encoding="utf-8"))
+        return path, int(content["epoch"]), float(content["balanced_accuracy"])
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

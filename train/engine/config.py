@@ -10,7 +10,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
@@ -40,7 +40,9 @@ DATA = Path("data")
 
 
 Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
-Duration = restricted_string_type("Duration", r"(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s)?$", docstring="such as 1h30m")
+Duration: TypeAlias = str
+if not TYPE_CHECKING:
+    Duration = restricted_string_type("Duration", r"(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s)?$", docstring="such as 1h30m")
 
 
 @dataclass
@@ -261,7 +263,7 @@ def peek(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
 def changed_settings(
     parser: ArgumentParser, sections: dict[str, Any], defaults: dict[str, Any], spoken: frozenset[str] = frozenset()
 ) -> list[str]:
-    """Return the dotted names of the settings that differ from the defaults, for tables to tell runs apart.
+    """Return the dotted names of the settings that differ from the defaults, by which tables distinguish runs.
 
     Args:
         parser: that of the run.

@@ -221,8 +221,8 @@ def write_results(run_folder: Path, summary: dict[str, Any], final: Tally, datas
     print(f"{summary['title']}, last epoch, on {summary['evaluated_on']}: {accuracy_line(summary['last'])}")
     if summary["selected"]:
         chosen = summary["selected"].get("name") or f"{summary['title']}, epoch {summary['selected']['epoch']}"
-        told = f"{chosen}, which {summary['selected_on']} chose"
-        print(f"{told}, on {summary['evaluated_on']}: {accuracy_line(summary['selected'])}")
+        which = f"{chosen}, which {summary['selected_on']} chose"
+        print(f"{which}, on {summary['evaluated_on']}: {accuracy_line(summary['selected'])}")
     print(f"wrote {run_folder}/summary.json; for a page with figures: tailstream report {run_folder}")
 
 

@@ -1,4 +1,4 @@
-"""Guards: what goes wrong in a run of three days is told in one line, with what is needed to find out why."""
+"""Guards: what goes wrong in a run of three days is one line, with what is needed to find out why."""
 
 import errno
 import os
@@ -40,7 +40,7 @@ class LossGuard:
 
         Args:
             loss: a scalar, on any device.
-            where: what to tell about the step: epoch, step, lr.
+            where: what to report about the step: epoch, step, lr.
             batch: the step's streams.
 
         Raises:
@@ -122,7 +122,7 @@ class StallGuard:
 
 
 def check_devices(environment: Mapping[str, str], device: str, gpus: int) -> None:
-    """Tell what is wrong before processes wait for each other.
+    """Report what is wrong before processes wait for each other.
 
     Args:
         environment: of the process, with what a launcher has set (LOCAL_RANK).
@@ -143,7 +143,7 @@ def check_devices(environment: Mapping[str, str], device: str, gpus: int) -> Non
 
 
 @contextmanager
-def told_in_one_line(run_folder: Path | None = None) -> Iterator[None]:
+def errors_in_one_line(run_folder: Path | None = None) -> Iterator[None]:
     """Turn errors of the machine, in memory, disk and network, into a `UserError`."""
     try:
         yield

@@ -82,8 +82,8 @@ class Model:
     @property
     def view(self) -> View:
         """What it sees of an image."""
-        told = self.description
-        return View(told.shorter_side, told.quality, told.grey_bits, told.eval_augment, told.image_size)
+        of = self.description
+        return View(of.shorter_side, of.quality, of.grey_bits, of.eval_augment, of.image_size)
 
     @property
     def calibrated(self) -> Calibration:
@@ -145,11 +145,11 @@ def _describe_older(run: Path) -> Description:
     saved, summary = runs.read_config(run), runs.read_summary(run)
     try:
         source = saved if "augment" in saved["input"] else runs.read_config(Path(saved["about"]["from"]))
-        told = json.loads((run / "per_class.json").read_text(encoding="utf-8"))
+        per_class = json.loads((run / "per_class.json").read_text(encoding="utf-8"))
         network, recipe = load_model(run), find_recipe(source["input"]["eval_augment"])
         return Description(
-            classes=[str(name) for name in told["classes"]],
-            train_counts=[int(count) for count in told["train_counts"]],
+            classes=[str(name) for name in per_class["classes"]],
+            train_counts=[int(count) for count in per_class["train_counts"]],
             image_size=int(source["input"]["image_size"]),
             eval_augment=recipe.name,
             crop_share=recipe.centre_share,
@@ -230,22 +230,28 @@ def find_images(paths: Sequence[str], listed: Sequence[str] = ()) -> list[Item]:
 
 def left_out(folder: str) -> Counter[str]:
     """Return how many pictures lie in or below a folder that this PIL does not read, by their extension."""
-    names = (name for _, _, files in os.walk(folder, followlinks=True) for name in files)
+    names = (name for _, files in _folders(folder) for name in files)
     ends = (Path(name).suffix.lower() for name in names if not name.startswith("."))
     return Counter(end for end in ends if end in UNREAD_EXTENSIONS)
 
 
+def _folders(path: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield a folder and those below it that are not hidden, each once, with the names of its files, sorted."""
+    entered: set[tuple[int, int]] = set()
+    for parent, folders, files in os.walk(path, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in entered:  # by a link, such as one to a folder above
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield parent, sorted(files)
+
+
 def _images_at(path: str) -> Iterator[Item]:
     if os.path.isdir(path):
-        entered: set[tuple[int, int]] = set()
-        for parent, folders, files in os.walk(path, followlinks=True):
-            status = os.stat(parent)
-            if (status.st_dev, status.st_ino) in entered:  # by a link, such as one to a folder above
-                folders.clear()
-                continue
-            entered.add((status.st_dev, status.st_ino))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(files):
+        for parent, files in _folders(path):
+            for name in files:
                 if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS | {".tar"}:
                     yield from _images_at(os.path.join(parent, name))
     elif path.lower().endswith(".tar"):

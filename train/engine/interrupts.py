@@ -70,7 +70,7 @@ class Interrupts:
 
 def _say_what_is_waited_for(reader: int) -> None:
     """Watch the numbers of the signals that come out of a pipe, to its end."""
-    told = interrupted = False
+    announced = interrupted = False
     with open(reader, "rb", buffering=0) as pipe:
         while numbers := pipe.read(64):
             for number in numbers:
@@ -79,11 +79,11 @@ def _say_what_is_waited_for(reader: int) -> None:
                 if interrupted and number == signal.SIGINT:
                     os._exit(128 + number)
                 interrupted |= number == signal.SIGINT
-                if not told and os.environ.get("RANK", "0") == "0":
+                if not announced and os.environ.get("RANK", "0") == "0":
                     now = f"; Ctrl-C again, or kill -INT {os.getpid()}, stops at once" if interrupted else ""
                     name = signal.Signals(number).name
                     print(f"\n{name}: finishing this step and writing a checkpoint{now}", file=sys.stderr, flush=True)
-                told = True
+                announced = True
 
 
 class Stops(Interrupts):
@@ -97,7 +97,7 @@ class Stops(Interrupts):
 class Consensus:
     """The largest of each number over the ranks, which every rank gets at the same call.
 
-    With several ranks a call returns what was told at the call before it (zeros at the first), so that no rank waits
+    With several ranks a call returns the result of the call before it (zeros at the first), so that no rank waits
     for the others, and none for its GPU: the numbers travel between the hosts while a step is computed.
     """
 
@@ -109,13 +109,13 @@ class Consensus:
         """See the class."""
         if self._group is None:
             return list(numbers)
-        told = self.wait() or [0] * len(numbers)
+        previous = self.wait() or [0] * len(numbers)
         tensor = torch.tensor(numbers)
         self._sent = dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group, async_op=True), tensor
-        return told
+        return previous
 
     def wait(self) -> list[int] | None:
-        """Return what the last call told, if it was not yet returned."""
+        """Return the result of the last call, unless it has been returned."""
         if self._sent is None:
             return None
         (work, tensor), self._sent = self._sent, None

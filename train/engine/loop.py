@@ -262,7 +262,7 @@ class Training:
         return states
 
     def restore(self, states: dict[str, Any]) -> None:
-        """Undo `_states`; what the checkpoint lacks, because the run was set otherwise, begins anew."""
+        """Undo `_states`; what the checkpoint lacks, because the run was configured otherwise, starts afresh."""
         # The settings are the configuration's: a resumed run may have been given others.
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(states["optimizer"])

@@ -182,7 +182,7 @@ class HardAware(Objective):
     acc is a class's accuracy on the training images of the epoch. Where the paper is silent: w̃ starts at 1/(1 − m),
     at which a class that is always recognised stays; an accuracy below `least` counts as `least`, so that a class that
     was never recognised has a weight; a class that the epoch did not show keeps its own; and as only the ratios of w̃
-    tell classes apart, while their size would multiply the learning rate by some 1/(1 − m), the loss has them with a
+    separate classes, while their size would multiply the learning rate by some 1/(1 − m), the loss has them with a
     mean of 1 over the classes. The paper's fixed w is a weighting of `train.engine.weights`.
     """
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from shards.errors import UserError
-from train.engine.guards import check_devices, told_in_one_line
+from train.engine.guards import check_devices, errors_in_one_line
 
 PROC = Path("/proc")
 DEVICES = Path("/dev")
@@ -168,7 +168,7 @@ def make_accelerator(precision: str, device: str = "auto", threads: int | None =
     if cpu and precision == "fp16":
         raise UserError("loop.precision=fp16 needs a GPU; use --loop.precision bf16, or no")
     try:
-        with told_in_one_line():
+        with errors_in_one_line():
             # Without cpu=True several processes on CPUs would each run as if they were alone.
             return Accelerator(mixed_precision=None if precision == "auto" else precision, cpu=cpu)
     except UserError:

@@ -172,12 +172,18 @@ def make_optimizer(method: "Method", optim: Optim) -> "torch.optim.Optimizer":
 
     groups = parameter_groups(method, optim)
     # Plain numbers: a checkpoint holds them, and is loaded as plain data, without the command line's own types.
-    common = {"lr": float(optim.lr), "weight_decay": float(optim.weight_decay)}
+    lr, weight_decay = float(optim.lr), float(optim.weight_decay)
     if optim.optimizer == "adamw":
         first, second = map(float, optim.betas)
-        return torch.optim.AdamW(groups, betas=(first, second), **common)
+        return torch.optim.AdamW(groups, lr=lr, betas=(first, second), weight_decay=weight_decay)
     momentum = float(optim.momentum)
-    return torch.optim.SGD(groups, momentum=momentum, nesterov=optim.nesterov and momentum > 0, **common)
+    return torch.optim.SGD(
+        groups,
+        lr=lr,
+        momentum=momentum,
+        nesterov=optim.nesterov and momentum > 0,
+        weight_decay=weight_decay,
+    )
 
 
 def parameter_groups(method: "Method", optim: Optim) -> list[dict[str, Any]]:

@@ -172,9 +172,9 @@ def newest_run(stages: set[int], dataset: str | None = None, method: str | None 
         if summary_path.exists() != finished:
             continue
         try:
-            told = json.loads(summary_path.read_text(encoding="utf-8")) if finished else read_config(run)["about"]
-            fits = dataset in (None, told["dataset"]) and method in (None, told["method"])
-            if fits and (not finished or told["stage"] in stages):
+            content = json.loads(summary_path.read_text(encoding="utf-8")) if finished else read_config(run)["about"]
+            fits = dataset in (None, content["dataset"]) and method in (None, content["method"])
+            if fits and (not finished or content["stage"] in stages):
                 found.append(((summary_path if finished else config).stat().st_mtime, run))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not a run of ours

@@ -22,7 +22,7 @@ from train.engine import runs
 from train.engine.checkpoints import Counters, has_checkpoint, load_checkpoint
 from train.engine.config import Config, changed_settings, find_dataset, find_dataset_of, plain_sections
 from train.engine.evaluation import finish, test_split
-from train.engine.guards import told_in_one_line
+from train.engine.guards import errors_in_one_line
 from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.limits import SCHEDULE, enlarged, estimate_run, said, within_budget
 from train.engine.loop import Training
@@ -69,6 +69,11 @@ def train(
         asked.variant = begun_with
         dataset = _dataset_of(resumed, about, asked.data)
         choice = resumed_choice(parser, argv, saved, about, method_class.name)
+        if choice.settings.loop.budget != saved.get("loop", {}).get("budget"):
+            raise UserError(
+                f"loop.budget={choice.settings.loop.budget} fits the epochs of a run that begins, and {resumed} has"
+                " begun; leave it out, or set --optim.epochs"
+            )
     else:
         dataset = find_dataset(asked.data)
         gpu = usable_gpu(asked.loop.device)
@@ -76,7 +81,7 @@ def train(
     config = _config(parser, choice.settings)
 
     accelerator = make_accelerator(config.loop.precision, config.loop.device, config.loop.threads)
-    with told_in_one_line(resumed):
+    with errors_in_one_line(resumed):
         if choice.weights_by_preset and (missing := _missing_weights(config, accelerator)):
             choice = choose(parser, argv, dataset, method_class.name, asked.variant, gpu=gpu, missing=missing)
             config = _config(parser, choice.settings)
@@ -149,7 +154,7 @@ def _train_and_finish(
         # Its weights replace the pretrained ones, whose file or server may be out of reach by now.
         config = replace(config, model=replace(config.model, weights=None))
     method, plan = _make(method_class, config, dataset, accelerator)
-    test_split(dataset)  # tells early where there is none
+    test_split(dataset)  # refused early where there is none
     tracking = Tracking(config.loop.track)
     # Whatever can fail comes before the folder is made or touched.
     restored = load_checkpoint(resumed, method.network) if resumed else None
@@ -181,8 +186,9 @@ def _train_and_finish(
     if config.loop.estimate or config.loop.budget or asked.dry_run:
         left = config.optim.epochs * plan.steps_per_epoch - counters.step
         estimate = estimate_run(method_class, plan, config, dataset, accelerator, thorough=asked.dry_run)
-        if config.loop.budget and resumed is None:
-            config = within_budget(config, plan, dataset, estimate)
+        if config.loop.budget and not (resumed and (resumed / "config.yaml").exists()):
+            wanted, config = config.optim.epochs, within_budget(config, plan, dataset, estimate)
+            accelerator.print(f"loop.budget={config.loop.budget}: {config.optim.epochs} of {wanted} epochs fit it")
             sections["optim"] |= {key: getattr(config.optim, key) for key in SCHEDULE}
             method, plan = _make(method_class, config, dataset, accelerator)
             left = config.optim.epochs * plan.steps_per_epoch
@@ -213,7 +219,7 @@ def _train_and_finish(
         within = counters.step - counters.epochs * plan.steps_per_epoch
         where = f" and {within} of {plan.steps_per_epoch} steps" if within else ""
         accelerator.print(f"resuming {run_folder} after epoch {counters.epochs}{where}")
-    with loader, told_in_one_line(run_folder):
+    with loader, errors_in_one_line(run_folder):
         training = Training(method, config, dataset, plan, run_folder, accelerator, counters, tracking)
         if restored:
             training.restore(restored[0])

@@ -6,7 +6,7 @@
         labels.npy      (R,) int64
         seen.npy        (R,) bool: the rows that are filled; after a kill the others are still to do
 
-A bank is reused while everything in bank.json but `complete` is what would make it now, else it is made anew. All ranks
+A bank is reused while everything in bank.json but `complete` is what would make it now, else it is remade. All ranks
 fill it together, on a filesystem that they share: where a row belongs is known from the dataset's index alone.
 """
 
@@ -128,13 +128,13 @@ def feature_bank(
                 runs.lock(folder.parent)
             except OSError as error:
                 raise _unwritable(folder, error, wanted) from None
-            told = _read(folder)  # another process may have finished it meanwhile
-            if told and {**told, "complete": True} == wanted | {"complete": True}:
+            found = _read(folder)  # another process may have finished it meanwhile
+            if found and {**found, "complete": True} == wanted | {"complete": True}:
                 print(f"resuming the features of {split} in {folder}")
             else:
-                if told:
-                    differing = ", ".join(key for key in wanted if told.get(key) != wanted[key])
-                    print(f"the features of {split} in {folder} have another {differing}; taking them anew")
+                if found:
+                    differing = ", ".join(key for key in wanted if found.get(key) != wanted[key])
+                    print(f"the features of {split} in {folder} have another {differing}; extracting them again")
                 _begin(folder, wanted)
         accelerator.wait_for_everyone()
         _fill(folder, network, dataset.splits[split], input, accelerator, wanted)
@@ -210,16 +210,16 @@ def _digest(path: Path) -> str:
 def _read(folder: Path) -> dict[str, Any] | None:
     """Return what bank.json says, or None where there is no whole one or an array is not what it says."""
     try:
-        told = dict(json.loads((folder / "bank.json").read_text(encoding="utf-8")))
-        rows = sum(told["class_counts"])
-        expected = [((rows, told["dimensions"]), np.float16), ((rows,), np.int64), ((rows,), np.bool_)]
+        found = dict(json.loads((folder / "bank.json").read_text(encoding="utf-8")))
+        rows = sum(found["class_counts"])
+        expected = [((rows, found["dimensions"]), np.float16), ((rows,), np.int64), ((rows,), np.bool_)]
         for name, (shape, dtype) in zip(ARRAYS, expected, strict=True):
             array = np.load(folder / f"{name}.npy", mmap_mode="r")
             if array.shape != shape or array.dtype != dtype:
                 return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return told
+    return found
 
 
 def _begin(folder: Path, wanted: dict[str, Any]) -> None:

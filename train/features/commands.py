@@ -28,7 +28,7 @@ class Extraction:
         threads: decoding threads.
         views: how often each training image is taken with stage one's training recipe; 0: once, as in evaluation.
         branch: of a bilateral network: both, or the features of one alone, conventional or rebalancing (BBN, Table 5).
-        shift_batch_norm: whether batch norm's running statistics are first taken anew, from classes in balance
+        shift_batch_norm: whether batch norm's running statistics are first taken again, from classes in balance
             (train/features/shift.py); by default where the classifier's reference does so: for mislas.
     """
 
@@ -143,8 +143,8 @@ class Program:
     parser: ArgumentParser
     check: Callable[[Any], None] = lambda config: None
     work: Callable[[Any, bool], Work] = lambda config, chooses: Work(1, config.optim.epochs, config.optim.batch_size)
-    shifts: Callable[[Any], bool] = lambda config: False
     variants: Mapping[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    shifts: Callable[[Any], bool] = lambda config: False
 
 
 def defaults(program: Program, dataset: Dataset, variant: str | None) -> dict[str, Any]:

@@ -76,10 +76,10 @@ def _npy_header(file: BinaryIO, rows: int, dimensions: int) -> None:
 def _safetensors_header(file: BinaryIO, rows: int, dimensions: int) -> None:
     """Write what comes before the numbers: the library's own writer wants all of them at once."""
     end = 2 * rows * dimensions
-    told = {
+    described = {
         "features": {"dtype": "F16", "shape": [rows, dimensions], "data_offsets": [0, end]},
         "labels": {"dtype": "I64", "shape": [rows], "data_offsets": [end, end + 8 * rows]},
     }
-    header = json.dumps(told).encode()
+    header = json.dumps(described).encode()
     header += b" " * (-len(header) % 8)
     file.write(struct.pack("<Q", len(header)) + header)

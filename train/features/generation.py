@@ -95,7 +95,7 @@ def generate_chunks(
             yield samples_MD, gaussians.labels_N[parents_M]
             del samples_MD  # before the next one is made
 
-    # Not a generator function itself: mistakes are told here, not at the first chunk.
+    # Not a generator function itself: mistakes are reported here, not at the first chunk.
     return chunks()
 
 

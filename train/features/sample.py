@@ -17,7 +17,7 @@ from shards.atomic import partial_file
 from train.features.mixing import Mixture
 
 FILE = "feature_sample.npz"
-CLASSES_AT_AN_END = 4  # as many of the largest as of the smallest: eight colours can be told apart
+CLASSES_AT_AN_END = 4  # as many of the largest as of the smallest: eight colours are distinguishable
 EACH = 40  # at most so many real features of a class, and so many generated ones
 
 

@@ -61,7 +61,7 @@ class Stages(nn.Sequential):
         """See the class."""
         for name, stage in self.named_children():
             if self.recomputes and self.training and name.startswith("layer"):
-                for block in stage:
+                for block in stage.children():
                     maps_BCHW = checkpoint(block, maps_BCHW, use_reentrant=False)
             else:
                 maps_BCHW = stage(maps_BCHW)
@@ -150,9 +150,8 @@ def make_backbone(
         layers = ", ".join(key for key, stage in stages.items() if stage.state_dict())
         load_state(nn.Sequential(stages), state, weights, f"give the state dict of {owner} {name} ({layers})")
     if drop_path:
-        _use_drop_path(
-            [block for key, stage in stages.items() if key.startswith("layer") for block in stage], drop_path
-        )
+        staged = (stage.children() for key, stage in stages.items() if key.startswith("layer"))
+        _use_drop_path([block for blocks in staged for block in blocks], drop_path)
     last_stage = next(reversed(stages))
     *first_blocks, last_block = stages[last_stage].children()
     stages[last_stage] = nn.Sequential(*first_blocks)
