@@ -261,7 +261,6 @@ def test_models_that_the_rule_does_not_know_are_trained_whole(tmp_path):
             {"backbone": "timm/test_vit", "weights": "lost.pth"},
             r"'lost\.pth' are no file; give one, or --model\.weights",
         ),
-        ({"backbone": "resnet32", "drop_path": 0.1}, "'resnet32' has no stochastic depth"),
     ],
 )
 def test_mistakes(arguments, message):
