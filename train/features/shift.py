@@ -23,7 +23,7 @@ from pipeline.plan import Stream, TrainPlan
 from shards.index import MANIFEST, Dataset
 from train.engine.config import Input
 from train.networks.model_files import SPEC_FILE, load_model, save_model
-from train.networks.networks import Network
+from train.networks.networks import BilateralNetwork, Network, PlainNetwork
 
 FOLDER = "shifted"
 # The fewest that statistics are taken from, where an epoch has fewer.
@@ -32,7 +32,7 @@ BATCHES = 16
 
 def shifted(
     network: Network, folder: Path, dataset: Dataset, input: Input, accelerator: Accelerator, seed: int
-) -> tuple[Network, Path]:
+) -> tuple[PlainNetwork | BilateralNetwork, Path]:
     """Return the network with shifted statistics, and where it is kept: read there, or made by a pass over images.
 
     Args:

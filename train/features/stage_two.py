@@ -217,11 +217,13 @@ def open_stage(
             f"{held}: nothing is chosen or selected, and each setting is the first of its grid; build the dataset with"
             f" {remedy} to have them chosen"
         )
+    if branch != "both" and isinstance(network, BilateralNetwork):
+        network = network.single(branch).to(accelerator.device)
     return Stage(
         name,
         config,
         source,
-        network if branch == "both" else network.single(branch).to(accelerator.device),
+        network,
         dataset,
         run_folder,
         accelerator,
@@ -247,7 +249,7 @@ def _check_resumed(run: Path, asked: Any, about: dict[str, Any]) -> None:
         raise UserError(f"--variant {asked.variant} comes too late for {run}, which has its settings; leave it out")
     for key in ("from", "weights"):
         begun, given = about.get(key), asked[key]
-        same = None in (begun, given) or given == begun
+        same = begun is None or given is None or given == begun
         if not same and key == "from":
             same = Path(given).resolve() == Path(str(begun)).resolve() or not Path(str(begun)).exists()
         if not same:
