@@ -44,7 +44,7 @@ class AdaptFormer:
         """Return whether a block of a vision transformer can have them."""
         return isinstance(getattr(block, "norm2", None), nn.LayerNorm) and hasattr(block, "mlp")
 
-    def adapt(self, block: nn.Module) -> None:
+    def adapt(self, block: Any) -> None:
         """Put adapters into a block, in place."""
         assert self.dim is not None
         width = block.norm2.normalized_shape[0]
@@ -74,7 +74,7 @@ class LoRA:
         qkv, bias = getattr(attention, "qkv", None), getattr(attention, "q_bias", None)  # some keep the bias apart
         return isinstance(qkv, nn.Linear) and bias is None
 
-    def adapt(self, block: nn.Module) -> None:
+    def adapt(self, block: Any) -> None:
         """Put adapters into a block, in place."""
         block.attn.qkv = LowRankQV(block.attn.qkv, self.rank, self.scale)
 

@@ -47,6 +47,8 @@ class Nothing(nn.Module):
 class Trunk(nn.Module):
     """A timm model up to its last block."""
 
+    model: Any
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -73,6 +75,8 @@ class Trunk(nn.Module):
 class Branch(nn.Module):
     """A timm model from its last block on, less its classifier."""
 
+    model: Any
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -96,7 +100,8 @@ def cut(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     path = last_block(model)
     before: list[nn.Module] = []
     after: list[tuple[nn.Module, str]] = []
-    above, direct = model, list(model.named_parameters(recurse=False))
+    above: nn.Module = model
+    direct = list(model.named_parameters(recurse=False))
     for key in path:
         names = [name for name, _ in above.named_children()]
         place = names.index(key)
@@ -114,7 +119,7 @@ def cut(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return Trunk(model), last
 
 
-def last_block(model: nn.Module) -> list[str]:
+def last_block(model: Any) -> list[str]:
     """Return the path of the last block: where the last stage ends."""
     path = str(model.feature_info[-1]["module"]).split(".")
     while True:

@@ -231,6 +231,7 @@ class PlainNetwork(Network):
         """Return the trunk up to a depth, and the rest."""
         if depth == 0:
             return nn.Identity(), self.trunk
+        assert isinstance(self.trunk, Stages)
         names = [name for name, _ in self.trunk.named_children()]
         cut = names.index(f"layer{depth}") + 1
         return self.trunk[:cut], self.trunk[cut:]

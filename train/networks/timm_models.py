@@ -90,7 +90,7 @@ def make_parts(name: str, weights: str | None, image_size: int | None, drop_path
     config = _config(name)
     view = _view(config)
     size = image_size or view.image_size
-    model = _build(name, config, weights, size, drop_path)
+    model: Any = _build(name, config, weights, size, drop_path)
     feature_dim = _check_features(name, model, size)
     groups = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
     is_cut = can_be_cut(model)
@@ -213,7 +213,7 @@ def _load(name: str, config: Any, model: nn.Module, weights: str) -> None:
 
 
 @torch.no_grad()
-def _check_features(name: str, model: nn.Module, size: int) -> int:
+def _check_features(name: str, model: Any, size: int) -> int:
     """Return D, found by showing the model pictures that have a size and no contents."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
