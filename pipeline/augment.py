@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ from shards.errors import UserError
 Windows = NDArray[np.int32]  # shape (B, 4): top, left, height, width; may reach beyond the image
 Flips = NDArray[np.bool_]  # shape (B,)
 Interpolation = Literal["bilinear", "bicubic"]  # both antialiased: PIL's triangle filter, and its cubic one (a = −1/2)
-BICUBIC = "bicubic"
+BICUBIC: Final = "bicubic"
 
 
 @dataclass(frozen=True)

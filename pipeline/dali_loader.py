@@ -195,7 +195,7 @@ class _Stream:
             reason = next((line for line in str(error).splitlines() if "rror" in line), str(error))
             if self._unexplained > self._faults.limit:
                 raise UserError(
-                    f"DALI fails on batch after batch that PIL decodes ({reason}); run: python -m shards verify"
+                    f"DALI fails on batch after batch that PIL decodes ({reason}); run: tailstream verify"
                     f" {self._plan.split.shard_paths[0].parent}, or use --input.loader torch"
                 ) from error
             print(f"warning: DALI failed on a batch that PIL decodes, and PIL's was taken ({reason})", file=sys.stderr)

@@ -71,7 +71,7 @@ def run_commands(program: str, commands: dict[str, Any], argv: list[str] | None 
         sys.stdout.reconfigure(errors="backslashreplace")  # names may have letters that a terminal's encoding lacks
     try:
         with user_errors_exit_2(program):
-            result = auto_cli(commands, args=argv, prog=program, parser_class=Parser)
+            result = auto_cli(commands, args=None if argv is None else list(argv), prog=program, parser_class=Parser)
             sys.stdout.flush()
             return result
     except BrokenPipeError:  # whoever reads the output has seen enough, as head does

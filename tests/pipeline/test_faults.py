@@ -109,7 +109,9 @@ def test_a_class_without_a_good_image_gives_its_place_to_the_next_of_the_batch(p
     replaced = marked(split, *lost.tolist()).replace(plan, draw)
     np.testing.assert_array_equal(replaced.ids_B, others[[0, 0, 1, 1, 1, 0]])
     np.testing.assert_array_equal(replaced.flips_B, draw.flips_B[[1, 1, 4, 4, 4, 1]])
-    with pytest.raises(UserError, match=r"^no image of a batch of train decodes: the image at byte .* run: python -m"):
+    with pytest.raises(
+        UserError, match=r"^no image of a batch of train decodes: the image at byte .* run: tailstream verify"
+    ):
         marked(split, *range(len(split))).replace(plan, draw)
 
 

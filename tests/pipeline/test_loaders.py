@@ -153,7 +153,7 @@ def test_batches_that_only_dali_refuses_are_pils_and_named_when_there_are_too_ma
     with open_loader(plan, "dali", fault_limit=2) as loader:
         for step, shown in zip(islice(loader, 2), load(plan, "torch", 2), strict=True):
             assert torch.equal(step["reversed"].images_BHWC, shown["reversed"][0])
-        with pytest.raises(UserError, match=r"run: python -m shards verify .*, or use --input.loader torch") as raised:
+        with pytest.raises(UserError, match=r"run: tailstream verify .*, or use --input.loader torch") as raised:
             next(loader)
     assert "\n" not in str(raised.value)
     assert "DALI failed on a batch that PIL decodes, and PIL's was taken" in capfd.readouterr().err

@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_refused_with_both_sizes(fresh, monkeypatch):
     # What is kept needs no room any more, and counts against what else there is.
     with open_loader(plan, "auto", resident_gb=1e-5) as loader:
         assert isinstance(loader, ResidentLoader)
-    with pytest.raises(TooLargeError, match="may set 0 GB aside"):
+    with pytest.raises(TooLargeError, match="may use 0 GB on cpu"):
         open_loader(EvalPlan(replace(fresh["digits"]), 4, 8), "resident", resident_gb=size / 1e9)
 
 
@@ -186,7 +186,7 @@ def test_the_default_is_a_quarter_of_what_is_free_for_all_processes(fresh, monke
 def test_no_more_is_promised_than_is_free(fresh, monkeypatch):
     monkeypatch.setattr(resident_loader, "_alive", weakref.WeakSet())
     monkeypatch.setattr(resident_loader, "free_memory", lambda device: 1000)
-    with pytest.raises(TooLargeError, match="may set 1e-06 GB aside"):
+    with pytest.raises(TooLargeError, match="may use 1e-06 GB on cpu"):
         decoded_of(fresh["digits"], CPU, 500.0)
 
 

@@ -24,7 +24,7 @@ from train.engine.config import PRESETS
 from train.engine.launch import run as run_stage_one
 from train.engine.predictions import read_predictions
 from train.erm import ERM
-from train.features import stage_two
+from train.features import beta, results, stage_two
 from train.features.beta import BETA_MOST, choose_beta, train_adaptive
 from train.features.candidates import Families, Judge
 from train.features.classifiers import measure
@@ -279,7 +279,13 @@ def test_a_val_split_of_few_images_selects_nothing(here, capsys, monkeypatch, pe
         kept = torch.cat([(labels == c).nonzero()[:per_class, 0] for c in range(10)])
         return features[kept], labels[kept]
 
+    kept_ids = results.bank_ids
     monkeypatch.setattr(stage_two, "feature_bank", few)
+    monkeypatch.setattr(
+        results,
+        "bank_ids",
+        lambda home, split: kept_ids(home, split)[: 10 * per_class if split.name == "val" else None],
+    )
     run(["--optim.epochs", "1", "--run", "runs/afg"])
     assert (
         f"val has {per_class}.0 images a class, and a choice needs 10: nothing is chosen or" in capsys.readouterr().out
@@ -424,7 +430,7 @@ def test_adaptive_beta_follows_the_control_within_its_bounds(monkeypatch):
             total.correct_C[:] = [5, 1, 2, 3] if control else [5, 2, 1, 3]
         return total, loss
 
-    monkeypatch.setattr(afg, "measure", watched)
+    monkeypatch.setattr(beta, "measure", watched)
     recipe = Recipe("scaled", 12, 0.01, beta=0.0)
     found = train_adaptive(families.passes, Source("generated", 64), recipe, families.judge)
     beta_C = found.trained.beta_C
@@ -439,10 +445,10 @@ def test_adaptive_beta_below_its_control_says_so(monkeypatch):
     mixture, linear = make_mixture()
     families = families_of(mixture, linear)
     real = train_adaptive
-    monkeypatch.setattr(afg, "train_adaptive", lambda *a: replace(real(*a), score=(-1.0, 0.0)))
+    monkeypatch.setattr(beta, "train_adaptive", lambda *a: replace(real(*a), score=(-1.0, 0.0)))
     choice = choose_beta(families, Settings(beta="adaptive"))
     assert "adaptive β ends below its control: -100.0 % balanced accuracy on val" in choice.note
-    monkeypatch.setattr(afg, "train_adaptive", lambda *a: replace(real(*a), score=(2.0, 0.0)))
+    monkeypatch.setattr(beta, "train_adaptive", lambda *a: replace(real(*a), score=(2.0, 0.0)))
     assert choose_beta(families, Settings(beta="adaptive")).note is None
 
 

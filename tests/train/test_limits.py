@@ -158,3 +158,28 @@ def test_a_budget_that_is_no_time_is_refused(workplace, capsys, budget):
         run(BBN, [*SHORT, f"--loop.budget={budget}"])
     assert stopped.value.code == 2
     assert "loop.budget" in capsys.readouterr().err
+
+
+def test_weights_of_the_preset_that_are_out_of_reach_are_done_without_and_those_of_the_user_are_not(
+    workplace, photos, capsys
+):
+    """There are no pretrained weights of ResNet-32, with or without network."""
+    options = ["--data", str(photos.root), "--model.backbone", "resnet32", "--input.image_size", "16"]
+    options += ["--optim.epochs", "1", "--run", "runs/a"]
+    run(ERM, options)
+    printed = capsys.readouterr().out
+    assert "warning: resnet32 starts from random weights" in printed
+    config = yaml.safe_load((workplace / "runs/a/config.yaml").read_text())
+    assert (config["model"]["weights"], config["optim"]["optimizer"]) == (None, "sgd")
+    assert config["about"]["preset"]["parts"] == ["training", "cpu", "erm"]
+    assert config["about"]["preset"]["fitted"]["model"] == {"weights": None}
+    assert config["about"]["changed"] == ["input.image_size", "model.backbone", "optim.epochs"]
+    run(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "2"])
+    assert "random weights" not in capsys.readouterr().out
+    again = yaml.safe_load((workplace / "runs/a/config.yaml").read_text())
+    assert again["about"] == config["about"]
+    with pytest.raises(SystemExit) as stopped:
+        run(ERM, [*options[:-1], "runs/b", "--model.weights", "default"])
+    assert stopped.value.code == 2
+    assert "resnet32" in capsys.readouterr().err
+    assert not (workplace / "runs/b").exists()

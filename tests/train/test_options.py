@@ -134,7 +134,7 @@ def test_what_a_method_keeps_is_used_with_the_average_too(workplace, monkeypatch
             return super().predict(images_BHWC)
 
     run(Shifting, [*SHORT, "--optim.epochs", "2", "--loop.eval_every", "1", "--optim.ema", "0.9", "--run", "runs/a"])
-    assert sorted(set(Shifting.seen)) == [1.0, 2.0]
+    assert sorted(set(Shifting.seen) - {0.0}) == [1.0, 2.0]  # 0: the estimate, before the first epoch
 
 
 def test_a_resumed_run_does_without_the_pretrained_weights(workplace):

@@ -244,11 +244,15 @@ def preset(dataset: Dataset, *parts: str, variant: str | None = None) -> dict[st
 def parse(parser: ArgumentParser, argv: list[str] | None, defaults: dict[str, Any]) -> Namespace:
     """Parse with other defaults, given as a nested dict: {section: {key: value}}."""
     flat = {f"{section}.{key}": value for section, values in defaults.items() for key, value in values.items()}
+    before: dict[str, Any] = {}
     try:
+        before = {key: parser.get_default(key) for key in flat}
         parser.set_defaults(flat)
         return parser.parse_args(argv)
     except (ArgumentError, KeyError, TypeError) as error:
         raise _one_line(error, parser) from None
+    finally:
+        parser.set_defaults(before)  # the next parse may be with others
 
 
 def peek(parser: ArgumentParser, argv: list[str] | None) -> Namespace:

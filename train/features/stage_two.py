@@ -131,7 +131,7 @@ def open_stage(
     accelerator = make_accelerator(config.loop.precision)
     set_seed(config.loop.seed)
     weights = choose_weights(source, asked.weights or about.get("weights"))
-    network = load_model(source, weights)
+    network: Any = load_model(source, weights)
     if config.input.branch != "both" and not isinstance(network, BilateralNetwork):
         raise UserError(
             f"input.branch={config.input.branch} names a branch of a bilateral network, and {source} has one branch;"
@@ -249,7 +249,7 @@ def _check_resumed(run: Path, asked: Any, about: dict[str, Any]) -> None:
         begun, given = about.get(key), asked[key]
         same = None in (begun, given) or given == begun
         if not same and key == "from":
-            same = Path(given).resolve() == Path(begun).resolve() or not Path(begun).exists()
+            same = Path(given).resolve() == Path(str(begun)).resolve() or not Path(str(begun)).exists()
         if not same:
             raise UserError(f"{run} began with --{key} {begun}, not {given}; leave --{key} out, or begin another run")
 

@@ -51,7 +51,7 @@ class Trunk(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # of timm, which has no types
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Return what the last block takes: maps (B, C, H, W), or tokens (B, N, C)."""
@@ -79,7 +79,7 @@ class Branch(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # of timm, which has no types
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return features_BD, float32: pooling, and a norm that follows it, are float32 also under autocast."""

@@ -16,7 +16,7 @@ classifier on features of unit length, so that second stages, prediction and exp
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -233,8 +233,8 @@ class PlainNetwork(Network):
             return nn.Identity(), self.trunk
         assert isinstance(self.trunk, Stages)
         names = [name for name, _ in self.trunk.named_children()]
-        cut = names.index(f"layer{depth}") + 1
-        return self.trunk[:cut], self.trunk[cut:]
+        cut, stages = names.index(f"layer{depth}") + 1, cast(Stages, self.trunk)
+        return stages[:cut], stages[cut:]
 
 
 class BilateralNetwork(Network):

@@ -6,8 +6,9 @@ timm is imported where it is needed: it takes seconds.
 import contextlib
 import copy
 import difflib
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def _view(config: Any) -> View:
     return View(config.input_size[-1], config.crop_pct, config.interpolation, tuple(config.mean), tuple(config.std))
 
 
-def _build(name: str, config: Any, weights: str | None, size: int, drop_path: float) -> nn.Module:
+def _build(name: str, config: Any, weights: str | None, size: int, drop_path: float) -> Any:
     import timm
 
     given: dict[str, Any] = {"num_classes": 0}
@@ -154,7 +155,8 @@ def _build(name: str, config: Any, weights: str | None, size: int, drop_path: fl
     timm.models.set_pretrained_download_progress(True)
     bare = name.removeprefix(PREFIX)
     try:
-        model: nn.Module = timm.create_model(bare, pretrained=default, **given)
+        with _quiet_retries():
+            model: nn.Module = timm.create_model(bare, pretrained=default, **given)
     except Exception as error:  # of timm, of the hub's client, of HTTP: whatever stands between here and the file
         if default and _can_be_built(bare, given):
             raise UserError(
@@ -169,6 +171,18 @@ def _build(name: str, config: Any, weights: str | None, size: int, drop_path: fl
     if weights is not None and not default:
         _load(name, config, model, weights)
     return model
+
+
+@contextlib.contextmanager
+def _quiet_retries() -> Iterator[None]:
+    """Keep the hub's client from reporting each of its ten attempts where there is no network; one line does it."""
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
 
 
 def _can_be_built(bare: str, given: dict[str, Any]) -> bool:
