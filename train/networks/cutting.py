@@ -47,8 +47,6 @@ class Nothing(nn.Module):
 class Trunk(nn.Module):
     """A timm model up to its last block."""
 
-    model: Any
-
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model  # of timm, which has no types
@@ -75,8 +73,6 @@ class Trunk(nn.Module):
 class Branch(nn.Module):
     """A timm model from its last block on, less its classifier."""
 
-    model: Any
-
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model  # of timm, which has no types
@@ -100,8 +96,7 @@ def cut(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     path = last_block(model)
     before: list[nn.Module] = []
     after: list[tuple[nn.Module, str]] = []
-    above: nn.Module = model
-    direct = list(model.named_parameters(recurse=False))
+    above, direct = model, list(model.named_parameters(recurse=False))
     for key in path:
         names = [name for name, _ in above.named_children()]
         place = names.index(key)

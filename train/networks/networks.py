@@ -231,7 +231,6 @@ class PlainNetwork(Network):
         """Return the trunk up to a depth, and the rest."""
         if depth == 0:
             return nn.Identity(), self.trunk
-        assert isinstance(self.trunk, Stages)
         names = [name for name, _ in self.trunk.named_children()]
         cut, stages = names.index(f"layer{depth}") + 1, cast(Stages, self.trunk)
         return stages[:cut], stages[cut:]

@@ -91,7 +91,7 @@ def make_parts(name: str, weights: str | None, image_size: int | None, drop_path
     config = _config(name)
     view = _view(config)
     size = image_size or view.image_size
-    model: Any = _build(name, config, weights, size, drop_path)
+    model = _build(name, config, weights, size, drop_path)
     feature_dim = _check_features(name, model, size)
     groups = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
     is_cut = can_be_cut(model)
