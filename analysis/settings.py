@@ -37,6 +37,9 @@ NOT_THE_RESULT = frozenset(
         "loop.keep_checkpoints",
         "loop.stall_minutes",
         "loop.track",
+        "loop.budget",
+        "loop.estimate",
+        "loop.grad_checkpointing",
         "method.baselines",
         "method.chunk",
     }
@@ -45,6 +48,24 @@ NOT_THE_RESULT = frozenset(
 _NOT_THE_RESULT_OF_STAGE_TWO = frozenset({"input.batch_size"})
 _SECTIONS_OF_NO_SETTINGS = frozenset({"about"})  # paths, names, and which settings are not the preset's
 _LONGEST_VALUE = 32
+
+# Settings that are younger than kept runs, of stage one and of second stages, with the value that says what was done
+# before there were any: a run of then and one of now that leaves them alone are the same experiment.
+YOUNGER: dict[int, dict[str, Hashable]] = {
+    1: {
+        "model.adapt": None,
+        "model.drop_path": 0.0,
+        "optim.optimizer": "sgd",
+        "optim.betas": (0.9, 0.999),
+        "optim.layer_decay": None,
+        "optim.lr_scale_trunk": 1.0,
+        "optim.lr_scale_branches": 1.0,
+        "optim.lr_scale_classifier": 1.0,
+        "optim.freeze": None,
+        "optim.warmup_steps": None,
+    },
+    2: {"input.branch": "both", "input.shift_batch_norm": None},
+}
 
 Key = tuple[int, str]  # the stage, and the dotted name of the setting in its configuration
 
@@ -165,6 +186,9 @@ def _flat(config: dict[str, Any], stage: int) -> dict[Key, Hashable]:
                 found[stage, dotted] = _hashable(value)
 
     walk({name: part for name, part in config.items() if isinstance(part, dict)}, "")
+    for name, value in YOUNGER.get(stage, {}).items():
+        if isinstance(config.get(name.split(".")[0]), dict):
+            found.setdefault((stage, name), value)
     return {key: value for key, value in found.items() if key[1].split(".")[0] not in _SECTIONS_OF_NO_SETTINGS}
 
 

@@ -6,7 +6,9 @@ import pytest
 
 from analysis.compare import group_runs, repeated_runs
 from analysis.runs import read_runs
-from analysis.settings import NOT_THE_RESULT, unknown_stage_ones
+from analysis.settings import NOT_THE_RESULT, YOUNGER, unknown_stage_ones
+from train.engine.config import Model, Optim
+from train.features.commands import Extraction
 
 
 def titles(*paths):
@@ -181,3 +183,19 @@ def test_a_summary_and_configuration_of_stage_one_that_are_damaged(make_run):
     (entry,) = group_runs(read_runs([stage_two(make_run, "afg", "bbn")]))
     assert entry.title == "BBN + AFG"
     assert json.loads((first / "summary.json").read_text())["seed"] == 0
+
+
+@pytest.mark.parametrize(("stage", "sections"), [(1, {"model": Model, "optim": Optim}), (2, {"input": Extraction})])
+def test_a_younger_setting_is_what_runs_did_before_it(stage, sections):
+    for key, value in YOUNGER[stage].items():
+        section, name = key.split(".")
+        assert vars(sections[section]())[name] == value
+
+
+def test_a_run_of_before_a_setting_and_one_that_leaves_it_alone_are_seeds(make_run):
+    left_alone = {key: list(value) if isinstance(value, tuple) else value for key, value in YOUNGER[1].items()}
+    assert titles(make_run("a"), make_run("b", seed=1, settings=left_alone)) == ["BBN"]
+    assert titles(make_run("c"), make_run("d", seed=1, settings={"optim.optimizer": "adamw"})) == [
+        "BBN, optimizer=sgd",
+        "BBN, optimizer=adamw",
+    ]
