@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from shards.__main__ import main
 from shards.build import build
@@ -132,7 +133,8 @@ def group_lives(group: int) -> bool:
 def test_an_interrupt_leaves_no_process_and_says_how_to_go_on(tmp_path, workers, sent, status):
     for name in ("a", "b"):
         (tmp_path / "source" / name).mkdir(parents=True)
-        os.mkfifo(tmp_path / "source" / name / "never.png")  # reading it takes for ever
+        # Storing one takes seconds.
+        Image.new("RGB", (9000, 9000), "red").save(tmp_path / f"source/{name}/large.png", compress_level=1)
     build = [sys.executable, "-m", "shards", "build", "folder", "--source", "source", "--out", "new/out"]
     process = subprocess.Popen(
         [*build, "--workers", str(workers), "--shard-samples", "1", "--test-fraction", "0", "--val-fraction", "0"],

@@ -93,5 +93,8 @@ def test_parameter_groups_have_rates_of_their_own(workplace, elsewhere, monkeypa
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
-    run(toy, [*SETTINGS, "--run", "runs/a", "--optim.epochs", "1", "--optim.warmup_epochs", "0"])
+    run(
+        toy,
+        [*SETTINGS, "--run", "runs/a", "--optim.epochs", "1", "--optim.warmup_epochs", "0", "--loop.estimate", "false"],
+    )
     assert rates == [[pytest.approx(0.001), pytest.approx(0.01)]] * STEPS
