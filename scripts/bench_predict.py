@@ -65,8 +65,8 @@ def bench(
         model = open_model(make_run(folder / "run", backbone, size, COUNTS))
         results = measure(model, find_images([str(folder / "photos")]), folder, rounds, batch)
     setting = {"images": images, "rounds": rounds, "batch": batch, "backbone": backbone, "size": size}
-    told = header(torch=torch.__version__, threads=torch.get_num_threads())
-    write_results(json, told | setting | {"mean_file_bytes": mean_bytes} | results)
+    machine = header(torch=torch.__version__, threads=torch.get_num_threads())
+    write_results(json, machine | setting | {"mean_file_bytes": mean_bytes} | results)
     for way, figures in results["results"].items():
         say(f"{way}: {figures['images_per_second']:.1f} images/s, {figures['cpu_ms']:.2f} CPU ms per image")
     for bar in results["bars"]:

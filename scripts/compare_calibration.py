@@ -57,9 +57,9 @@ def compare(run: Path) -> list[dict[str, Any]]:
         figures = {}
         for way, (calibration, prior_C) in ways.items():
             p_NC = probabilities(test_NC, calibration, counts, prior_C)
-            told = summarize(tally(np.log(np.maximum(p_NC, LEAST_SCORE)), labels_N), counts)
+            accuracies = summarize(tally(np.log(np.maximum(p_NC, LEAST_SCORE)), labels_N), counts)
             right_N = np.maximum(p_NC[np.arange(len(labels_N)), labels_N], LEAST_SCORE)
-            figures[way] = told | {"nll": float(-np.log(right_N).mean())}
+            figures[way] = accuracies | {"nll": float(-np.log(right_N).mean())}
         row = {"run": run.name, "dataset": summary["dataset"], "title": summary["title"], "seed": summary["seed"]}
         row |= {"weights": weights, "val_images": len(labels_M), "test_images": len(labels_N)}
         row |= {"temperature": found.temperature, "tau": found.tau, "figures": figures}

@@ -54,7 +54,7 @@ def launch(program: str, run: Path, options: list[str], threads: int) -> None:
     if program == "train/erm.py" and (run / "config.yaml").exists():
         options = [*options, "--resume"]
     else:
-        shutil.rmtree(run, ignore_errors=True)  # a second stage is short: it begins anew
+        shutil.rmtree(run, ignore_errors=True)  # a second stage is short: it starts over
     command = [sys.executable, str(ROOT / program), "--run", str(run), *options]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     log = run.with_suffix(".log")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole job on a fresh machine, in some minutes on two cores: sets up, makes scikit-learn's digits long-tailed and,
 # for three seeds each, trains the baseline (CE) and BBN and runs the second stage (AFG); then compares them and writes
-# a page with figures. It leaves data/digits and runs/quickstart, which a second run makes anew.
+# a page with figures. It leaves data/digits and runs/quickstart, which a second run makes again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh

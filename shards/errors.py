@@ -21,6 +21,6 @@ def user_errors_exit_2(program: str) -> Iterator[None]:
         yield
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        told = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(error))
-        print(f"{program}{'' if rank == '0' else f' (rank {rank})'}: error: {told}", file=sys.stderr)
+        printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(error))
+        print(f"{program}{'' if rank == '0' else f' (rank {rank})'}: error: {printable}", file=sys.stderr)
         sys.exit(2)

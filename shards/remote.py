@@ -228,7 +228,7 @@ def cached_source(url: str) -> Path:
 
     Of a URL of a file the folder around it is copied. Processes that want the same folder wait for each other.
 
-    Files of which another size or version lies there now are copied anew, and those that are gone there are deleted.
+    Files of which another size or version lies there now are copied again, and those that are gone there are deleted.
 
     Raises:
         UserError: nothing there, or no answer.

@@ -153,7 +153,7 @@ def _textbook_pictures(files: Any, data: str, decoder: str) -> Any:
 
 
 def _repeating_indexes(split: Split, q: float, folder: Path) -> list[str]:
-    """Write each shard's text index anew, with each sample as often as sampling with exponent q draws it."""
+    """Write each shard's text index again, with each sample as often as sampling with exponent q draws it."""
     folder.mkdir(exist_ok=True)
     times_N = np.ones(len(split), np.int64)
     if q != 1:

@@ -4,7 +4,7 @@
 
 FOLDER holds `source`, a folder of images per class, the largest class first; whatever format a library wants is made
 from it before the clock runs. Each contestant delivers a uniform and a reversed batch per step (P(class j) ∝ 1/n_j),
-with two workers in all. Orders are so long that the ends of epochs, where workers start anew, do not count.
+with two workers in all. Orders are so long that the ends of epochs, where workers start again, do not count.
 """
 
 import random
@@ -187,7 +187,7 @@ def mosaicml(folder: Path, data: str) -> Steps:
 
 
 def ffcv(folder: Path, data: str, normalised: bool = False) -> Steps:
-    """Its own file, with JPEGs that it encoded anew (photographs) or raw pixels, and orders that are given to it.
+    """Its own file, with JPEGs that it encoded itself (photographs) or raw pixels, and orders that are given to it.
 
     Its windows are resized by OpenCV's area mode. Its examples normalise on the GPU, so what it delivers is uint8 like
     ours; `normalised` does that here too.

@@ -77,8 +77,8 @@ def compare_trainings(mixture: Mixture, held_out: Bank, epochs: int, rounds: int
                 found += [balanced_accuracy(linear, held_out) for linear in linears if linear is not None]
             seconds[way].append(spent)
             accuracies[way].append(found)
-            told = ", ".join(f"{sampling} {one:.1f} s" for sampling, one in spent.items())
-            say(f"second stage, round {seed + 1}, {way}: {told}")
+            shown = ", ".join(f"{sampling} {one:.1f} s" for sampling, one in spent.items())
+            say(f"second stage, round {seed + 1}, {way}: {shown}")
     ratios = [
         sum(alone.values()) / sum(together.values())
         for together, alone in zip(seconds["together"], seconds["alone"], strict=True)

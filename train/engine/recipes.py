@@ -79,7 +79,7 @@ def choose(
         method: the method's name.
         variant: of the preset.
         gpu: whether there is one to train on.
-        missing: why the preset's pretrained weights cannot be had; None as long as they are not asked for.
+        missing: why the preset's pretrained weights are out of reach; None as long as they are not asked for.
 
     Raises:
         UserError: what `parse` and `preset` raise.

@@ -104,7 +104,7 @@ def _config(parser: ArgumentParser, settings: Namespace) -> Config:
 
 
 def _missing_weights(config: Config, accelerator: Accelerator) -> str | None:
-    """Return why the pretrained weights cannot be had, in whichever process; None where they can."""
+    """Return why the pretrained weights are out of reach, in whichever process; None where they are not."""
     reason = None
     with accelerator.local_main_process_first(), torch.random.fork_rng(devices=[]):  # others find what it downloads
         try:

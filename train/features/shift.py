@@ -2,7 +2,7 @@
 
 MiSLAS (Zhong et al., "Improving Calibration for Long-Tailed Recognition", CVPR 2021, section 4.3): stage one's running
 means and variances are those of the long-tailed data, and a second stage sees classes in balance. So they are taken
-anew there, while all weights stay, batch norm's own included.
+again there, while all weights stay, batch norm's own included.
 
 The authors' code updates them while it trains the classifier, as moving averages whose last some dozen batches count,
 and trains on features that each batch's own statistics normalise. Here one pass over balanced draws comes first; the
