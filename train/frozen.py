@@ -120,7 +120,8 @@ def run(argv: list[str] | None = None) -> None:
             with Stops():
                 _run(parser, argv, asked, begun)
         except Interrupted as stop:
-            again = f"resume with: {program} {runs.resuming(begun[0], asked.data)}" if begun else "start again"
+            resume = "resume with: tailstream train frozen "
+            again = resume + runs.resuming(begun[0], asked.data) if begun else "start again"
             print(f"stopped by {stop.signal}; features that were taken are kept; {again}", flush=True)
             sys.exit(EXIT_STATUS)
         finally:
@@ -132,10 +133,7 @@ def _run(parser: ArgumentParser, argv: list[str] | None, asked: Namespace, begun
     if asked.resume:
         resumed = Path(asked.run) if asked.run else runs.newest_run({1}, method=Frozen.name, finished=False)
     if resumed is not None and (resumed / "config.yaml").exists():
-        saved = runs.read_config(resumed)
-        about = saved.pop("about", {})
-        if about.get("method") != Frozen.name:
-            raise UserError(f"{resumed} is a run of {about.get('method')}, not of {Frozen.name}; name another")
+        saved, about = runs.read_begun(resumed, Frozen.name)
         if (resumed / "summary.json").exists():
             print(f"{resumed} is finished")
             return

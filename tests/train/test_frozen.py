@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import shlex
+import signal
 
 import pytest
 import torch
@@ -137,3 +140,29 @@ def _picture() -> bytes:
     file = BytesIO()
     Image.new("RGB", (16, 16), (200, 30, 30)).save(file, "PNG")
     return file.getvalue()
+
+
+def test_a_run_that_was_cut_off_is_no_model_yet(workplace, pretrained, capsys, monkeypatch):
+    monkeypatch.setattr("train.features.means.mean_classifier", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        frozen.run(["--run", "runs/a", *pretrained])
+    (workplace / "a.png").write_bytes(_picture())
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        predict.main(["--run", "runs/a", "a.png"])
+    assert exit_.value.code == 2
+    assert "not finished" in capsys.readouterr().err
+
+
+def test_a_signal_leaves_a_command_that_resumes(workplace, pretrained, capsys, monkeypatch):
+    def stopped(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as cut:
+        cut.setattr("train.features.means.mean_classifier", stopped)
+        with pytest.raises(SystemExit) as exit_:
+            frozen.run(["--run", "runs/a b", *pretrained])
+    assert exit_.value.code == 75
+    printed = capsys.readouterr().out.rpartition("resume with: tailstream train frozen ")[2]
+    frozen.run(shlex.split(printed))
+    assert (workplace / "runs/a b/summary.json").exists()

@@ -114,6 +114,19 @@ def read_config(run: Path) -> dict[str, Any]:
     return content
 
 
+def read_begun(run: Path, method: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings that a run to be resumed began with, by section, and what it says about itself.
+
+    Raises:
+        UserError: it is a run of another method, or what `read_config` raises.
+    """
+    sections = read_config(run)
+    about = sections.pop("about", {})
+    if about.get("method") != method:
+        raise UserError(f"{run} is a run of {about.get('method')}, not of {method}; name another")
+    return sections, about
+
+
 def read_summary(run: Path) -> dict[str, Any]:
     """Return a finished run's summary."""
     path = run / "summary.json"

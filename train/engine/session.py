@@ -58,10 +58,7 @@ def train(
     if asked.resume:
         resumed = Path(asked.run) if asked.run else runs.newest_run({1}, method=method_class.name, finished=False)
     if resumed is not None and (resumed / "config.yaml").exists():
-        saved = runs.read_config(resumed)
-        about = saved.pop("about", {})
-        if about.get("method") != method_class.name:
-            raise UserError(f"{resumed} is a run of {about.get('method')}, not of {method_class.name}; name another")
+        saved, about = runs.read_begun(resumed, method_class.name)
         begun_with = about.get("variant")
         if asked.variant not in (None, begun_with):
             begun = f"--variant {begun_with}" if begun_with else "no --variant"

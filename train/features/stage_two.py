@@ -108,10 +108,7 @@ def open_stage(
     about: dict[str, Any] = {}
     saved_settings: dict[str, Any] = {}
     if resumed is not None and (resumed / "config.yaml").exists():
-        saved_settings = runs.read_config(resumed)
-        about = saved_settings.pop("about", {})
-        if about.get("method") != name:
-            raise UserError(f"{resumed} is a run of {about.get('method')}, not of {name}; name another")
+        saved_settings, about = runs.read_begun(resumed, name)
         if (resumed / "summary.json").exists():
             print(f"{resumed} is finished")
             return None
