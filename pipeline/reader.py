@@ -46,10 +46,12 @@ class ShardReader:
                 again since it was opened.
         """
         rows = self._split.samples[np.asarray(ids_B, dtype=np.int64)]
+        coming: dict[int, Future[Path]] = {}
         if self._split.remote is not None:
-            self._fetching(np.unique(rows["shard"]).tolist())
+            wanted = np.unique(rows["shard"]).tolist()
+            coming = dict(zip(wanted, self._fetching(wanted), strict=True))
         return [
-            np.frombuffer(self._read(*where), dtype=np.uint8)
+            np.frombuffer(self._read(coming, *where), dtype=np.uint8)
             for where in zip(rows["shard"].tolist(), rows["offset"].tolist(), rows["size"].tolist(), strict=True)
         ]
 
@@ -65,9 +67,9 @@ class ShardReader:
             row[: len(file)] = file
         return rows
 
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
+    def _read(self, coming: dict[int, Future[Path]], shard: int, offset: int, size: int) -> bytes:
         try:
-            file = self._opened(shard)
+            file = self._opened(shard, coming)
             data = os.pread(file.descriptor, size, offset)
             while len(data) < size:  # a network file system may hand over less than was asked for
                 more = os.pread(file.descriptor, size - len(data), offset + len(data))
@@ -80,13 +82,14 @@ class ShardReader:
             raise UserError(f"shard {path} cannot be read ({error}); run: tailstream verify {path.parent}") from None
         return data
 
-    def _opened(self, shard: int) -> "_OpenFile":
+    def _opened(self, shard: int, coming: dict[int, Future[Path]]) -> "_OpenFile":
         with self._lock:
             if shard in self._open:
                 self._open.move_to_end(shard)
                 return self._open[shard]
-        # Others keep reading while this one waits for a shard.
-        file = _OpenFile(self._fetching([shard])[0].result() if self._split.remote else self._split.local_shard(shard))
+        # Others keep reading while this one waits for a shard: for the transfer that was asked for before, which a
+        # reader that was closed meanwhile has given up, and not for one that begins now.
+        file = _OpenFile(coming[shard].result() if coming else self._split.local_shard(shard))
         self._split.check_edition()  # once it is open: now nobody can put another file in its place
         with self._lock:
             file = self._open.setdefault(shard, file)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up, checks format, lint and types, and runs the tests.
+# Sets up, checks format, lint and types, and runs the tests: all of them on every core, or those that are named.
 #   scripts/test.sh [pytest arguments]     such as: scripts/test.sh tests/pipeline -k reversed
 #   scripts/test.sh -m slow                every method trained on the digits: a quarter of an hour on a free core
 set -euo pipefail
@@ -9,4 +9,6 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff format --check --quiet . || { echo "test: run: .venv/bin/ruff format ." >&2; exit 1; }
 ruff check --quiet .
 mypy
+# Tests of one file stay together: they share what is slow to make.
+if [ $# = 0 ]; then set -- --numprocesses "$(nproc)" --dist loadfile; fi
 exec python -m pytest "$@"

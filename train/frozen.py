@@ -111,6 +111,7 @@ def run(argv: list[str] | None = None) -> None:
     description = (__doc__ or "").split("\n")[0]
     parser = make_parser(program, description, input=Input, model=Model, method=Frozen.Settings, loop=Run)
     parser.add_argument("--resume", action="store_true", help="resume --run, or the newest unfinished run")
+    parser.add_argument("--dry-run", action="store_true", help="say what the run takes, write nothing, and end")
     begun: list[Path] = []
     with user_errors_exit_2(program):
         asked = peek(parser, argv)
@@ -169,6 +170,8 @@ def _take(
     from train.engine.evaluation import finish, test_split
     from train.engine.machine import make_accelerator
     from train.features.bank import feature_bank, keep_bank
+    from train.features.commands import Work
+    from train.features.estimate import estimate_lines
     from train.features.means import mean_classifier
     from train.networks.model_files import save_model
 
@@ -177,6 +180,14 @@ def _take(
     method = Frozen(config, dataset.train_counts)
     test_split(dataset)  # tells early where there is none
     config.input.settle_loader(dataset, accelerator)
+    network: Any = method.network.to(accelerator.device)
+    if asked.dry_run:
+        accelerator.print(f"{method.title} of {config.model.backbone} on {dataset.name}")
+        nothing = Work(classifiers=0, epochs=0, batch_size=1)  # the class means cost nothing beside the features
+        for line in estimate_lines(None, network, dataset, config.input, accelerator, nothing, views=0, weights="last"):
+            accelerator.print(line)
+        accelerator.print("nothing was written (--dry-run)")
+        return
     folder: list[Path | None] = [None]
     if accelerator.is_main_process:
         named = resumed or (Path(asked.run) if asked.run else None)
@@ -193,7 +204,6 @@ def _take(
         f" {len(dataset.classes):,} classes -> {run_folder}"
     )
     started = time.perf_counter()
-    network: Any = method.network.to(accelerator.device)
     bank = feature_bank(run_folder, network, dataset, "train", config.input, accelerator)
     network.classifier, scale = mean_classifier(*bank, len(dataset.classes), config.method.tau)
     accelerator.print(f"cosines times {scale:.1f}, under which the training images are likeliest")

@@ -300,6 +300,23 @@ def test_nobody_waits_for_a_slow_link_once_the_reader_is_closed(remote, monkeypa
     reader.close()
 
 
+def test_a_reader_that_is_closed_before_anybody_waits_fetches_nothing_more(remote, monkeypatch):
+    split, go_on = open_dataset(remote).splits["train"], threading.Event()
+    fetch, fetching = shards.remote._fetch, ShardReader._fetching
+    monkeypatch.setattr(shards.remote, "_fetch", lambda *where: (go_on.wait(3), fetch(*where)))
+
+    def close_next(self, wanted):
+        monkeypatch.setattr(ShardReader, "_fetching", fetching)
+        coming = fetching(self, wanted)
+        self.close()
+        return coming
+
+    monkeypatch.setattr(ShardReader, "_fetching", close_next)
+    with pytest.raises(CancelledError):
+        ShardReader(split).encoded([0])
+    go_on.set()
+
+
 def test_what_the_first_steps_want_is_fetched_when_a_loader_is_opened(remote, cache, monkeypatch, capsys):
     """Before the guard against stalls begins to count, and with a line of progress."""
     split = open_dataset(remote).splits["train"]

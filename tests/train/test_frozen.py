@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from shards.errors import UserError
 from train import afg, frozen, predict
-from train.features.means import best_scale, mean_classifier
+from train.features.means import _even_share, best_scale, mean_classifier
 from train.networks.backbones import _OWN_RESNETS
 
 SMALL = ["--input.image_size", "16", "--input.loader", "resident"]
@@ -76,6 +76,13 @@ def test_a_few_images_of_many_tell_the_same_scale(monkeypatch):
     assert best_scale(features_ND, labels_N, means_CD) == pytest.approx(of_all, rel=0.3)
 
 
+def test_where_not_every_class_can_be_looked_at_those_left_out_lie_all_over(monkeypatch):
+    counts_C = torch.full((10,), 3)
+    rows = _even_share(counts_C, 5)
+    assert len(rows) == 5
+    assert (rows // 3).tolist() == [0, 2, 4, 7, 9]
+
+
 def test_classes_of_one_image_each_have_the_usual_scale():
     features_ND, labels_N = clusters([1, 1, 1])
     assert best_scale(features_ND, labels_N, features_ND) == 30
@@ -101,6 +108,16 @@ def test_it_is_a_stage_one_run_whose_features_serve_the_second_stage(workplace, 
     assert json.loads((workplace / "runs/afg/summary.json").read_text())["title"] == "class means + AFG"
     frozen.run(["--run", "runs/frozen", "--resume"])
     assert "runs/frozen is finished" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(workplace, pretrained, capsys):
+    frozen.run([*pretrained, "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "have no features yet" in printed
+    assert "for the features" in printed
+    assert "classifiers, each" not in printed
+    assert printed.endswith("nothing was written (--dry-run)\n")
+    assert not (workplace / "runs").exists()
 
 
 def test_a_run_that_was_cut_off_is_resumed_with_its_features(workplace, pretrained, capsys, monkeypatch):

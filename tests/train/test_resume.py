@@ -118,6 +118,14 @@ def test_minutes_without_a_checkpoint_make_one(workplace, monkeypatch):
     assert saved == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def test_a_checkpoint_that_is_due_at_the_end_of_an_epoch_is_made(workplace, monkeypatch):
+    saved = []
+    save = Training._save
+    monkeypatch.setattr(Training, "_save", lambda self: (saved.append(self._counters.step), save(self)))
+    run(ERM, [*SHORT, "--optim.epochs", "3", "--loop.checkpoint_steps", "8", "--loop.checkpoint_every", "99"])
+    assert saved == [8, 16, 24]
+
+
 def test_a_second_ctrl_c_leaves_at_once():
     with Interrupts() as interrupts:
         os.kill(os.getpid(), signal.SIGINT)

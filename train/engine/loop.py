@@ -232,8 +232,8 @@ class Training:
             runs.append_row(self._run_folder, row)
             self._tracking.row(row)
             self._bar.write(epoch_line(row, epochs))
-        signal, _ = self._consensus(self._interrupts.received, False)
-        if signal or epoch % config.loop.checkpoint_every == 0 or epoch == epochs:
+        signal, due = self._consensus(self._interrupts.received, self._is_due())
+        if signal or due or epoch % config.loop.checkpoint_every == 0 or epoch == epochs:
             self._save()
         if signal:
             raise Interrupted(signal)

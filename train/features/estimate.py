@@ -22,7 +22,7 @@ LONGEST = 20.0  # seconds of measuring
 
 
 def estimate_lines(
-    run: Path,
+    run: Path | None,
     network: PlainNetwork | BilateralNetwork,
     dataset: Dataset,
     input: Input,
@@ -35,7 +35,7 @@ def estimate_lines(
     """Return what is said of a second stage, from ten steps of its two works.
 
     Args:
-        run: the run of stage one, which may keep features already.
+        run: the run of stage one, which may keep features already; None where there is none yet.
         network: its network, on the accelerator's device.
         dataset: what the features are of.
         input: what the network sees.
@@ -47,7 +47,8 @@ def estimate_lines(
     device, linear = accelerator.device, network.classifier
     images = {name: len(split) * (max(1, views) if name == "train" else 1) for name, split in dataset.splits.items()}
     taken = {
-        name: has_bank(run, network, dataset, name, input, accelerator, views if name == "train" else 0, weights)
+        name: run is not None
+        and has_bank(run, network, dataset, name, input, accelerator, views if name == "train" else 0, weights)
         for name in images
     }
     left = sum(number for name, number in images.items() if not taken[name])

@@ -86,12 +86,13 @@ def best_scale(features_ND: Tensor, labels_N: Tensor, means_CD: Tensor) -> float
 def _even_share(counts_C: Tensor, most: int) -> Tensor:
     """Return rows of a class-sorted bank, at most so many, equally many of each class as far as it has them.
 
-    Classes of one image are left out.
+    Classes of one image are left out. Where there are more classes than that, some are left out all over their range.
     """
-    per_class = max(2, most // max(1, int((counts_C > 1).sum())))
+    per_class = max(1, most // max(1, int((counts_C > 1).sum())))
     ends = counts_C.cumsum(0).tolist()
     rows: list[int] = []
     for end, count in zip(ends, counts_C.tolist(), strict=True):
         if count > 1:
             rows += np.linspace(end - count, end - 1, min(count, per_class)).round().astype(int).tolist()
-    return torch.tensor(rows[:most] if len(rows) > most else rows, dtype=torch.int64)
+    places = np.linspace(0, len(rows) - 1, min(len(rows), most)).round().astype(int)
+    return torch.tensor([rows[place] for place in places], dtype=torch.int64)
