@@ -18,8 +18,8 @@ import runpy
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,20 +128,21 @@ def command(row: Row, asked: argparse.Namespace, seed: int) -> list[str]:
 
 def resolved(row: Row, asked: argparse.Namespace) -> dict[str, Any]:
     """Return the configuration that a stage one would run with; this also finds mistakes before anything is trained."""
-    said = subprocess.run(
-        [*command(row, asked, 0), "--print_config"], capture_output=True, text=True, check=False, env=environment(asked)
-    )
-    if said.returncode:
-        raise UserError(
-            f"{row.name}: {said.stderr.strip().splitlines()[-1] if said.stderr.strip() else said.returncode}"
-        )
-    config: dict[str, Any] = yaml.safe_load(said.stdout)
+    with tempfile.TemporaryDirectory() as folder:
+        said, errors = Path(folder, "said"), Path(folder, "errors")
+        child = FORKS.Process(target=launch, args=([*command(row, asked, 0)[1:], "--print_config"], said, errors))
+        child.start()
+        child.join()
+        if child.exitcode:
+            lines = errors.read_text().strip().splitlines() or [str(child.exitcode)]
+            raise UserError(f"{row.name}: {lines[-1]}")
+        config: dict[str, Any] = yaml.safe_load(said.read_text())
     return config
 
 
 def environment(asked: argparse.Namespace) -> dict[str, str]:
-    """Return what a run's process sees."""
-    return os.environ | {"OMP_NUM_THREADS": str(asked.threads), "PYTHONPATH": str(ROOT)}
+    """Return what a run's process shall see."""
+    return {"OMP_NUM_THREADS": str(asked.threads), "PYTHONPATH": str(ROOT)}
 
 
 def measured_rate(config: dict[str, Any], classes: int, threads: int) -> float:
@@ -186,11 +187,11 @@ def plan(rows: list[Row], asked: argparse.Namespace, dataset: Dataset) -> None:
         print(f"{total:.1f} hours left at {rate:,.0f} images/s with {asked.threads} threads (measured on a few steps)")
 
 
-def launch(words: list[str], log: Path) -> None:
-    """Run a launchable file with its options in this process, whose output goes to a log."""
-    with log.open("a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+def launch(words: list[str], log: Path, errors: Path | None = None) -> None:
+    """Run a launchable file with its options in this process, whose output goes to a log, and errors to their own."""
+    for path, descriptor in ((log, 1), (errors or log, 2)):
+        with path.open("a") as output:
+            os.dup2(output.fileno(), descriptor)
     sys.argv, sys.orig_argv = words, [sys.executable, *words]
     runpy.run_path(words[0], run_name="__main__")
 
@@ -325,12 +326,12 @@ def main() -> None:
         rows = chosen_rows(every, asked.rows)
         asked.chosen, asked.runs = rows, asked.runs or Path("runs", asked.table)
         print(f"{table['title']} on {dataset.name}; the paper's column: {column or 'none'} -> {asked.runs}")
+        os.environ |= environment(asked)
+        FORKS.set_forkserver_preload(IMPORTED)
         plan(rows, asked, dataset)
         if asked.dry_run:
             return
         asked.runs.mkdir(parents=True, exist_ok=True)
-        os.environ |= environment(asked)
-        FORKS.set_forkserver_preload(IMPORTED)
         for seed in range(asked.seeds):
             for row in rows:
                 if row.words:

@@ -9,6 +9,6 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff format --check --quiet . || { echo "test: run: .venv/bin/ruff format ." >&2; exit 1; }
 ruff check --quiet .
 mypy
-# Tests of one file stay together: they share what is slow to make.
-if [ $# = 0 ]; then set -- --numprocesses "$(nproc)" --dist loadfile; fi
+# Neighbours stay together as long as they can: they share what is slow to make.
+if [ $# = 0 ]; then set -- --numprocesses "$(nproc)" --dist worksteal; fi
 exec python -m pytest "$@"

@@ -2,11 +2,11 @@
 
 import json
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import reproduce
@@ -60,38 +60,46 @@ def test_folders_of_rows_differ():
         assert all(folder.replace("-", "").isalnum() for folder in folders)
 
 
-def reproduced(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts/reproduce.py"), *words]
-    return subprocess.run(
-        command,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=reproduce.os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+@pytest.fixture
+def reproduced(tmp_path, monkeypatch, capsys):
+    """Call it with a command line, in a folder of its own; returns the exit status, and what it printed to either."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("OMP_NUM_THREADS", "1"), ("PYTHONPATH", str(ROOT))):
+        monkeypatch.setenv(name, value)  # it sets them, too
+    threads = torch.get_num_threads()
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["scripts/reproduce.py", *words])
+        try:
+            reproduce.main()
+            status = 0
+        except SystemExit as left:
+            status = left.code
+        return status, *capsys.readouterr()
+
+    yield call
+    torch.set_num_threads(threads)
 
 
-def test_a_table_is_trained_once_and_shown(tmp_path, digits):
+def test_a_table_is_trained_once_and_shown(tmp_path, digits, reproduced):
     options = ["bbn-3", "--data", str(digits.root), "--rows", "reversed sampler", "--seeds", "1", "--epochs", "1"]
     short = ["--", "--input.image_size", "8", "--input.batch_size", "128", "--loop.eval_every", "1"]
-    first = reproduced(*options, "--threads", "1", *short, folder=tmp_path)
-    assert first.returncode == 0, first.stderr
-    assert "reversed sampler: 0 of 1 finished; 1 epochs, 768 images a run" in first.stdout
+    status, said, errors = reproduced(*options, "--threads", "1", *short)
+    assert status == 0, errors
+    assert "reversed sampler: 0 of 1 finished; 1 epochs, 768 images a run" in said
     table = json.loads((tmp_path / "runs/bbn-3/bbn-3.json").read_text())
     (run,) = table["rows"]["reversed sampler"]["runs"].values()
     assert run["parameters"] > 400_000
     assert run["flops"] > 1e6
     assert len(run["curve"]) == 1
     assert "reversed sampler" in (tmp_path / "runs/bbn-3/bbn-3.txt").read_text()
-    again = reproduced(*options, "--dry-run", *short, folder=tmp_path)
-    assert "reversed sampler: 1 of 1 finished" in again.stdout
+    assert "reversed sampler: 1 of 1 finished" in reproduced(*options, "--dry-run", *short)[1]
 
 
-def test_figure_2_plans_nine_second_stages_that_parse(tmp_path, digits):
-    said = reproduced("bbn-fig2", "--data", str(digits.root), "--seeds", "1", "--dry-run", folder=tmp_path)
-    assert said.returncode == 0, said.stderr
-    planned = [line for line in said.stdout.splitlines() if "a second stage on the features of" in line]
+def test_figure_2_plans_nine_second_stages_that_parse(digits, reproduced):
+    status, said, errors = reproduced("bbn-fig2", "--data", str(digits.root), "--seeds", "1", "--dry-run")
+    assert status == 0, errors
+    planned = [line for line in said.splitlines() if "a second stage on the features of" in line]
     manners = ("CE", "RW", "RS")
     assert [line.split(":")[0].strip() for line in planned] == [
         f"{features} features, {classifier} classifier" for features in manners for classifier in manners
@@ -112,8 +120,8 @@ def test_figure_2_plans_nine_second_stages_that_parse(tmp_path, digits):
         (["bbn-3", "--data", "DIGITS", "--dry-run", "--", "--optim.lrr", "1"], "optim.lrr"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, digits, words, message):
-    said = reproduced(*[str(digits.root) if word == "DIGITS" else word for word in words], folder=tmp_path)
-    assert said.returncode == 2
-    assert message in said.stderr
-    assert "Traceback" not in said.stderr
+def test_mistakes_are_one_line(digits, reproduced, words, message):
+    status, _, errors = reproduced(*[str(digits.root) if word == "DIGITS" else word for word in words])
+    assert status == 2
+    assert message in errors
+    assert "Traceback" not in errors

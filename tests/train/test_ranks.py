@@ -109,6 +109,9 @@ def test_two_processes_are_one(workplace):
             assert ours["eval"][figure] == pytest.approx(theirs["eval"][figure], abs=0.05)
     per_class = [json.loads((workplace / f"runs/{name}/per_class.json").read_text()) for name in ("one", "two")]
     assert per_class[0]["total"] == per_class[1]["total"]
+    assert sum(per_class[1]["total"]) == 451  # no image of the test split twice
+    summary = json.loads((workplace / "runs/two/summary.json").read_text())
+    assert summary["environment"]["processes"] == 2
     kept = [dict(np.load(workplace / f"runs/{name}/diagnostics.npz")) for name in ("one", "two")]
     for name, values_C in kept[0].items():  # each image's features counted once
         assert values_C == pytest.approx(kept[1][name], rel=0.02), name
