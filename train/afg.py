@@ -13,8 +13,8 @@ Adaptive Feature Generation", section 4.2) on the frozen network of a finished r
                         loss = CE + α(t)·KL(teacher ‖ now) on head classes
 
 Beside it, on the same features, it trains and prints what is simpler (train/features/candidates.py). Where the val
-split has images enough, rates, teacher and β are chosen on it, and the simplest classifier that is not measurably worse
-than the best one is kept as the selected model. `--variant paper` has the paper's teacher and β.
+split has images enough, rates, teacher and β are chosen on it, and so is the classifier that is kept as the selected
+model (train/features/selection.py). `--variant paper` has the paper's teacher and β.
 
 Figures of its earlier form, which distilled from stage one as it is: analysis/results/glag.md.
 """
@@ -183,7 +183,7 @@ def train(stage: "Stage") -> None:
             selected = {"name": name, "setting": one.setting, "epoch": len(one.trained.rows) if one.trained else 0}
             chosen = {"best": names[chosen_one.best], "rows": chosen_one.rows(names)}
             accelerator.print(
-                f"selected on val: {name}, the simplest within a standard error of the best there ({chosen['best']})"
+                f"selected on val: {name}, the likeliest within a standard error of the best there ({chosen['best']})"
             )
     beta = best.setting["beta"] if best.trained is None or best.trained.beta_C is None else best.trained.beta_C
     if accelerator.is_main_process:

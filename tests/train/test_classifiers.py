@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from train.features.gaussians import find_support, fit, head_classes
 from train.features.mixing import Mixture, mixed_epoch, real_epoch
 from train.features.passes import Passes, Source
 from train.features.recipes import Recipe
-from train.features.selection import select
+from train.features.selection import best_temperature, judge, select
 from train.features.training import Stack, train_together
 
 
@@ -311,28 +312,58 @@ def test_nearest_means_by_hand():
     assert [by_angle(x).argmax().item() for x in (near, far)] == [1, 1]
 
 
-def test_the_simplest_within_an_error_of_the_best_is_selected():
-    def constant(c: int) -> nn.Linear:
-        linear = nn.Linear(2, 2)
-        linear.weight.data, linear.bias.data = torch.zeros(2, 2), torch.eye(2)[c]
-        return linear
+def constant(c: int) -> nn.Linear:
+    linear = nn.Linear(2, 2)
+    linear.weight.data, linear.bias.data = torch.zeros(2, 2), torch.eye(2)[c]
+    return linear
 
-    perfect = nn.Linear(2, 2)
-    perfect.weight.data, perfect.bias.data = torch.eye(2), torch.zeros(2)
+
+def scaled(*weights: float) -> nn.Linear:
+    linear = nn.Linear(2, 2)
+    linear.weight.data, linear.bias.data = torch.diag(torch.tensor(weights)), torch.zeros(2)
+    return linear
+
+
+def test_of_those_within_an_error_of_the_best_the_likeliest_is_selected():
+    perfect = scaled(1.0, 1.0)
     features = torch.eye(2).repeat(50, 1)
     labels = torch.tensor([0, 1]).repeat(50)
     found = select([constant(0), perfect, perfect], (features, labels))
     assert (found.index, found.best) == (1, 1)  # the simpler of two that tie
     assert found.behind == pytest.approx([0.5, 0, 0])
-    # One image in a hundred is within the error: the standard error of the paired difference is about as large.
+    # One image of a hundred has another class, and both miss it: they tie by accuracy. Who is less sure is likelier.
     labels[1] = 0
-    almost = copy.deepcopy(perfect)
-    found = select([constant(1), almost, perfect], (features, labels))
-    assert found.index == 1
-    again = select([constant(1), almost, perfect], (features, labels))
+    less_sure = scaled(1.0, 0.5)
+    found = select([constant(1), perfect, less_sure], (features, labels))
+    assert (found.index, found.best) == (2, 1)
+    assert found.behind[1:] == [0, 0]
+    assert found.losses[2] < found.losses[1] < found.losses[0]
+    again = select([constant(1), perfect, less_sure], (features, labels))
     assert again.errors == found.errors
-    few = select([almost, constant(0)], (features[:2], torch.tensor([0, 0])))
+    few = select([perfect, constant(0)], (features[:2], torch.tensor([0, 0])))
     assert few.errors[0] > 0.2  # two images say little
+
+
+def test_who_is_measurably_worse_is_not_selected_however_likely():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 2, generator=generator)
+    labels = features.argmax(1)
+    turned = nn.Linear(2, 2)
+    turned.weight.data, turned.bias.data = torch.tensor([[1.0, 0.3], [0.3, 1.0]]), torch.tensor([0.2, 0.0])
+    found = select([turned, scaled(1.0, 1.0)], (features, labels))
+    assert found.index == 1
+    assert found.behind[0] > found.errors[0]
+
+
+def test_a_classifier_that_is_merely_too_sure_is_no_worse():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(300, 2, generator=generator)
+    labels = (features + torch.randn(300, 2, generator=generator)).argmax(1)
+    once, many_times = judge(scaled(1.0, 1.0), (features, labels)), judge(scaled(9.0, 9.0), (features, labels))
+    assert once[1] == pytest.approx(many_times[1], abs=1e-3)
+    # By hand: the same search on a grid.
+    losses = {t: F.cross_entropy(features / t, labels).item() for t in np.geomspace(0.1, 10, 400)}
+    assert best_temperature(scaled(1.0, 1.0), (features, labels)) == pytest.approx(min(losses, key=losses.get), rel=0.1)
 
 
 def test_closed_form_baselines_by_hand():
