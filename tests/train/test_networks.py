@@ -219,6 +219,39 @@ def test_branches_start_apart_unless_pretrained(bilateral, resnet18_state, tmp_p
     assert torch.equal(pretrained.trunk.layer4[0].conv1.weight, resnet18_state["layer4.0.conv1.weight"])
 
 
+@pytest.mark.parametrize("kind", ["plain", "bilateral"])
+def test_a_run_starts_from_another_one(kind, plain, bilateral, tmp_path):
+    own = {"plain": plain, "bilateral": bilateral}[kind]
+    save_model(own, tmp_path)
+    for weights in (tmp_path, tmp_path / "model.safetensors"):
+        one, two = (build_network(k, "resnet32", 7, str(weights)) for k in ("plain", "bilateral"))
+        block = own.branch if kind == "plain" else own.conventional
+        for network in (one, two):
+            assert_same_state(network.trunk, own.trunk)
+            for branch in [network.branch] if network is one else [network.conventional, network.rebalancing]:
+                assert_same_state(branch, block)
+            assert network.classifier.out_features == 7
+        assert two.conventional.conv1.weight is not two.rebalancing.conv1.weight
+    torch.manual_seed(1)
+    save_file(build_network("plain", "resnet32", 4).state_dict(), tmp_path / "model-selected.safetensors")
+    fresh = build_network("plain", "resnet32", 7, str(tmp_path))
+    assert not torch.equal(fresh.branch.conv1.weight, block.conv1.weight)  # what val selected is taken
+    with pytest.raises(
+        UserError, match=r"\(its trunk\) is of another model: .*; name a run whose backbone is resnet18"
+    ):
+        build_network("plain", "resnet18", 7, str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty holds no model\.safetensors"):
+        build_network("plain", "resnet32", 7, str(tmp_path / "empty"))
+
+
+def assert_same_state(one, other):
+    ours, theirs = one.state_dict(), other.state_dict()
+    for key, value in theirs.items():
+        if not key.endswith("num_batches_tracked"):
+            assert torch.equal(ours[key], value), key
+
+
 def test_running_statistics_see_the_reversed_stream_last(bilateral):
     reference = copy.deepcopy(bilateral)
     images_c, images_r = images(8), images(8, seed=1)
@@ -384,17 +417,17 @@ def test_missing_and_damaged_files(plain, tmp_path):
         (("plain", "resnet32", 0), "at least one class, got num_classes=0"),
         (
             ("plain", "resnet32", 10, "DEFAULT"),
-            "weights 'DEFAULT' are neither a file nor one of torchvision's names for resnet32: none",
+            "weights 'DEFAULT' are neither a file, a run nor one of torchvision's names for resnet32: none",
         ),
         (
             ("plain", "resnet18", 10, "IMAGENET1K_V9"),
-            "weights 'IMAGENET1K_V9' are neither a file nor one of torchvision's names for resnet18: IMAGENET1K_V1",
+            "'IMAGENET1K_V9' are neither a file, a run nor one of torchvision's names for resnet18: IMAGENET1K_V1",
         ),
         (
             ("plain", "resnet10", 10, "DEFAULT"),
-            "'DEFAULT' are neither a file nor one of torchvision's names for resnet10: none",
+            "'DEFAULT' are neither a file, a run nor one of torchvision's names for resnet10: none",
         ),
-        (("plain", "resnet18", 10, "lost.pth"), r"weights 'lost\.pth' are neither a file nor"),
+        (("plain", "resnet18", 10, "lost.pth"), r"weights 'lost\.pth' are neither a file, a run nor"),
     ],
 )
 def test_unknown_names(settings, message):
@@ -458,7 +491,7 @@ def test_files_of_another_resnet_say_what_is_wanted(resnet18_state, tmp_path):
         build_network("plain", "resnet10", 10, str(path))
     with pytest.raises(UserError, match=r"conv1\.weight is \(64, 3, 7, 7\) in it and \(16, 3, 3, 3\) here"):
         build_network("plain", "resnet32", 10, str(path))
-    with pytest.raises(UserError, match=r"weights '.*' are neither a file nor"):
+    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
         build_network("plain", "resnet32", 10, str(tmp_path))  # a folder
 
 

@@ -17,7 +17,7 @@ class Model:
         backbone: resnet32 (for small images), resnet10, a torchvision ResNet such as resnet50, resnet152 or
             resnext50_32x4d, or one of timm's models, such as timm/convnextv2_tiny.fcmae_ft_in22k_in1k.
         weights: pretrained weights: default (those of torchvision or timm, downloaded on first use), another of
-            torchvision's names, or a local file (.safetensors, .pth).
+            torchvision's names, a local file (.safetensors, .pth), or the folder of a run of the same backbone.
         adapt: of a vision transformer, train small layers beside its own, which keep their pretrained weights:
             adaptformer or lora, such as "adaptformer(dim=16)" or "lora(rank=8)".
         drop_path: with which probability training leaves out the last block for an image; earlier ones less often.

@@ -7,7 +7,7 @@ import copy
 import difflib
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shards.errors import UserError
 from train.networks.timm_models import PREFIX, make_parts, nearest
-from train.networks.weights import load_state, read_state
+from train.networks.weights import load_state, read_own, read_state
 
 CIFAR_MEAN_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -109,7 +109,8 @@ def make_backbone(
             as "resnet50" or "resnext50_32x4d", or "timm/NAME" for one of timm's classification models.
         weights: None for a random start; "default" for those that torchvision or timm have (downloaded on first use),
             or another of torchvision's names, such as "IMAGENET1K_V2"; or the path of a .safetensors or .pth file with
-            a state dict of the whole network, in torchvision's names or timm's. Its classifier is left out.
+            a state dict of the whole network, in torchvision's names or timm's; or the folder of a finished run (its
+            selected weights, where it has some), or one of its model files. The classifier is left out.
         image_size: of the pictures to come, which vision transformers have to know; None: the model's own.
         drop_path: the rate of stochastic depth at the last block: how probably training leaves a block out for an
             image (Huang et al., "Deep Networks with Stochastic Depth", 2016). It rises linearly from 0 at the first
@@ -119,6 +120,8 @@ def make_backbone(
         UserError: unknown backbone; weights that are unknown, unreadable or of another backbone; what the model cannot
             be built for.
     """
+    if weights is not None and (state := read_own(Path(weights))) is not None:
+        return _started_from(make_backbone(name, None, image_size, drop_path), state, weights)
     if name.startswith(PREFIX):
         parts = make_parts(name, weights, image_size, drop_path)
         return Backbone(
@@ -173,6 +176,20 @@ def make_backbone(
     )
 
 
+def _started_from(backbone: Backbone, state: dict[str, Tensor], source: str) -> Backbone:
+    """Return a backbone with the trunk and the last block of a model of our own."""
+    remedy = f"name a run whose backbone is {backbone.name}"
+    trunk, last_block = (_inside(state, prefix) for prefix in ("trunk.", "branch."))
+    load_state(backbone.trunk, trunk, f"{source} (its trunk)", remedy)
+    block = backbone.make_branch()
+    load_state(block, last_block or _inside(state, "conventional."), f"{source} (its last block)", remedy)
+    return replace(backbone, make_branch=lambda: copy.deepcopy(block))
+
+
+def _inside(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
 def _use_drop_path(blocks: list[nn.Module], rate: float) -> None:
     """Let ResNets' blocks drop what is to be added to their shortcut, which ends with a norm; see `make_backbone`."""
     from torchvision.ops import stochastic_depth
@@ -212,7 +229,7 @@ def _pretrained(backbone: str, weights: str) -> dict[str, Tensor]:
     if not Path(weights).is_file():
         names = ", ".join(named) or "none"
         raise UserError(
-            f"weights {weights!r} are neither a file nor one of torchvision's names for {backbone}: {names}"
+            f"weights {weights!r} are neither a file, a run nor one of torchvision's names for {backbone}: {names}"
         )
     return read_state(Path(weights))
 

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shards.errors import UserError
 
+# A run's model files (train/networks/model_files.py), what is taken first.
+OWN_FILES = ("model-selected.safetensors", "model.safetensors")
 # Under what training programs keep the state dict among other things; averaged weights come first.
 INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model")
 # What wrappers put before a name.
@@ -38,6 +40,29 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no plain state dict; save model.state_dict() and give that file")
     return {_unwrapped(key): value for key, value in state.items()}
+
+
+def read_own(path: Path) -> dict[str, Tensor] | None:
+    """Return the state dict of a network of ours: of a run's folder, or of one of its model files; None of others.
+
+    Of a folder the weights that val selected, where it did, else the last.
+
+    Raises:
+        UserError: a folder without a model, or a damaged file.
+    """
+    if path.is_dir():
+        found = next((path / name for name in OWN_FILES if (path / name).is_file()), None)
+        if found is None:
+            raise UserError(f"{path} holds no {OWN_FILES[-1]}; name the folder of a finished run, or a file of weights")
+        return read_state(found)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            parts = {key.partition(".")[0] for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None  # who reads it says what is wrong with it
+    return read_state(path) if "classifier" in parts and parts & {"branch", "conventional"} else None
 
 
 def _unwrapped(key: str) -> str:
