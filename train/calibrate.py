@@ -29,6 +29,8 @@ from train.predict import printable
 BINS = 10
 # A class's own threshold needs so many val images that were taken for it; else it has the common one.
 LEAST_PREDICTED = 10
+# With fewer images than these the prior of the fit weighs as much as they do.
+FEW_IMAGES = 100
 
 
 def reliability(scores_NC: NDArray[np.float64], labels_N: NDArray[np.int64]) -> tuple[list[dict[str, Any]], float]:
@@ -140,6 +142,11 @@ def _calibrate_run(run: Path, reject: float | None, per_class: bool) -> None:
     for weights, (calibration, about) in found.items():
         print(f"{weights} weights, {about['images']:,} images of val; before and after:")
         print(table(calibration, about))
+    if len(labels_N) < FEW_IMAGES:
+        print(
+            f"note: {len(labels_N)} images tell a temperature only roughly, which therefore stays near 1; a dataset"
+            " built with a larger --val-fraction has more"
+        )
     write_calibration(run, found)
     print(f"wrote {printable(run / CALIBRATION)}; train.predict and train.export use it")
 

@@ -161,6 +161,14 @@ def test_no_test_data_are_read(calibrated, capsys):
     assert read_calibration(calibrated, "selected", 4) is None
 
 
+def test_few_images_of_val_are_remarked_on(calibrated, capsys, monkeypatch):
+    main(["--run", str(calibrated)])
+    assert "note:" not in capsys.readouterr().out
+    monkeypatch.setattr("train.calibrate.FEW_IMAGES", 10_000)
+    main(["--run", str(calibrated)])
+    assert "images tell a temperature only roughly" in capsys.readouterr().out
+
+
 def test_without_val_it_says_so_and_does_nothing(calibrated, capsys):
     collector = Collector(4, logits=False)
     collector.add(np.arange(3), torch.tensor([0, 1, 2]), torch.eye(4)[:3])
