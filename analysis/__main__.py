@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     comparing.add_argument("--json", action="store_true", help="the same as --format json")
     reporting = Parser(
         description="Write one self-contained HTML page about finished runs, averaged by method over seeds;"
-        " the first run's method is the baseline."
+        " the first of stage one is the baseline."
     )
     reporting.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
     reporting.add_argument(

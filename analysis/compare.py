@@ -68,11 +68,19 @@ class Entry:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Entry]:
-    """Group runs by experiment (see `analysis.settings`), in the order in which datasets, then titles, first appear."""
+    """Group runs by experiment (see `analysis.settings`), in the order in which datasets, then titles, first appear.
+
+    Of a dataset stage one comes before stage two: the first entry is what the others are compared with, and a second
+    stage that a shell happens to list first is no baseline.
+    """
     datasets = list(dict.fromkeys(run.dataset for run in runs))
     first_seen = list(dict.fromkeys((run.dataset, run.title) for run in runs))
+
+    def place(run: Run) -> tuple[int, int, int]:
+        return datasets.index(run.dataset), run.summary["stage"], first_seen.index((run.dataset, run.title))
+
     groups: dict[Hashable, list[tuple[Experiment, Run]]] = {}
-    for run in sorted(runs, key=lambda run: (datasets.index(run.dataset), first_seen.index((run.dataset, run.title)))):
+    for run in sorted(runs, key=place):
         found = experiment(run)
         groups.setdefault(found.key, []).append((found, run))
     titles = distinct_titles([group[0][0] for group in groups.values()])

@@ -33,6 +33,13 @@ def test_runs_of_a_method_are_averaged_over_seeds(runs):
     assert set(bbn.last.std.values()) == {None}
 
 
+def test_a_second_stage_that_is_named_first_is_no_baseline(make_run):
+    named = [make_run("afg", title="BBN + AFG", stage=2, **{"from": "bbn"}), make_run("bbn", title="BBN"),
+             make_run("ce", title="CE")]  # fmt: skip
+    assert [entry.title for entry in group_runs(read_runs(named))] == ["BBN", "CE", "BBN + AFG"]
+    assert [entry.title for entry in group_runs(read_runs(named[:1]))] == ["BBN + AFG"]
+
+
 def test_selected_figures_are_averaged_over_the_runs_that_selected(make_run):
     figures = dict.fromkeys(("top1", "many", "medium", "few", "balanced_accuracy", "ece"), 0.5)
     paths = [
