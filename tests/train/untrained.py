@@ -23,8 +23,12 @@ def make_run(
         noise_BHWC = torch.randint(0, 256, (64, 4, 4, 3)).float()
         noise_BCHW = torch.nn.functional.interpolate(noise_BHWC.permute(0, 3, 1, 2), (size, size), mode="bilinear")
         images_BHWC = noise_BCHW.permute(0, 2, 3, 1).byte()
-        for _ in range(20):  # statistics for batch norm
-            network.features(images_BHWC)
+        norms = [module for module in network.modules() if hasattr(module, "running_mean")]
+        for norm in norms:  # this batch's statistics are the running ones
+            norm.momentum = 1.0
+        network.features(images_BHWC)
+        for norm in norms:
+            norm.momentum = 0.1
         logits_BC = network.eval().predict(images_BHWC)
         network.classifier.bias -= logits_BC.mean(0)
         spread = logits_BC.std(0).mean()
