@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole job on a fresh machine, in three or four minutes on two cores after installation: sets up, makes
+# The whole job on a fresh machine, in two to four minutes on two cores after installation: sets up, makes
 # scikit-learn's digits long-tailed (123 images of each of five classes, 3 of each of the others) and, for two seeds
 # each, trains the baseline (CE) and BBN and runs the second stage (AFG); then compares them and writes a page with
 # figures. It leaves data/quickstart and runs/quickstart, which a second run makes again.
@@ -9,7 +9,7 @@ scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
 seeds="0 1"
-# A third of the preset's epochs: what fits the time. Tried on another split and other seeds (analysis/results/quickstart.md).
+# A third of the preset's epochs, which fits the time. Tried on another split and other seeds: analysis/results/quickstart.md
 short=(--optim.epochs 20 --loop.eval_every 20)
 data=data/quickstart
 runs=runs/quickstart

@@ -10,3 +10,4 @@ for folder in runs/quickstart runs/quickstart/seed-*; do
 done
 tailstream compare "${all[@]}" --format json >"$kept.json"
 tailstream figure groups "${all[@]}" --out "$kept.svg"
+sed -i '0,/<svg /s//<svg style="background: #ffffff" /' "$kept.svg" # its ink is dark, and readers' pages may be, too
