@@ -9,6 +9,9 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff format --check --quiet . || { echo "test: run: .venv/bin/ruff format ." >&2; exit 1; }
 ruff check --quiet .
 mypy
+cores=$(env -u OMP_NUM_THREADS nproc) # which would heed it
+# A process of a test takes one thread: with more, several at once would wait for each other most of the time.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Neighbours stay together as long as they can: they share what is slow to make.
-if [ $# = 0 ]; then set -- --numprocesses "$(nproc)" --dist worksteal; fi
+if [ $# = 0 ]; then set -- --numprocesses "$cores" --dist worksteal; fi
 exec python -m pytest "$@"
