@@ -110,6 +110,17 @@ def test_a_batch_that_stalls_ends_the_process_and_says_which_rank_and_stream(cap
     assert error.count("\n") == 1
 
 
+def test_a_process_that_was_suspended_did_not_wait(monkeypatch):
+    ended = []
+    monkeypatch.setattr(guards.os, "_exit", ended.append)
+    clock, began = time.monotonic, time.monotonic()
+    # An hour goes by, as the clock has it, soon after the batch is asked for.
+    monkeypatch.setattr(guards.time, "monotonic", lambda: clock() + 3600 * (clock() - began > 0.1))
+    with StallGuard(SlowLoader(0.8, None), ("uniform",), 0, limit_s=2.0) as guard:
+        next(guard)
+    assert not ended
+
+
 def test_slow_steps_are_no_stall(monkeypatch):
     monkeypatch.setattr(guards.os, "_exit", lambda status: pytest.fail("ended"))
     with StallGuard(SlowLoader(0.0, None), ("uniform",), 0, limit_s=0.2) as guard:

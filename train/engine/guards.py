@@ -83,7 +83,8 @@ def check_weights(network: torch.nn.Module, epoch: int, step: int) -> None:
 class StallGuard:
     """Hands on a loader's batches, and ends the process when one does not come within a limit.
 
-    A thread watches, because a loader that hangs in foreign code can be neither interrupted nor asked.
+    A thread watches, because a loader that hangs in foreign code can be neither interrupted nor asked. It counts how
+    long it watched itself: a process that was suspended (Ctrl-Z, a scheduler's SIGSTOP) did not wait meanwhile.
     """
 
     def __init__(self, loader: Loader, streams: tuple[str, ...], rank: int, limit_s: float) -> None:
@@ -108,9 +109,13 @@ class StallGuard:
             self._waiting_since = None
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(1.0, self._limit_s / 4)):
-            since = self._waiting_since
-            if since is not None and time.monotonic() - since > self._limit_s:
+        tick = min(1.0, self._limit_s / 4)
+        waited, of, before = 0.0, None, time.monotonic()
+        while not self._closed.wait(tick):
+            since, now = self._waiting_since, time.monotonic()
+            waited = (waited if since == of else 0.0) + min(now - before, 2 * tick)
+            of, before = since, now
+            if since is not None and waited > self._limit_s:
                 stream = self._loader.waiting_for or " or ".join(self._streams)
                 print(
                     f"error: rank {self._rank} has waited {self._limit_s:g} s for a batch of the stream {stream}: look"
