@@ -241,6 +241,11 @@ def test_a_run_starts_from_another_one(kind, plain, bilateral, tmp_path):
     ):
         build_network("plain", "resnet18", 7, str(tmp_path))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "default").mkdir()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(tmp_path)
+        with pytest.raises(UserError, match="'default' are neither a file, a run nor one of torchvision's names"):
+            build_network("plain", "resnet32", 7, "default")
     with pytest.raises(UserError, match=r"empty holds no model\.safetensors"):
         build_network("plain", "resnet32", 7, str(tmp_path / "empty"))
 

@@ -120,8 +120,9 @@ def make_backbone(
         UserError: unknown backbone; weights that are unknown, unreadable or of another backbone; what the model cannot
             be built for.
     """
-    if weights is not None and (state := read_own(Path(weights))) is not None:
-        return _started_from(make_backbone(name, None, image_size, drop_path), state, weights)
+    by_name = weights is None or weights.lower() == "default"  # also where a folder has this name
+    if not by_name and (state := read_own(Path(str(weights)))) is not None:
+        return _started_from(make_backbone(name, None, image_size, drop_path), state, str(weights))
     if name.startswith(PREFIX):
         parts = make_parts(name, weights, image_size, drop_path)
         return Backbone(
