@@ -167,30 +167,31 @@ class _Stream:
     def _parts(self) -> Iterator[_Part]:
         while self._steps:
             drawn, fed = self._loading.popleft()
-            images_BHWC, shown = self._take(fed)
+            images_BHWC, shown = self._take(drawn, fed)
             self._steps -= 1
             if self._steps:
                 self._pipeline.schedule_run()
             yield _Part(drawn, Shown(images_BHWC, shown))
 
-    def _take(self, draw: Draw) -> tuple[torch.Tensor, Draw]:
+    def _take(self, drawn: Draw, fed: Draw) -> tuple[torch.Tensor, Draw]:
         """Return the pictures and which draw they show."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         try:
             (outputs,) = self._pipeline.share_outputs(cuda_stream=stream)
         except RuntimeError as error:  # DALI does not say which image; its dynamic executor loses this batch alone
-            return self._rescue(draw, error)
+            return self._rescue(drawn, fed, error)
         if self._device.type == "cuda":
             # The dynamic executor counts references: the tensor keeps its buffer after the release.
             images_BHWC = torch.from_dlpack(outputs.as_tensor())
         else:
-            images_BHWC = self._show(draw, outputs)
+            images_BHWC = self._show(fed, outputs)
         self._pipeline.release_outputs()
-        return images_BHWC if draw.distortions_B is None else distort(images_BHWC, draw.distortions_B), draw
+        return images_BHWC if fed.distortions_B is None else distort(images_BHWC, fed.distortions_B), fed
 
-    def _rescue(self, draw: Draw, error: RuntimeError) -> tuple[torch.Tensor, Draw]:
-        images_BHWC, shown = self._faults.rescue(self._plan, self._reader, draw)
-        if shown is draw:  # nothing was wrong with the images
+    def _rescue(self, drawn: Draw, fed: Draw, error: RuntimeError) -> tuple[torch.Tensor, Draw]:
+        # From what was drawn: where one stand-in replaces another, its window would be rounded twice.
+        images_BHWC, shown = self._faults.rescue(self._plan, self._reader, drawn)
+        if np.array_equal(shown.ids_B, fed.ids_B):  # nothing was wrong with the images
             self._unexplained += 1
             reason = next((line for line in str(error).splitlines() if "rror" in line), str(error))
             if self._unexplained > self._faults.limit:

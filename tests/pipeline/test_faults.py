@@ -297,6 +297,24 @@ def test_a_resumed_stream_replaces_alike(dataset, loading):
             assert ours["only"].images_BHWC.equal(theirs["only"].images_BHWC)
 
 
+def test_pictures_do_not_depend_on_which_bad_images_were_known_when_they_were_read(dataset, loading):
+    """A loader reads ahead, so a resumed run knows of fewer than the one that it continues."""
+    split = dataset.splits["train"]
+    spoil(split, *range(6))
+    shown = []
+    for known in [], [0, 1, 2, 3, 4], range(6):
+        plan = train_plan(replace(split), q=-1.0, batch_size=16)
+        for sample in known:
+            faults_of(plan.split).add(split, UndecodableError(sample, "zeroed"))
+        with open_loader(plan, **loading) as loader:
+            shown.append([step["only"] for step in islice(loader, 8)])
+    for unaware, half_aware, aware in zip(*shown, strict=True):
+        np.testing.assert_array_equal(unaware.ids_B, aware.ids_B)
+        np.testing.assert_array_equal(half_aware.ids_B, aware.ids_B)
+        assert unaware.images_BHWC.equal(aware.images_BHWC)
+        assert half_aware.images_BHWC.equal(aware.images_BHWC)
+
+
 def test_too_many_bad_images_end_the_run(dataset, loading):
     split = dataset.splits["train"]
     spoil(split, *range(20))
