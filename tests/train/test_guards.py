@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from pipeline.batch import Batch
+from pipeline.faults import Faults
+from pipeline.plan import EvalPlan
 from shards.errors import UserError
 from train.engine import guards
 from train.engine.guards import LossGuard, StallGuard, check_devices, errors_in_one_line
@@ -108,6 +110,23 @@ def test_a_batch_that_stalls_ends_the_process_and_says_which_rank_and_stream(cap
     error = capsys.readouterr().err
     assert error.startswith(f"error: rank 5 has waited 0.2 s for a batch of the stream {named}: ")
     assert error.count("\n") == 1
+
+
+def test_an_evaluation_that_stalls_ends_the_process_too(workplace, capsys, monkeypatch):
+    ended = []
+    monkeypatch.setattr(guards.os, "_exit", lambda status: (ended.append(status), time.sleep(1)))
+    replaced = Faults.replace
+
+    def waits_in_evaluations(self, plan, draw):
+        began = time.monotonic()
+        while isinstance(plan, EvalPlan) and not ended and time.monotonic() - began < 30:
+            time.sleep(0.1)
+        return replaced(self, plan, draw)
+
+    monkeypatch.setattr(Faults, "replace", waits_in_evaluations)
+    run(ERM, [*SHORT, "--input.loader", "resident", "--loop.stall_minutes", "0.02"])
+    assert ended == [1]
+    assert "error: rank 0 has waited 1.2 s for a batch of the stream eval: " in capsys.readouterr().err
 
 
 def test_a_process_that_was_suspended_did_not_wait(monkeypatch):

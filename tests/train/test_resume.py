@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from shards.errors import UserError
 from train.bbn import BBN
-from train.engine import runs
+from train.engine import loop, runs
 from train.engine.interrupts import EXIT_STATUS, Consensus, Interrupts
 from train.engine.launch import run
 from train.engine.loop import Training
@@ -124,6 +124,32 @@ def test_a_checkpoint_that_is_due_at_the_end_of_an_epoch_is_made(workplace, monk
     monkeypatch.setattr(Training, "_save", lambda self: (saved.append(self._counters.step), save(self)))
     run(ERM, [*SHORT, "--optim.epochs", "3", "--loop.checkpoint_steps", "8", "--loop.checkpoint_every", "99"])
     assert saved == [8, 16, 24]
+
+
+class LateConsensus(Consensus):
+    """Of one process, but one call late, as among several."""
+
+    def __init__(self, processes: int) -> None:
+        super().__init__(processes)
+        self.said: tuple[int, ...] | None = None
+
+    def __call__(self, *numbers: int) -> list[int]:
+        previous, self.said = self.said, numbers
+        return list(previous or [0] * len(numbers))
+
+    def wait(self) -> None:
+        self.said = None
+
+
+@pytest.mark.parametrize("due", [7, 8])
+def test_several_ranks_make_a_checkpoint_that_is_due_near_the_end_of_an_epoch(workplace, monkeypatch, due):
+    saved = []
+    save = Training._save
+    monkeypatch.setattr(loop, "Consensus", LateConsensus)
+    monkeypatch.setattr(Training, "_save", lambda self: (saved.append(self._counters.step), save(self)))
+    every = ["--loop.checkpoint_steps", str(due), "--loop.checkpoint_every", "99"]
+    run(ERM, [*SHORT[2:], "--optim.epochs", "2", *every])
+    assert saved == {7: [8, 15, 16], 8: [8, 16]}[due]
 
 
 def test_a_second_ctrl_c_leaves_at_once():

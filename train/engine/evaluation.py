@@ -22,6 +22,7 @@ from train.engine import runs
 from train.engine.checkpoints import Counters, read_selected
 from train.engine.config import Config, Input
 from train.engine.diagnostics import Compactness, write_diagnostics
+from train.engine.guards import StallGuard
 from train.engine.method import Method, unwrapped
 from train.engine.predictions import FILES as PREDICTIONS
 from train.engine.predictions import Collector, Predictions, write_predictions
@@ -51,7 +52,7 @@ def test_split(dataset: Dataset) -> Split:
 def evaluate(
     method: Method,
     split: Split,
-    input: Input,
+    config: Config,
     accelerator: Accelerator,
     collector: Collector | None = None,
     compactness: Compactness | None = None,
@@ -67,17 +68,14 @@ def evaluate(
             dist.broadcast(buffer, 0)
     was_training = network.training
     network.eval()
-    plan = EvalPlan(
-        split,
-        input.batch_size,
-        input.image_size,
-        input.eval_augment,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    rank, input = accelerator.process_index, config.input
+    plan = EvalPlan(split, input.batch_size, input.image_size, input.eval_augment, rank, accelerator.num_processes)
     total = Tally.zeros(len(split.class_counts))
-    with input.open_loader(plan, accelerator.device) as loader:
-        for batch in loader:
+    with (
+        input.open_loader(plan, accelerator.device) as loader,
+        StallGuard(loader, plan.streams, rank, 60 * config.loop.stall_minutes) as batches,
+    ):
+        for batch in batches:
             with accelerator.autocast():
                 logits_BC = method.predict(batch["eval"].images_BHWC)
             try:
@@ -106,7 +104,7 @@ def finish(
         for split in dict.fromkeys([test.name, *held_out_beside(test, dataset)]):
             collector = Collector(len(dataset.classes), logits=split != test.name)
             watching = compactness if split == test.name else None
-            tallies[split] = evaluate(method, dataset.splits[split], config.input, accelerator, collector, watching)
+            tallies[split] = evaluate(method, dataset.splits[split], config, accelerator, collector, watching)
             kept[split] = collector.gather(accelerator)
         return tallies[test.name], kept
 

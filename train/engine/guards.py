@@ -101,6 +101,9 @@ class StallGuard:
         self._closed.set()
         self._thread.join()
 
+    def __iter__(self) -> Self:
+        return self
+
     def __next__(self) -> dict[str, Batch]:
         self._waiting_since = time.monotonic()
         try:

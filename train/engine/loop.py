@@ -112,6 +112,7 @@ class Training:
             accelerator.print(warning)
         self._started = time.perf_counter() - counters.seconds
         self._saved = time.perf_counter()
+        self._due = 0  # of the epoch's last step: a checkpoint is wanted
         self._consensus = Consensus(accelerator.num_processes)
         self._losses = LossGuard(self._run_folder, plan.split, accelerator.process_index)
         self._bar = tqdm(
@@ -143,8 +144,8 @@ class Training:
             self._losses.seen(loss, {"epoch": epoch, "step": counters.step + 1, "lr": lr}, batch)
             counters.step += 1
             self._bar.update()
-            signal, due = self._consensus(self._interrupts.received, self._is_due())
-            if (signal or due) and counters.step < last_step:
+            signal, self._due = self._consensus(self._interrupts.received, self._is_due())
+            if (signal or self._due) and counters.step < last_step:
                 self._gather(began)
                 self._save()
                 if signal:
@@ -214,7 +215,7 @@ class Training:
         self._means.clear()
         if epoch % config.loop.eval_every == 0 or epoch == epochs:
             began = time.perf_counter()
-            tally = evaluate(self.evaluated, self._watched, config.input, accelerator)
+            tally = evaluate(self.evaluated, self._watched, config, accelerator)
             result = summarize(tally, self._dataset.train_counts)
             row["eval"] = {"split": self._watched.name, **result}
             row["eval_seconds"] = time.perf_counter() - began
@@ -233,7 +234,8 @@ class Training:
             self._tracking.row(row)
             self._bar.write(epoch_line(row, epochs))
         signal, due = self._consensus(self._interrupts.received, self._is_due())
-        if signal or due or epoch % config.loop.checkpoint_every == 0 or epoch == epochs:
+        # Several ranks hear of a step one call later: what was due before the last step was heard of after it.
+        if signal or due or self._due or epoch % config.loop.checkpoint_every == 0 or epoch == epochs:
             self._save()
         if signal:
             raise Interrupted(signal)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -120,8 +121,9 @@ def feature_bank(
     """
     folder = run / FOLDER / split
     wanted = _wanted(run, network, dataset, split, input, accelerator, views, weights)
-    if _read(folder) != wanted | {"complete": True}:
-        accelerator.wait_for_everyone()  # all have looked
+    # The first process looks for all: on a network file system others may still see what was there before.
+    (whole,) = broadcast_object_list([_read(folder) == wanted | {"complete": True}])
+    if not whole:
         if accelerator.is_main_process:
             try:
                 folder.parent.mkdir(exist_ok=True)
