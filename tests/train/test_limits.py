@@ -114,7 +114,7 @@ def test_a_long_run_is_worth_a_warning():
 def test_a_budget_lowers_the_epochs_and_the_schedule_with_them():
     plan, dataset = made()  # 10 steps and an evaluation of 100 images: 21 s; and 2 s at the end
     fitted = within_budget(setting(budget="5m"), plan, dataset, BIG)
-    assert (fitted.optim.epochs, fitted.optim.warmup_epochs) == (14, 1)
+    assert (fitted.optim.epochs, fitted.optim.warmup_epochs) == (14, 2)
     assert BIG.seconds(fitted, plan, dataset, 14 * 10) <= 300 < BIG.seconds(fitted, plan, dataset, 15 * 10)
     assert within_budget(setting(budget="1d"), plan, dataset, BIG).optim.epochs == 60
     assert within_budget(setting(budget="23s"), plan, dataset, BIG).optim.epochs == 1

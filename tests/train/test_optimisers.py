@@ -174,6 +174,11 @@ def test_rates_that_will_hardly_do_are_warned_of():
     assert warnings_about(Optim(optimizer="adamw", lr=0.003), 20) == []
     (warning,) = warnings_about(Optim(epochs=5, lr=0.1, warmup_steps=200, warmup_start=0.0), 20)
     assert warning.startswith("warning: optim.warmup_steps=200 is more than the 100 steps: the rate rises to 0.05 only")
+    (warning,) = warnings_about(Optim(epochs=5, warmup_epochs=1), 20)
+    assert warning.startswith("warning: optim.warmup_epochs=1 warms nothing up")
+    assert warning.endswith("give 2 or more, or --optim.warmup_steps 20")
+    assert warnings_about(Optim(epochs=5, warmup_epochs=0), 20) == warnings_about(Optim(epochs=5, warmup_epochs=2), 20)
+    assert warnings_about(Optim(epochs=1, warmup_epochs=1), 20) == []
     (warning,) = warnings_about(Optim(optimizer="adamw", lr=0.1), 20)
     assert warning.startswith("warning: optim.lr=0.1 suits SGD; AdamW usually has about 1e-3 ")
 

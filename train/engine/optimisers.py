@@ -294,6 +294,11 @@ def warnings_about(optim: Optim, steps_per_epoch: int) -> list[str]:
             f"warning: optim.warmup_{unit}={warmup} is more than the {last} {unit}: the rate rises to {reached:.2g}"
             f" only, not to optim.lr={optim.lr:g}; lower it"
         )
+    if optim.warmup_steps is None and optim.warmup_epochs == 1 < optim.epochs:
+        lines.append(
+            "warning: optim.warmup_epochs=1 warms nothing up: the rate is the same throughout an epoch, and the first"
+            f" one already has optim.lr={optim.lr:g}; give 2 or more, or --optim.warmup_steps {steps_per_epoch}"
+        )
     if optim.optimizer == "adamw" and optim.lr >= HIGH_FOR_ADAMW:
         lines.append(
             f"warning: optim.lr={optim.lr:g} suits SGD; AdamW usually has about 1e-3 from noise and 1e-4 or less with"
