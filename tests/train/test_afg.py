@@ -368,6 +368,9 @@ def test_mistakes_are_reported_in_one_line(here, capsys, photos):
     assert "method.beta_grid is empty; give at least one" in fails_with(capsys, "--method.beta_grid", "[]")
     assert "--export made.txt must end in .safetensors or .npy" in fails_with(capsys, "--export", "made.txt")
     assert "no is no folder that can be written to" in fails_with(capsys, "--export", "no/made.npy")
+    for taken, asked in (("a.safetensors", "a.safetensors"), ("b.labels.npy", "b.npy")):
+        (here / taken).touch()
+        assert f"--export: {taken} already exists; name another file" in fails_with(capsys, "--export", asked)
     message = fails_with(capsys, "--from", "runs/ce", "--data", str(photos.root))
     assert "was trained for 10 classes" in message
     assert "has 3" in message

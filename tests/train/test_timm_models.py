@@ -287,6 +287,29 @@ def test_files_of_training_programs(files, tmp_path):
     assert all(torch.equal(found[key], expected[key]) for key in expected if key.startswith("trunk"))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_on_one_of_timms_models_starts_another(family, files, tmp_path):
+    own = network_of(family, files)
+    save_model(own, tmp_path)
+    fresh = build_network("bilateral", f"timm/{FAMILIES[family]}", 4, str(tmp_path), image_size=SIZE).eval()
+    own.eval()
+    for branch in (fresh.conventional, fresh.rebalancing):
+        halves_BD = fresh.features(images(3)).chunk(2, dim=1)
+        own_state = own.branch.state_dict()
+        assert all(torch.equal(value, own_state[name]) for name, value in branch.state_dict().items())
+        assert all(torch.equal(half_BD, own.features(images(3))) for half_BD in halves_BD)
+    if family == "vit":
+        with pytest.raises(UserError, match=r"pos_embed is .*; name a run whose backbone is .* of the same size$"):
+            build_network("plain", "timm/test_vit", 4, str(tmp_path), image_size=64)
+
+
+@pytest.mark.parametrize("kind", ["adaptformer", "lora"])
+def test_no_run_starts_from_adapters(kind, files, tmp_path):
+    save_model(network_of("vit", files, adapt={"kind": kind}), tmp_path)
+    with pytest.raises(UserError, match=r"trained adapters \(model.adapt\), which are no part of timm/test_vit; name "):
+        build_network("plain", "timm/test_vit", 4, str(tmp_path), image_size=SIZE)
+
+
 def test_position_embeddings_fit_other_sizes(files):
     """Weights of a vision transformer for pictures of 32 pixels, used at 64, as timm resizes them."""
     network = build_network("plain", "timm/test_vit", 10, files["vit"], image_size=64).eval()

@@ -21,10 +21,13 @@ def check_feature_file(path: Path) -> None:
     """Refuse a name that `write_features` could not write, before any work is done.
 
     Raises:
-        UserError: neither .safetensors nor .npy, or no folder to write into.
+        UserError: neither .safetensors nor .npy, a file that exists, or no folder to write into.
     """
     if path.suffix not in (".safetensors", ".npy"):
         raise UserError(f"--export {path} must end in .safetensors or .npy")
+    for file in [path, path.with_suffix(".labels.npy")] if path.suffix == ".npy" else [path]:
+        if file.exists():
+            raise UserError(f"--export: {file} already exists; name another file, or remove it")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"--export {path}: {path.parent} is no folder that can be written to; make it")
 

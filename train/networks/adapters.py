@@ -82,6 +82,10 @@ class LoRA:
 KINDS: dict[str, type[AdaptFormer] | type[LoRA]] = {one.kind: one for one in (AdaptFormer, LoRA)}
 
 
+# How weights are called that only adapters have.
+ADAPTED = ".mlp.up.weight", ".qkv.up_q.weight"
+
+
 class AdaptedMlp(nn.Module):
     """An MLP with a bottleneck beside it: tokens_BND to the same shape."""
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shards.errors import UserError
+from train.networks.adapters import ADAPTED
 from train.networks.timm_models import PREFIX, make_parts, nearest
 from train.networks.weights import load_state, read_own, read_state
 
@@ -179,8 +180,13 @@ def make_backbone(
 
 def _started_from(backbone: Backbone, state: dict[str, Tensor], source: str) -> Backbone:
     """Return a backbone with the trunk and the last block of a model of our own."""
-    remedy = f"name a run whose backbone is {backbone.name}"
+    remedy = f"name a run whose backbone is {backbone.name}, shown pictures of the same size"
     trunk, last_block = (_inside(state, prefix) for prefix in ("trunk.", "branch."))
+    if any(key.endswith(ADAPTED) for key in trunk.keys() - backbone.trunk.state_dict().keys()):
+        raise UserError(
+            f"{source} trained adapters (model.adapt), which are no part of {backbone.name}; name the weights that it"
+            " started from"
+        )
     load_state(backbone.trunk, trunk, f"{source} (its trunk)", remedy)
     block = backbone.make_branch()
     load_state(block, last_block or _inside(state, "conventional."), f"{source} (its last block)", remedy)
