@@ -1,6 +1,6 @@
 """How fast BBN's step is: beside two separate passes, as the papers' code has it, and beside a plain network.
 
-    .venv/bin/python scripts/bench_train.py --json FILE [--device cuda]
+    .venv/bin/python scripts/bench_train.py --json FILE [--device cuda] [--backbones '["resnet50"]']
 
 Measured by turns, a trial of each in every round, all on 2B images a step:
 
@@ -8,11 +8,14 @@ Measured by turns, a trial of each in every round, all on 2B images a step:
     bbn, one pass    the trunk once over both streams; on a GPU that is what `bbn` does
     two passes       the trunk once per stream
     plain            one branch, one stream of 2B images
+    timm             of timm's models, which are bilateral by a cut of ours: the model itself on 2B images
     bbn, loader      `bbn` on JPEGs or PNGs that a loader decodes meanwhile; the others find their batches in memory
 
-A step is forward, loss, backward and SGD. Ratios are taken within each round; their median counts.
+A step is forward, loss, backward and SGD. Ratios are taken within each round; their median counts. Peak memory on a
+CPU is that of a process of its own, which takes two steps.
 """
 
+import multiprocessing
 import resource
 import statistics
 import tempfile
@@ -41,13 +44,18 @@ from shards.progress import say
 from train.bbn import bbn_loss
 from train.engine.config import Loop
 from train.engine.loop import prepare_network
+from train.networks.backbones import IMAGENET_MEAN_STD, Normalize
 from train.networks.batch_norm import split_statistics
 from train.networks.networks import BilateralNetwork, build_network
+from train.networks.timm_models import PREFIX
 
 CLASSES = 100
 ALPHA = 0.5
 WARM_STEPS = 3  # before each trial; they also empty a loader's queue, which filled while others were measured
 WAYS = ("bbn", "bbn, one pass", "two passes", "plain", "bbn, loader")
+TIMM_WAYS = ("bbn", "plain", "timm")
+# How the processes begin whose peak memory is measured: one that is forked would hold what this one does.
+START = "spawn"
 NOISE = 0.02  # where the bilateral step chooses two passes, the clock alone decides which of the two is slower
 
 
@@ -61,6 +69,11 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.backbone}, {self.size}x{self.size}, {self.batch}+{self.batch}"
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """What is measured of it."""
+        return TIMM_WAYS if self.backbone.startswith(PREFIX) else WAYS
 
 
 @dataclass(frozen=True)
@@ -78,14 +91,18 @@ class Mode:
             f"{self.precision}, {layout}{', compiled' * self.compile}, {self.threads} thread{'s' * (self.threads > 1)}"
         )
 
-    @property
-    def ways(self) -> tuple[str, ...]:
-        """What is measured so; the papers' way is not compiled."""
-        return tuple(way for way in WAYS if not (self.compile and way in ("bbn, one pass", "two passes")))
+    def compiles(self, way: str) -> bool:
+        """Return whether this way is measured where it is compiled, too; the papers' is not."""
+        return way not in ("bbn, one pass", "two passes")
 
 
 CASES = {
-    "cpu": [Case("resnet32", 32, 64), Case("resnet50", 96, 4)],
+    "cpu": [
+        Case("resnet32", 32, 64),
+        Case("resnet50", 96, 4),
+        Case("timm/convnext_tiny", 224, 8),
+        Case("timm/vit_small_patch16_224", 224, 8),
+    ],
     "cuda": [Case("resnet32", 32, 128), Case("resnet50", 224, 128)],
 }
 PAPERS_MODE = Mode(channels_last=False)
@@ -110,6 +127,7 @@ def bench(
     loader: LoaderKind = "auto",
     loader_threads: int = 2,
     images: int = 4000,
+    backbones: list[str] | None = None,
 ) -> None:
     """Measure and write the results.
 
@@ -121,11 +139,16 @@ def bench(
         loader: the loader of `bbn, loader`.
         loader_threads: its threads per stream.
         images: how many it chooses from.
+        backbones: whose cases are measured; all of the device's where none is named.
     """
+    cases = [case for case in CASES[device] if backbones is None or case.backbone in backbones]
+    if not cases:
+        known = ", ".join(case.backbone for case in CASES[device])
+        raise UserError(f"backbones={backbones} names no case of {device}; there are: {known}")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda needs an NVIDIA GPU and there is none; use --device cpu")
     loading = Loading(loader, loader_threads, images)
-    results = measure(CASES[device], MODES[device], device, rounds, seconds, loading)
+    results = measure(cases, MODES[device], device, rounds, seconds, loading)
     write_results(json, results)
     for bar in results["bars"]:
         say(f"{bar['what']}: {bar['measured']:.3f} ({bar['bar']}): {'reached' if bar['reached'] else 'MISSED'}")
@@ -171,8 +194,8 @@ def measure_case(
     """Measure one case by turns; return figures by mode and way, and note in `skipped` what could not run."""
     contenders = {}
     for mode in modes:
-        for way in mode.ways:
-            if way == "bbn, one pass" and device == "cuda":
+        for way in case.ways:
+            if (way == "bbn, one pass" and device == "cuda") or (mode.compile and not mode.compiles(way)):
                 continue
             try:
                 contenders[mode, way] = Contender(case, mode, way, device, loader)
@@ -180,6 +203,10 @@ def measure_case(
             except RuntimeError as error:  # too little memory, or no compiler
                 skipped[f"{case}: {mode}: {way}"] = str(error).strip().splitlines()[0]
                 contenders.pop((mode, way), None)
+    peaks = {}
+    if device == "cpu":
+        with multiprocessing.get_context(START).Pool(1, maxtasksperchild=1) as pool:  # a process for each
+            peaks = {key: pool.apply(peak_mb, (case, *key)) for key in contenders if key[1] != "bbn, loader"}
     runs: dict[tuple[Mode, str], list[dict[str, float]]] = {key: [] for key in contenders}
     for number in range(rounds):
         turn = number % len(contenders)  # nobody always comes after the same one
@@ -192,24 +219,33 @@ def measure_case(
         figures = {"images_per_second": statistics.median(rates), "runs": rates}
         if device == "cuda":
             figures["peak_mb"] = max(trial["peak_mb"] for trial in trials)
+        elif (mode, way) in peaks:
+            figures["peak_mb"] = peaks[mode, way]
         results.setdefault(str(mode), {})[way] = figures
     return results
+
+
+def peak_mb(case: Case, mode: Mode, way: str) -> float:
+    """Return the peak memory of this process, in MB, once it has taken two steps; on a CPU, from memory."""
+    torch.set_num_threads(mode.threads)
+    Contender(case, mode, way, "cpu", None).step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 class Contender:
     """One way to train, with a network and an optimiser of its own."""
 
-    def __init__(self, case: Case, mode: Mode, way: str, device: str, loader: Loader) -> None:
+    def __init__(self, case: Case, mode: Mode, way: str, device: str, loader: Loader | None) -> None:
         torch.manual_seed(0)
         self.images_per_step, self.mode, self.device = 2 * case.batch, mode, device
         before = torch.cuda.memory_allocated() if device == "cuda" else 0
-        self.network = build_network("plain" if way == "plain" else "bilateral", case.backbone, CLASSES).to(device)
+        self.network = _network(case, way).to(device)
         prepare_network(self.network, Loop(channels_last=mode.channels_last, compile=mode.compile))
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4
         )
         self.scaler = torch.amp.GradScaler(device, enabled=mode.precision == "fp16")
-        self.batches = _from_loader(loader) if way == "bbn, loader" else _from_memory(case, device)
+        self.batches = _from_loader(loader) if way == "bbn, loader" and loader else _from_memory(case, device)
         self.loss = _LOSSES[way]
         self.step()  # makes the momentum
         self.own_bytes = torch.cuda.memory_allocated() - before if device == "cuda" else 0
@@ -255,6 +291,16 @@ class Contender:
         return time.perf_counter()
 
 
+def _network(case: Case, way: str) -> nn.Module:
+    if way != "timm":
+        kind: Literal["plain", "bilateral"] = "plain" if way == "plain" else "bilateral"
+        return build_network(kind, case.backbone, CLASSES, image_size=case.size)
+    import timm
+
+    model = timm.create_model(case.backbone.removeprefix(PREFIX), num_classes=CLASSES)
+    return nn.Sequential(Normalize(IMAGENET_MEAN_STD), model)
+
+
 def bbn(network: BilateralNetwork, images_c: Tensor, images_r: Tensor, labels_c: Tensor, labels_r: Tensor) -> Tensor:
     """BBN's loss, as `train/bbn.py` has it."""
     logits_c_BC, logits_r_BC = network(images_c, images_r)
@@ -297,6 +343,7 @@ _LOSSES: dict[str, Callable[..., Tensor]] = {
     "bbn, one pass": one_pass,
     "two passes": two_passes,
     "plain": plain,
+    "timm": plain,
     "bbn, loader": bbn,
 }
 

@@ -14,6 +14,12 @@ from train.networks.networks import build_network
 TINY = Case("resnet32", 8, 4)
 
 
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """Processes that begin at once, whatever memory they hold."""
+    monkeypatch.setattr(bench_train, "START", "fork")
+
+
 def test_all_ways_compute_the_same_step():
     torch.manual_seed(0)
     network = build_network("bilateral", "resnet32", 5)
@@ -38,10 +44,24 @@ def test_a_run_from_end_to_end(tmp_path, monkeypatch):
     assert result["skipped"] == {}
     ways = result["results"]["resnet32, 8x8, 4+4"]["float32, channels last, 1 thread"]
     assert set(ways) == set(bench_train.WAYS)
+    assert all((figures.get("peak_mb", 0) > 0) == (way != "bbn, loader") for way, figures in ways.items())
     assert all(len(figures["runs"]) == 2 and min(figures["runs"]) > 0 for figures in ways.values())
     (bar,) = result["bars"]
     assert bar["what"].endswith("bbn over two passes")
     assert bar["reached"] == (bar["measured"] >= 0.98)
+
+
+def test_timms_models_are_measured_beside_themselves(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_train, "CASES", {"cpu": [TINY, Case("timm/test_vit", 32, 2)]})
+    monkeypatch.setattr(bench_train, "MODES", {"cpu": [Mode()]})
+    few = {"rounds": 1, "seconds": 0.01, "loader": "torch", "loader_threads": 1, "images": 100}
+    bench(tmp_path / "result.json", backbones=["timm/test_vit"], **few)
+    result = json.loads((tmp_path / "result.json").read_text())
+    ((mode, ways),) = result["results"]["timm/test_vit, 32x32, 2+2"].items()
+    assert set(ways) == {"bbn", "plain", "timm"}
+    assert set(result["ratios"]["timm/test_vit, 32x32, 2+2"][mode]) == {"bbn over plain", "bbn over timm"}
+    with pytest.raises(UserError, match=r"backbones=\['resnet51'\] names no case of cpu; there are: resnet32, timm"):
+        bench(tmp_path / "none.json", backbones=["resnet51"])
 
 
 def test_what_cannot_run_is_left_out_and_named(monkeypatch, tmp_path):
