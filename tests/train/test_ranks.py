@@ -289,6 +289,8 @@ def test_two_nodes_are_one_process(workplace):
     finally:
         for node in nodes:
             node.kill()
+    logs = [(workplace / f"node-{rank}.log").read_text() for rank in range(2)]
+    assert ["runs/nodes" in log or "epoch" in log for log in logs] == [True, False], logs[1]
     assert on_ranks(workplace, _train, [*argv, "runs/one"], ranks=1) == [0]
     for ours, theirs in zip(rows(workplace / "runs/nodes"), rows(workplace / "runs/one"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=3e-5)

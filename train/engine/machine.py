@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -157,6 +158,14 @@ def _is_on_path(program: str) -> bool:
     return found is not None and os.path.abspath(found) == os.path.abspath(program)
 
 
+class _Accelerator(Accelerator):
+    """Accelerate's own, which would print once a machine, and prints once."""
+
+    def print(self, *values: Any, **options: Any) -> None:
+        if self.is_main_process:
+            print(*values, **options)
+
+
 def make_accelerator(precision: str, device: str = "auto", threads: int | None = None) -> Accelerator:
     """Make the Accelerator and take this process's share of the cores, or say in one line what stands in the way."""
     check_launcher(os.environ, device)
@@ -170,7 +179,7 @@ def make_accelerator(precision: str, device: str = "auto", threads: int | None =
     try:
         with errors_in_one_line():
             # Without cpu=True several processes on CPUs would each run as if they were alone.
-            return Accelerator(mixed_precision=None if precision == "auto" else precision, cpu=cpu)
+            return _Accelerator(mixed_precision=None if precision == "auto" else precision, cpu=cpu)
     except UserError:
         raise
     except ValueError as error:
