@@ -12,6 +12,7 @@ mypy
 cores=$(env -u OMP_NUM_THREADS nproc) # which would heed it
 # A process of a test takes one thread: with more, several at once would wait for each other most of the time.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# Neighbours stay together as long as they can: they share what is slow to make.
-if [ $# = 0 ]; then set -- --numprocesses "$cores" --dist worksteal; fi
+# One more than there are cores: much of a test's time goes into waiting for processes that it starts. Neighbours stay
+# together as long as they can: they share what is slow to make.
+if [ $# = 0 ]; then set -- --numprocesses "$((cores + 1))" --dist worksteal; fi
 exec python -m pytest "$@"
