@@ -121,6 +121,12 @@ else
     claim_the_name pillow-simd "$simd_version"
 fi
 install --editable .
+# Written down once what Python compiles, also where PYTHONDONTWRITEBYTECODE is set, as in many containers: there each
+# process would compile torch again and start in twice the time.
+PYTHONDONTWRITEBYTECODE='' .venv/bin/python -c '
+import analysis.report, pipeline.dali_loader, pipeline.torch_loader, shards.build, timm, torchvision
+import train.engine.session, train.features.stage_two, train.networks.timm_models
+'
 pil=$(.venv/bin/python -c 'import PIL; print(PIL.__version__)')
 say "PIL is version $pil (pillow-simd where it ends in .post…)"
 touch "$stamp"

@@ -9,6 +9,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff format --check --quiet . || { echo "test: run: .venv/bin/ruff format ." >&2; exit 1; }
 ruff check --quiet .
 mypy
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes start, and each would compile what it imports
 cores=$(env -u OMP_NUM_THREADS nproc) # which would heed it
 # A process of a test takes one thread: with more, several at once would wait for each other most of the time.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -115,7 +115,8 @@ def test_two_processes_are_one(workplace):
     kept = [dict(np.load(workplace / f"runs/{name}/diagnostics.npz")) for name in ("one", "two")]
     for name, values_C in kept[0].items():  # each image's features counted once
         assert values_C == pytest.approx(kept[1][name], rel=0.02), name
-    assert len((workplace / "rank-0.log").read_text().splitlines()) == 8
+    lines = (workplace / "rank-0.log").read_text().splitlines()
+    assert len(lines) == len(set(lines)), lines  # said once
     assert (workplace / "rank-1.log").read_text() == ""
 
 
