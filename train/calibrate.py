@@ -2,7 +2,7 @@
 
     tailstream calibrate --run runs/birds-bbn-1 [--reject 0.95] [--per-class]
 
-Writes calibration.json, which train.predict and train.export use, for the last weights and for those that val chose.
+Writes calibration.json, which predicting and exporting use, for the last weights and for those that val chose.
 It reads the val logits that training kept, and nothing of the test split. The equations: train/engine/calibration.py.
 
     --reject 0.95       predictions of a low probability get no label, so that 95 % of those that are left are right on
@@ -148,7 +148,7 @@ def _calibrate_run(run: Path, reject: float | None, per_class: bool) -> None:
             " built with a larger --val-fraction has more"
         )
     write_calibration(run, found)
-    print(f"wrote {printable(run / CALIBRATION)}; train.predict and train.export use it")
+    print(f"wrote {printable(run / CALIBRATION)}; tailstream predict and tailstream export use it")
 
 
 if __name__ == "__main__":

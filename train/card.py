@@ -173,7 +173,7 @@ def card(models: Sequence[Model]) -> str:
         "",
         "- Every image gets one of the classes below, also one that shows none of them.",
         "- Classes with few training images are recognised less often, and few images may have measured that.",
-        "- The class shares where it is used may differ from those above: see `--prior` of train.predict.",
+        "- The class shares where it is used may differ from those above: see `--prior` of tailstream predict.",
         "- *Fill in: where the images come from, whom or what they leave out, known mistakes.*",
         "",
         "## Classes",

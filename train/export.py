@@ -249,7 +249,7 @@ def _compare(model: Model, module: ExportedModel, run: Run, any_size: bool, prob
     what = "probability" if probabilities else "logit"
     lines = [f"largest difference from the network on the same images: {same:.1e} in {what}"]
     if any_size and probabilities:
-        lines.append(f"largest difference from train.predict, which resizes by PIL: {shown:.1e} in probability")
+        lines.append(f"largest difference from tailstream predict, which resizes by PIL: {shown:.1e} in probability")
     if not max(same if probabilities else 0.0, shown) <= MOST_DIFFERENCE:
         raise UserError(f"the file differs from the network ({'; '.join(lines)}); nothing is kept: report this")
     return lines

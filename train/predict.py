@@ -324,7 +324,7 @@ def _main(asked: Any) -> None:
     if prior_C is not None and not all(model.calibration for model in models):
         say(
             "note: --prior takes what is not calibrated for made for the training images' class shares, which a method"
-            " that re-balances them does not give; where there is a val split, run train.calibrate first"
+            " that re-balances them does not give; where there is a val split, run tailstream calibrate first"
         )
     skipped = 0
     with open_writer(asked.format, asked.out, topk) as writer, Progress("predict", len(items)) as progress:
