@@ -1,9 +1,25 @@
-"""How much memory is free: of a GPU, or of this machine as far as this process may use it."""
+"""How much memory is free, of a GPU or of this machine as far as this process may use it; and keeping what one has."""
 
+import ctypes
 import re
 from pathlib import Path
 
 import torch
+
+# Of malloc.h: how much of what is freed may stay, and how many allocations may be mappings of their own.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed, where it is glibc.
+
+    Else every step of a network hands its large tensors back to the system and gets them again page by page, zeroed:
+    6 % of the CPU time of training ResNet-32, 16 % of predicting with ResNet-50. The peak stays within a few percent.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, -1)  # without limit
 
 
 def free_memory(device: torch.device) -> int:

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.augment import find_recipe
+from pipeline.budget import keep_freed_memory
 from pipeline.pictures import FILTER_NAMES, FILTERS
 from shards.encode import EXTENSIONS, UNREAD_EXTENSIONS, BadImageError, decode, unread
 from shards.errors import UserError
@@ -131,6 +132,7 @@ def open_model(run: Path, weights: str | None = None) -> Model:
             " or eval (--input.eval_augment)"
         )
     weights = choose_weights(run, weights)
+    keep_freed_memory()
     network = load_model(run, weights).to("cuda" if torch.cuda.is_available() else "cpu")
     if len(description.classes) != network.classifier.out_features:
         raise UserError(

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from jsonargparse import ArgumentParser, Namespace
 
+from pipeline.budget import keep_freed_memory
 from pipeline.loader import windowed
 from pipeline.plan import TrainPlan
 from shards.errors import UserError
@@ -78,6 +79,8 @@ def train(
     config = _config(parser, choice.settings)
 
     accelerator = make_accelerator(config.loop.precision, config.loop.device, config.loop.threads)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     with errors_in_one_line(resumed):
         if choice.weights_by_preset and (missing := _missing_weights(config, accelerator)):
             choice = choose(parser, argv, dataset, method_class.name, asked.variant, gpu=gpu, missing=missing)
