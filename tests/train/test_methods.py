@@ -11,7 +11,9 @@ from train.sdn import SDN
 
 # Half the preset's epochs: half a minute each on a free core, SDN and BBN one.
 EPOCHS = "30"
-# Guessing is right on a tenth. With seed 0 the methods reached from 0.89 (CE) to 0.96.
+# What mixes pictures and labels alike learns more slowly: 0.72 to 0.80 after 30 epochs, 0.90 after the preset's 60.
+SLOW_LEARNERS = {"mixup", "CutMix", "manifold mixup"}
+# Guessing is right on a tenth. With seed 0 the methods reached from 0.85 (Remix-DRW) to 0.96.
 FLOOR = 0.8
 DEFERRED = ["--method.weights", "effective", "--method.defer", "0.8"]
 
@@ -41,7 +43,8 @@ METHODS = {
 @pytest.mark.parametrize("title", METHODS)
 def test_it_learns_the_digits(title, workplace):
     method, settings = METHODS[title]
-    run(method, ["--optim.epochs", EPOCHS, "--loop.eval_every", EPOCHS, "--run", "runs/a", *settings])
+    epochs = "60" if title in SLOW_LEARNERS else EPOCHS
+    run(method, ["--optim.epochs", epochs, "--loop.eval_every", epochs, "--run", "runs/a", *settings])
     summary = json.loads((workplace / "runs/a/summary.json").read_text())
     assert summary["title"] == title
     assert summary["last"]["top1"] > FLOOR

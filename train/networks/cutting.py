@@ -32,6 +32,8 @@ CUT = (
     "SwinTransformer",
     "VisionTransformer",
 )
+# Stages that call their blocks one after the other, as nn.Sequential does.
+STAGES = ("RegStage",)
 # Parts without parameters that trunk and branch both need: rotary position embeddings.
 SHARED = ("rope",)
 
@@ -119,7 +121,7 @@ def last_block(model: Any) -> list[str]:
     path = str(model.feature_info[-1]["module"]).split(".")
     while True:
         module = model.get_submodule(".".join(path))
-        if isinstance(module, nn.Sequential):
+        if isinstance(module, nn.Sequential) or type(module).__name__ in STAGES:
             path.append([name for name, _ in module.named_children()][-1])
         elif isinstance(getattr(module, "blocks", None), nn.Sequential):
             path.append("blocks")

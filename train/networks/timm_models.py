@@ -93,7 +93,7 @@ def make_parts(name: str, weights: str | None, image_size: int | None, drop_path
     size = image_size or view.image_size
     model = _build(name, config, weights, size, drop_path)
     feature_dim = _check_features(name, model, size)
-    groups = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else {}
+    groups = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else STAGED
     is_cut = can_be_cut(model)
     trunk, last = cut(model) if is_cut else (nn.Identity(), model)
     branch = Branch(last)
@@ -103,6 +103,10 @@ def make_parts(name: str, weights: str | None, image_size: int | None, drop_path
         return made if weights else drawn_anew(made)
 
     return Parts(trunk, make_branch, feature_dim, view, groups, is_cut)
+
+
+# Depths of a model that does not say them itself, in the names that most have.
+STAGED = {"stem": r"^stem", "blocks": r"^stages\.(\d+)(?:\.blocks\.(\d+))?"}
 
 
 def _config(name: str) -> Any:
