@@ -267,6 +267,8 @@ def _setting(name: str, value: Hashable, names: set[str]) -> str:
     text = _value(value)
     if name == "model.backbone":
         return text
+    if name == "model.weights":
+        text = _value(Path(text).name)  # of a file or a run, not where it lies
     last = name.rsplit(".", 1)[-1]
     alone = sum(other.rsplit(".", 1)[-1] == last for other in names) == 1
     return f"{last if alone else name}={text}"

@@ -27,6 +27,7 @@ def test_runs_whose_settings_differ_are_not_averaged(make_run):
     ("settings", "reported"),
     [
         ({"model.backbone": "resnet50"}, "BBN, resnet50"),
+        ({"model.weights": "/data/runs/of last week/birds"}, "BBN, weights=birds"),
         ({"method.q": 0.0}, "BBN, q=0"),
         ({"optim.ema": 0.999}, "BBN, ema=0.999"),
         ({"optim.milestones": [0.5, 0.75]}, "BBN, milestones=[0.5, 0.75]"),
