@@ -227,6 +227,16 @@ def test_without_held_out_splits_there_is_nothing_to_report_on(workplace, capsys
     assert "neither a test nor a val split" in message
 
 
+def test_a_val_split_of_a_few_images_selects_nothing(workplace, photos, capsys):
+    run(ERM, [*SHORT, "--data", str(photos.root), "--input.batch_size", "8", "--model.backbone", "resnet32",
+              "--run", "runs/a"])  # fmt: skip
+    summary = json.loads((workplace / "runs/a/summary.json").read_text())
+    assert (summary["selected"], summary["selected_on"]) == (None, None)
+    assert not (workplace / "runs/a/model-selected.safetensors").exists()
+    assert "note: val has 3 images, which tell epochs apart only by chance: none is selected" in capsys.readouterr().out
+    assert "eval" in json.loads((workplace / "runs/a/metrics.jsonl").read_text().splitlines()[-1])
+
+
 def test_without_a_val_split_nothing_is_selected(workplace, photo_folder):
     build("folder", source=photo_folder, out=workplace / "no-val", val_fraction=0.0, workers=1)
     run(ERM, ["--data", "no-val", "--run", "runs/a", "--optim.epochs", "1", "--input.image_size", "32",

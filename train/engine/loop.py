@@ -30,6 +30,9 @@ from train.engine.tracking import Tracking
 from train.networks.backbones import Normalize
 from train.networks.batch_norm import use_stream_batch_norm
 
+# Images that a split needs to select an epoch: of fewer, each is a point or more of accuracy.
+IMAGES_TO_SELECT = 100
+
 
 class Training:
     """A method on its way to its last epoch: a row of numbers each, checkpoints, and the selected weights."""
@@ -79,6 +82,12 @@ class Training:
         # A dataset without a test split reports on val, which must not choose an epoch then.
         self._watched = dataset.splits.get("val") or test_split(dataset)
         self._selecting = config.loop.select and self._watched.name != test_split(dataset).name
+        if self._selecting and len(self._watched) < IMAGES_TO_SELECT:
+            self._selecting = False
+            accelerator.print(
+                f"note: {self._watched.name} has {len(self._watched):,} images, which tell epochs apart only by chance:"
+                f" none is selected (from {IMAGES_TO_SELECT} images on; --val-fraction holds out more)"
+            )
         selected = read_selected(run_folder)
         # Also of an epoch that a resumed run takes again: its weights are kept, and must be beaten.
         self._best = selected[2] if selected and selected[1] <= config.optim.epochs else -1.0
