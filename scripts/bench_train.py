@@ -16,6 +16,7 @@ CPU is that of a process of its own, which takes two steps.
 """
 
 import multiprocessing
+import re
 import resource
 import statistics
 import tempfile
@@ -229,7 +230,10 @@ def peak_mb(case: Case, mode: Mode, way: str) -> float:
     """Return the peak memory of this process, in MB, once it has taken two steps; on a CPU, from memory."""
     torch.set_num_threads(mode.threads)
     Contender(case, mode, way, "cpu", None).step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage's maximum, which a process takes over from the one that started it.
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
 
 
 class Contender:
