@@ -1,8 +1,12 @@
 """The portable loader: PIL in a PyTorch DataLoader. The reference that tests hold the other loaders against."""
 
 import multiprocessing
+import signal
+import weakref
 from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +17,9 @@ from pipeline.faults import BadImage, Faults
 from pipeline.plan import Plan
 from pipeline.reader import ShardReader
 from shards.errors import UserError
+
+# What schedulers and Ctrl-C send to every process of a job. Only the training acts on it: it may need another batch.
+LEFT_TO_THE_TRAINING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class _Step(NamedTuple):
@@ -48,6 +55,13 @@ def _worker_context() -> BaseContext:
     # Forking a process that runs threads (or CUDA) is unsafe; a server that has imported torch once forks fast.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_TRAINING)
+    try:
+        resource_tracker.ensure_running()  # which unblocks two of them here
+        signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_TRAINING)
+        forkserver.ensure_running()  # workers inherit its mask
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
@@ -55,11 +69,18 @@ def _as_it_is(step: Any) -> Any:
     return step
 
 
+def _kill(workers: set[BaseProcess]) -> None:
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
 class TorchLoader(Loader):
     """Worker processes prepare whole steps, two ahead each."""
 
     def __init__(self, plan: Plan, device: torch.device, workers: int, start_step: int) -> None:
         super().__init__(plan, device)
+        others = set(multiprocessing.active_children())
         self._steps: Iterator[_Step | UserError] = iter(
             DataLoader(
                 _Steps(plan, self.faults.limit),
@@ -74,6 +95,8 @@ class TorchLoader(Loader):
                 generator=torch.Generator(),
             )
         )
+        # For one that hangs: SIGTERM, with which the DataLoader and the interpreter's end would stop it, is blocked.
+        self._end = weakref.finalize(self, _kill, set(multiprocessing.active_children()) - others)
 
     def _next_step(self) -> list[Shown]:
         try:
@@ -96,3 +119,4 @@ class TorchLoader(Loader):
     def close(self) -> None:
         """Stop the worker processes."""
         self._steps = iter(())
+        self._end()

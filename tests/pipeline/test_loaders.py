@@ -1,4 +1,7 @@
+import multiprocessing
+import os
 import shutil
+import signal
 import struct
 from dataclasses import replace
 from io import BytesIO
@@ -177,6 +180,17 @@ def test_worker_processes_change_nothing(digits, augment):
         with_workers = [step["reversed"].images_BHWC for step in islice(loader, 6)]
     for images, alone in zip(with_workers, load(plan, "torch", 6), strict=True):
         assert torch.equal(images, alone["reversed"][0])
+
+
+def test_a_worker_process_that_hangs_ends_with_its_loader(digits):
+    others = set(multiprocessing.active_children())
+    loader = open_loader(both_streams(digits, "shift", 16), "torch", threads=1)
+    (worker,) = set(multiprocessing.active_children()) - others
+    next(loader)
+    os.kill(worker.pid, signal.SIGSTOP)
+    loader.close()
+    worker.join(5)
+    assert worker.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("kind", KINDS)
