@@ -1,11 +1,8 @@
 """The portable loader: PIL in a PyTorch DataLoader. The reference that tests hold the other loaders against."""
 
 import multiprocessing
-import signal
 import weakref
 from collections.abc import Iterator
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
@@ -14,12 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.batch import Loader, Shown, steps_from
 from pipeline.faults import BadImage, Faults
+from pipeline.fork_server import fork_server
 from pipeline.plan import Plan
 from pipeline.reader import ShardReader
 from shards.errors import UserError
-
-# What schedulers and Ctrl-C send to every process of a job. Only the training acts on it: it may need another batch.
-LEFT_TO_THE_TRAINING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class _Step(NamedTuple):
@@ -51,20 +46,6 @@ class _Steps(Dataset[_Step | UserError]):
         return _Step(streams, self._faults.take())
 
 
-def _worker_context() -> BaseContext:
-    # Forking a process that runs threads (or CUDA) is unsafe; a server that has imported torch once forks fast.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_TRAINING)
-    try:
-        resource_tracker.ensure_running()  # which unblocks two of them here
-        signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_TRAINING)
-        forkserver.ensure_running()  # workers inherit its mask
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
-
-
 def _as_it_is(step: Any) -> Any:
     return step
 
@@ -88,14 +69,14 @@ class TorchLoader(Loader):
                 sampler=steps_from(plan, start_step),
                 collate_fn=_as_it_is,
                 num_workers=workers,
-                multiprocessing_context=_worker_context() if workers else None,
+                multiprocessing_context=fork_server([__name__]) if workers else None,
                 pin_memory=device.type == "cuda",
                 # Else each opening takes a number from torch's own generator, and a run's losses depend on how often it
                 # was evaluated, resumed, or which loader it had.
                 generator=torch.Generator(),
             )
         )
-        # For one that hangs: SIGTERM, with which the DataLoader and the interpreter's end would stop it, is blocked.
+        # For one that hangs: the SIGTERM with which the DataLoader, or the interpreter's end, would stop it is blocked.
         self._end = weakref.finalize(self, _kill, set(multiprocessing.active_children()) - others)
 
     def _next_step(self) -> list[Shown]:

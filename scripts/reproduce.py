@@ -12,7 +12,6 @@ the curve of every run.
 
 import argparse
 import math
-import multiprocessing
 import os
 import runpy
 import shlex
@@ -22,6 +21,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from analysis.ensemble import ensemble
 from analysis.runs import Run, read_run
 from bench.common import header, write_results
+from pipeline.fork_server import LEFT_ALONE, fork_server
 from shards.errors import UserError, user_errors_exit_2
 from shards.groups import imbalance_factor
 from shards.index import Dataset, open_dataset
@@ -44,7 +45,6 @@ PAPERS = Path(__file__).with_name("papers.yaml")
 STREAMS = {"bbn": 2, "sdn": 2}
 STOPPED = 75
 # Each run is a process of its own, forked from one that has imported what takes seconds.
-FORKS = multiprocessing.get_context("forkserver")
 IMPORTED = ["accelerate", "train.engine.launch", "train.features.stage_two", "train.networks.networks"]
 
 
@@ -130,8 +130,7 @@ def resolved(row: Row, asked: argparse.Namespace) -> dict[str, Any]:
     """Return the configuration that a stage one would run with; this also finds mistakes before anything is trained."""
     with tempfile.TemporaryDirectory() as folder:
         said, errors = Path(folder, "said"), Path(folder, "errors")
-        child = FORKS.Process(target=launch, args=([*command(row, asked, 0)[1:], "--print_config"], said, errors))
-        child.start()
+        child = started([*command(row, asked, 0)[1:], "--print_config"], said, errors)
         child.join()
         if child.exitcode:
             lines = errors.read_text().strip().splitlines() or [str(child.exitcode)]
@@ -187,8 +186,16 @@ def plan(rows: list[Row], asked: argparse.Namespace, dataset: Dataset) -> None:
         print(f"{total:.1f} hours left at {rate:,.0f} images/s with {asked.threads} threads (measured on a few steps)")
 
 
-def launch(words: list[str], log: Path, errors: Path | None = None) -> None:
+def started(words: list[str], log: Path, errors: Path | None = None) -> BaseProcess:
+    """Return a process that runs a launchable file with its options."""
+    child = fork_server(IMPORTED).Process(target=launch, args=(words, log, errors))
+    child.start()
+    return child
+
+
+def launch(words: list[str], log: Path, errors: Path | None) -> None:
     """Run a launchable file with its options in this process, whose output goes to a log, and errors to their own."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_ALONE)
     for path, descriptor in ((log, 1), (errors or log, 2)):
         with path.open("a") as output:
             os.dup2(output.fileno(), descriptor)
@@ -213,11 +220,9 @@ def train(row: Row, asked: argparse.Namespace, seed: int) -> None:
         words.append("--resume")
     log = folder.with_name(f"{folder.name}.log")
     print(f"{row.name}, seed {seed}: {log}", flush=True)
-    child = FORKS.Process(target=launch, args=(words[1:], log))
-    child.start()
-    assert child.pid is not None
-    pid = child.pid
-    before = {number: signal.signal(number, lambda n, _: os.kill(pid, n)) for number in (signal.SIGTERM, signal.SIGINT)}
+    child = started(words[1:], log)
+    # What reaches every process is heard twice by the run, for which a second SIGINT means: at once.
+    before = {number: signal.signal(number, lambda *_: child.terminate()) for number in LEFT_ALONE}
     child.join()
     status = child.exitcode
     for number, handler in before.items():
@@ -327,7 +332,6 @@ def main() -> None:
         asked.chosen, asked.runs = rows, asked.runs or Path("runs", asked.table)
         print(f"{table['title']} on {dataset.name}; the paper's column: {column or 'none'} -> {asked.runs}")
         os.environ |= environment(asked)
-        FORKS.set_forkserver_preload(IMPORTED)
         plan(rows, asked, dataset)
         if asked.dry_run:
             return
