@@ -22,6 +22,7 @@ from train.engine import session
 from train.engine.interrupts import EXIT_STATUS, Consensus
 from train.engine.launch import run
 from train.engine.loop import Training
+from train.engine.machine import make_accelerator
 
 ROOT = Path(__file__).parents[2]
 # Unset, accelerate warns on every rank.
@@ -70,6 +71,17 @@ def on_ranks(folder: Path, function, *arguments, ranks: int = 2) -> list[int]:
         process.kill()
         process.join()
     return [process.exitcode for process in processes]
+
+
+def _make_accelerator_as_under_slurm(rank: int) -> None:
+    del os.environ["OMP_NUM_THREADS"]
+    make_accelerator("no", threads=3)
+    print(torch.get_num_threads(), "threads")
+
+
+def test_threads_that_are_asked_for_are_taken_among_several_processes_too(workplace):
+    assert on_ranks(workplace, _make_accelerator_as_under_slurm) == [0, 0]
+    assert [(workplace / f"rank-{rank}.log").read_text() for rank in range(2)] == ["3 threads\n"] * 2
 
 
 def _train_and_record(rank: int, argv: list[str]) -> None:

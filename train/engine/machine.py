@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -173,13 +174,17 @@ def make_accelerator(precision: str, device: str = "auto", threads: int | None =
     cpu = device == "cpu" or not torch.cuda.is_available()
     if device != "cpu" and os.environ.get("RANK", "0") == "0" and (warning := unusable_gpu(os.environ)):
         print(warning, file=sys.stderr, flush=True)
-    take_threads(threads, os.environ)
+    taken = take_threads(threads, os.environ)
     if cpu and precision == "fp16":
         raise UserError("loop.precision=fp16 needs a GPU; use --loop.precision bf16, or no")
     try:
-        with errors_in_one_line():
+        with errors_in_one_line(), warnings.catch_warnings():
+            # Among several processes on CPUs it takes another number of threads, where OMP_NUM_THREADS is not set.
+            warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
             # Without cpu=True several processes on CPUs would each run as if they were alone.
-            return _Accelerator(mixed_precision=None if precision == "auto" else precision, cpu=cpu)
+            accelerator = _Accelerator(mixed_precision=None if precision == "auto" else precision, cpu=cpu)
+            torch.set_num_threads(taken)
+            return accelerator
     except UserError:
         raise
     except ValueError as error:
