@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,8 +66,6 @@ def program_name(usual: str, words: str = "") -> str:
 
 def run_commands(program: str, commands: dict[str, Any], argv: list[str] | None = None) -> Any:
     """Run the function that the command line names and return its result; a UserError exits with status 2."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names may have letters that a terminal's encoding lacks
     try:
         with user_errors_exit_2(program):
             result = auto_cli(commands, args=None if argv is None else list(argv), prog=program, parser_class=Parser)

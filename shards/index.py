@@ -280,6 +280,8 @@ def open_split(root: Path, name: str, entry: dict[str, Any], edition: Edition | 
         try:
             # An empty file cannot be mapped, and an empty split has nothing to map.
             array = np.load(path, mmap_mode="r" if entry["samples"] else None)
+        except PermissionError:
+            raise
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path} cannot be read ({error}); build the dataset again") from None
         if array.dtype != dtype or array.shape != (entry["samples"],):

@@ -1,5 +1,7 @@
 """Small datasets of real pictures that several rooms test with: built once per session."""
 
+import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def permissions() -> Iterator[None]:
+    """Makes permissions count, for this thread, where the tests run as root."""
+    library = ctypes.CDLL(None, use_errno=True)
+    version_3, words = 0x20080522, 6  # effective, permitted and inheritable, each of two words
+    header, held = (ctypes.c_uint32 * 2)(version_3, 0), (ctypes.c_uint32 * words)()
+    assert library.capget(header, held) == 0, ctypes.get_errno()
+    fewer = (ctypes.c_uint32 * words)(*held)
+    fewer[0] &= ~(1 << 1 | 1 << 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert library.capset(header, fewer) == 0, ctypes.get_errno()
+    yield
+    assert library.capset(header, held) == 0, ctypes.get_errno()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Use a trained model: what it says of images, as a table, CSV, JSON Lines or Parquet.
 
-    tailstream predict --run runs/birds-bbn-1 ~/holiday --topk 3 --format jsonl --out birds.jsonl
+    tailstream predict --run runs/birds-bbn-1 ~/holiday --topk 3 --out birds.jsonl
     find /archive -name '*.jpg' -print0 | tailstream predict --run runs/birds-bbn-1 -
     tailstream predict --run runs/seed-0 --run runs/seed-1 --run runs/seed-2 ~/holiday       averaged
 
@@ -34,6 +34,7 @@ from train.engine.calibration import shares
 from train.engine.inference import Item, Model, find_images, left_out, open_model, show_images
 
 Format = Literal["table", "csv", "jsonl", "parquet"]
+FORMATS: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 
 class Row(NamedTuple):
@@ -285,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", action="append", metavar="RUN", help="a run's folder; several are averaged")
     parser.add_argument("paths", nargs="*", metavar="PATH", help="images, folders, .tar shards; - reads a list of them")
     parser.add_argument("--topk", type=PositiveInt, default=5, help="classes to name")
-    parser.add_argument("--format", type=Format, default="table", help="of the output")
+    parser.add_argument("--format", type=Format | None, help="of the output; default: by the end of --out, else table")
     parser.add_argument("--out", type=Path | None, metavar="FILE", help="default: standard output")
     parser.add_argument("--prior", type=str | None, help="class shares where it is used: train, uniform or a JSON file")
     parser.add_argument("--batch-size", type=PositiveInt, default=32, help="images at a time")
@@ -327,7 +328,8 @@ def _main(asked: Any) -> None:
             " that re-balances them does not give; where there is a val split, run tailstream calibrate first"
         )
     skipped = 0
-    with open_writer(asked.format, asked.out, topk) as writer, Progress("predict", len(items)) as progress:
+    form = asked.format or FORMATS.get(asked.out.suffix.lower() if asked.out else "", "table")
+    with open_writer(form, asked.out, topk) as writer, Progress("predict", len(items)) as progress:
         for row in predict(models, items, topk, asked.batch_size, prior_C, asked.strict):
             progress.add(1)
             if row is None:

@@ -170,3 +170,14 @@ def test_the_script_takes_paths_from_where_it_is_called(tmp_path, image_folder):
     script = REPOSITORY / "scripts" / "build_shards.sh"
     subprocess.run([script, "folder", "--source", "pets", "--out", "here/pets"], cwd=tmp_path, check=True)
     assert open_dataset(tmp_path / "here" / "pets").name == "pets"
+
+
+@pytest.mark.parametrize("name", ["", "dataset.json", "train.samples.npy"])
+def test_a_dataset_that_may_not_be_read_is_one_line(tmp_path, image_folder, command, permissions, name):
+    out = build("folder", source=image_folder(tmp_path / "source", {"a": 3, "b": 3}), out=tmp_path / "out", workers=1)
+    (out / name).chmod(0)
+    status, _, error = command("inspect", out)
+    assert status == 2
+    refused = out / (name or "dataset.json")
+    assert error == f"python -m shards: error: {refused}: Permission denied; change its permissions, or name another\n"
+    (out / name).chmod(0o700)

@@ -331,3 +331,28 @@ def test_runs_of_before_models_described_themselves(tmp_path, capsys, photo_fold
     assert rows(capsys, "--run", second, image) == expected
     shutil.rmtree(run)
     assert "run is not a run" in fails_with(capsys, "--run", second, image)
+
+
+def test_a_folder_that_may_not_be_read_is_named_and_skipped(tmp_path, capsys, photo_folder, permissions):
+    shutil.copytree(photo_folder / "both", tmp_path / "images/mine")
+    (tmp_path / "images/others").mkdir(mode=0)
+    main(["--run", str(make_run(tmp_path / "run")), str(tmp_path / "images"), "--topk", "1"])
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 6
+    assert f"skipped '{tmp_path}/images/others': Permission denied" in said.err
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "begins"),
+    [
+        ("p.csv", [], '"file"'),
+        ("p.JSONL", [], '{"file"'),
+        ("p.txt", [], str(Path("both/00.jpg"))),
+        ("p.csv", ["--format", "jsonl"], '{"file"'),
+    ],
+)
+def test_the_end_of_a_files_name_says_its_format(tmp_path, capsys, photo_folder, monkeypatch, name, options, begins):
+    run = make_run(tmp_path / "run")
+    monkeypatch.chdir(photo_folder)
+    main(["--run", str(run), "both/00.jpg", "--out", str(tmp_path / name), *options])
+    assert (tmp_path / name).read_text().startswith(begins)

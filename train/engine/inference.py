@@ -14,7 +14,7 @@ import tarfile
 import threading
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from pipeline.budget import keep_freed_memory
 from pipeline.pictures import FILTER_NAMES, FILTERS
 from shards.encode import EXTENSIONS, UNREAD_EXTENSIONS, BadImageError, decode, unread
 from shards.errors import UserError
+from shards.progress import say
 from train.engine import runs
 from train.engine.calibration import Calibration, probabilities, read_calibration
 from train.networks.model_files import FILES, Description, choose_weights, load_model, read_description
@@ -237,10 +238,13 @@ def left_out(folder: str) -> Counter[str]:
     return Counter(end for end in ends if end in UNREAD_EXTENSIONS)
 
 
-def _folders(path: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield a folder and those below it that are not hidden, each once, with the names of its files, sorted."""
+def _folders(path: str, refused: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Yield a folder and those below it that are not hidden, each once, with the names of its files, sorted.
+
+    Those that cannot be listed are left out; `refused` is called with each error.
+    """
     entered: set[tuple[int, int]] = set()
-    for parent, folders, files in os.walk(path, followlinks=True):
+    for parent, folders, files in os.walk(path, followlinks=True, onerror=refused):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in entered:  # by a link, such as one to a folder above
             folders.clear()
@@ -250,9 +254,13 @@ def _folders(path: str) -> Iterator[tuple[str, list[str]]]:
         yield parent, sorted(files)
 
 
+def _say_skipped(error: OSError) -> None:
+    say(f"skipped {error.filename!r}: {error.strerror}")
+
+
 def _images_at(path: str) -> Iterator[Item]:
     if os.path.isdir(path):
-        for parent, files in _folders(path):
+        for parent, files in _folders(path, _say_skipped):
             for name in files:
                 if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS | {".tar"}:
                     yield from _images_at(os.path.join(parent, name))
