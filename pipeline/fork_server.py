@@ -1,7 +1,7 @@
 """A server that forks processes fast, and that signals to a whole job leave alone.
 
-Slurm's --signal, scancel, systemd and Ctrl-C reach every process of a job. Only the one that trains acts on them: its
-workers have to prepare the batches that it still needs, and they end when their server does.
+Slurm's --signal, scancel, systemd, Ctrl-C and a terminal that closes reach every process of a job. Only the one that
+trains acts on them: its workers have to prepare the batches that it still needs, and they end when their server does.
 """
 
 import multiprocessing
@@ -9,7 +9,7 @@ import signal
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 
-LEFT_ALONE = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+LEFT_ALONE = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def fork_server(preload: list[str]) -> ForkServerContext:

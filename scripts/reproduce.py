@@ -5,9 +5,9 @@
     scripts/reproduce.sh bbn-1 --data data/cifar10 -- --loop.precision bf16       options of every stage one
 
 The tables lie in scripts/papers.yaml. It prints what it will train and what that costs, skips what is finished,
-resumes what was cut off, and stops cleanly on SIGTERM or Ctrl-C: the run under way writes a checkpoint, and the same
-command resumes it. Results go to RUNS/TABLE.txt and RUNS/TABLE.json; the latter keeps commands, commits, hardware and
-the curve of every run.
+resumes what was cut off, and stops cleanly on SIGTERM, Ctrl-C and the like: the run under way writes a checkpoint, and
+the same command resumes it. Results go to RUNS/TABLE.txt and RUNS/TABLE.json; the latter keeps commands, commits,
+hardware and the curve of every run.
 """
 
 import argparse
@@ -222,7 +222,8 @@ def train(row: Row, asked: argparse.Namespace, seed: int) -> None:
     print(f"{row.name}, seed {seed}: {log}", flush=True)
     child = started(words[1:], log)
     # What reaches every process is heard twice by the run, for which a second SIGINT means: at once.
-    before = {number: signal.signal(number, lambda *_: child.terminate()) for number in LEFT_ALONE}
+    obeyed = [number for number in LEFT_ALONE if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
+    before = {number: signal.signal(number, lambda *_: child.terminate()) for number in obeyed}
     child.join()
     status = child.exitcode
     for number, handler in before.items():

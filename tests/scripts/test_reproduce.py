@@ -131,8 +131,7 @@ def test_mistakes_are_one_line(digits, reproduced, words, message):
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_signals_that_reach_every_process_stop_the_run_under_way_with_a_checkpoint(tmp_path, digits, number):
+def test_signals_that_reach_every_process_stop_the_run_under_way_with_a_checkpoint(tmp_path, digits):
     words = ["bbn-1", "--data", str(digits.root), "--rows", "CE", "--seeds", "1", "--epochs", "500", "--threads", "1"]
     words += ["--runs", str(tmp_path)]
     log = tmp_path / "log"
@@ -156,7 +155,8 @@ def test_signals_that_reach_every_process_stop_the_run_under_way_with_a_checkpoi
     deadline = time.monotonic() + 120
     while not (tmp_path / "ce-0/metrics.jsonl").exists() and queue.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(queue.pid, number)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        os.killpg(queue.pid, number)
     assert queue.wait(60) == 75, log.read_text()
     assert list(tmp_path.glob("ce-0/checkpoints/step-*"))
     assert f"stopped, with a checkpoint of {tmp_path}/ce-0" in log.read_text()

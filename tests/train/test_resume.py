@@ -159,7 +159,7 @@ def test_signals_to_every_process_of_a_job_stop_no_worker_of_the_torch_loader(wo
     deadline = time.monotonic() + 120
     while not (workplace / "runs/cut/metrics.jsonl").exists() and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.killpg(job.pid, number)
     assert job.wait(60) == EXIT_STATUS, log.read_text()
     assert "after step" in log.read_text()
@@ -209,6 +209,35 @@ def test_in_a_long_step_ctrl_c_says_what_is_waited_for_and_a_second_ends_it(tmp_
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
     assert process.exitcode == 128 + signal.SIGINT
+
+
+def _work_at_a_terminal(terminal: str, ignored: bool, begun) -> None:
+    os.setsid()
+    opened = os.open(terminal, os.O_RDWR)  # the first one of a session is its terminal
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    os.dup2(opened, 1)
+    with Interrupts() as interrupts:
+        begun.set()
+        deadline = time.monotonic() + (1 if ignored else 60)
+        while not interrupts.received and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if not ignored:
+            os.write(1, b"stopped")  # an OSError where it still goes to the terminal
+    sys.exit(interrupts.received)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_closes_stops_cleanly_unless_nohup_was_asked_for(ignored):
+    terminal, users = os.openpty()
+    context = multiprocessing.get_context("forkserver")
+    begun = context.Event()
+    process = context.Process(target=_work_at_a_terminal, args=(os.ttyname(users), ignored, begun), daemon=True)
+    process.start()
+    assert begun.wait(60)
+    os.close(users)
+    os.close(terminal)
+    process.join(60)
+    assert process.exitcode == (0 if ignored else signal.SIGHUP)
 
 
 def _hold(run_folder: str, begun) -> None:

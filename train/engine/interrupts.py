@@ -1,14 +1,16 @@
 """Signals that shut a run down cleanly, and how every rank comes to act after the same step.
 
-    SIGTERM, SIGINT, SIGUSR1 ─> the step is finished ─> checkpoint ─> exit status 75
+    SIGTERM, SIGINT, SIGUSR1, SIGHUP ─> the step is finished ─> checkpoint ─> exit status 75
 
-A second Ctrl-C ends the process at once.
+A second Ctrl-C ends the process at once. SIGHUP comes when a terminal closes or a connection breaks; where it is
+ignored, as under nohup, it stays so.
 """
 
 import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -17,7 +19,8 @@ import torch.distributed as dist
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, give it again.
 EXIT_STATUS = 75
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+OUTPUTS = (1, 2)  # descriptors
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -52,7 +55,9 @@ class Interrupts:
         self._woken_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=_say_what_is_waited_for, args=(reader,), daemon=True)
         self._thread.start()
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self._terminals = [output for output in OUTPUTS if os.isatty(output)]
+        obeyed = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._receive) for number in obeyed}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -66,6 +71,15 @@ class Interrupts:
         self.received = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if number == signal.SIGHUP:
+            self._leave_terminals()
+
+    def _leave_terminals(self) -> None:
+        """Write to nowhere from now on: to write to a terminal that is gone fails."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for output in self._terminals:
+            os.dup2(nowhere, output)
+        os.close(nowhere)
 
 
 def _say_what_is_waited_for(reader: int) -> None:
@@ -82,7 +96,10 @@ def _say_what_is_waited_for(reader: int) -> None:
                 if not announced and os.environ.get("RANK", "0") == "0":
                     now = f"; Ctrl-C again, or kill -INT {os.getpid()}, stops at once" if interrupted else ""
                     name = signal.Signals(number).name
-                    print(f"\n{name}: finishing this step and writing a checkpoint{now}", file=sys.stderr, flush=True)
+                    with suppress(OSError):  # the terminal may be gone
+                        print(
+                            f"\n{name}: finishing this step and writing a checkpoint{now}", file=sys.stderr, flush=True
+                        )
                 announced = True
 
 
