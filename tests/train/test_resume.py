@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from shards.errors import UserError
 from train.bbn import BBN
-from train.engine import loop, runs
+from train.engine import loop, runs, session
 from train.engine.interrupts import EXIT_STATUS, Consensus, Interrupts
 from train.engine.launch import run
 from train.engine.loop import Training
@@ -88,6 +88,27 @@ def test_a_signal_stops_after_its_step_and_resume_goes_on_bit_for_bit(
     assert_alike(workplace / "runs/whole", workplace / "runs/cut")
     within = f" and {step % STEPS} of {STEPS} steps" if step % STEPS else ""
     assert f"resuming runs/cut after epoch {step // STEPS}{within}\n" in capsys.readouterr().out
+
+
+def test_a_signal_before_the_first_step_or_after_the_last_one_stops_cleanly_too(workplace, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    handler, settings = signal.getsignal(signal.SIGUSR1), [*SHORT, "--run", "runs/cut"]
+    for name, says in (("estimate_run", "before the first step; give the same command again"),
+                       ("finish", f"after step {2 * STEPS}, with a checkpoint; resume with: ")):  # fmt: skip
+        with monkeypatch.context() as patched:
+            patched.setattr(session, name, interrupt)
+            with pytest.raises(SystemExit, match="75"):
+                run(ERM, settings)
+        reported = capsys.readouterr()
+        assert f"stopped by SIGUSR1 {says}" in reported.out
+        assert "SIGUSR1: stopping\n" in reported.err
+        assert (workplace / "runs/cut").exists() == (name == "finish")
+        assert signal.getsignal(signal.SIGUSR1) == handler
+    run(ERM, ["--resume", "--run", "runs/cut"])
+    run(ERM, [*SHORT, "--run", "runs/whole"])
+    assert_alike(workplace / "runs/whole", workplace / "runs/cut")
 
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_only(workplace, monkeypatch, capsys):

@@ -43,7 +43,10 @@ class Interrupts:
 
     Attributes:
         received: the signal's number, or 0.
+        doing: what is said to be done then.
     """
+
+    doing = "finishing this step and writing a checkpoint"
 
     def __init__(self) -> None:
         self.received = 0
@@ -53,7 +56,7 @@ class Interrupts:
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._woken_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=_say_what_is_waited_for, args=(reader,), daemon=True)
+        self._thread = threading.Thread(target=_say_what_is_waited_for, args=(reader, self.doing), daemon=True)
         self._thread.start()
         self._terminals = [output for output in OUTPUTS if os.isatty(output)]
         obeyed = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
@@ -82,7 +85,7 @@ class Interrupts:
         os.close(nowhere)
 
 
-def _say_what_is_waited_for(reader: int) -> None:
+def _say_what_is_waited_for(reader: int, doing: str) -> None:
     """Watch the numbers of the signals that come out of a pipe, to its end."""
     announced = interrupted = False
     with open(reader, "rb", buffering=0) as pipe:
@@ -95,16 +98,15 @@ def _say_what_is_waited_for(reader: int) -> None:
                 interrupted |= number == signal.SIGINT
                 if not announced and os.environ.get("RANK", "0") == "0":
                     now = f"; Ctrl-C again, or kill -INT {os.getpid()}, stops at once" if interrupted else ""
-                    name = signal.Signals(number).name
                     with suppress(OSError):  # the terminal may be gone
-                        print(
-                            f"\n{name}: finishing this step and writing a checkpoint{now}", file=sys.stderr, flush=True
-                        )
+                        print(f"\n{signal.Signals(number).name}: {doing}{now}", file=sys.stderr, flush=True)
                 announced = True
 
 
 class Stops(Interrupts):
     """Raises Interrupted where the program is: files appear whole or not at all, so that nothing has to be finished."""
+
+    doing = "stopping"
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         super()._receive(number, frame)

@@ -47,9 +47,15 @@ def run(method_class: type[Method], argv: list[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what the run takes, write nothing, and end")
     with user_errors_exit_2(program):
         asked = peek(parser, argv)
+        from train.engine.interrupts import EXIT_STATUS, Interrupted, Stops
         from train.engine.session import train
 
         try:
-            train(method_class, parser, argv, asked, words)
+            with Stops():  # until the first step, and after the last one
+                train(method_class, parser, argv, asked, words)
+        except Interrupted as interrupted:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"stopped by {interrupted.signal} before the first step; give the same command again", flush=True)
+            sys.exit(EXIT_STATUS)
         finally:
             runs.unlock()

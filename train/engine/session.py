@@ -54,6 +54,7 @@ def train(
 
     Raises:
         UserError: a mistake in the settings, the data or the run that is to be resumed.
+        Interrupted: a signal came before the first step.
     """
     resumed = None
     if asked.resume:
@@ -224,7 +225,11 @@ def _train_and_finish(
         if restored:
             training.restore(restored[0])
         try:
-            training.run(loader)
+            try:
+                training.run(loader)
+            finally:
+                tracking.close()
+            finish(training.evaluated, config, dataset, run_folder, accelerator, counters)
         except Interrupted as interrupted:
             accelerator.print(
                 f"stopped by {interrupted.signal} after step {counters.step}, with a checkpoint; resume with:"
@@ -232,9 +237,6 @@ def _train_and_finish(
                 flush=True,
             )
             sys.exit(EXIT_STATUS)
-        finally:
-            tracking.close()
-        finish(training.evaluated, config, dataset, run_folder, accelerator, counters)
 
 
 def _make(
