@@ -242,6 +242,12 @@ def best_epoch(run: Run) -> dict[str, Any] | None:
     return None if best is None else {"epoch": best["epoch"], "top1": best["eval"]["top1"]}
 
 
+def settings_of(run: Run) -> dict[str, Any]:
+    """Return what a run's configuration says of it: its seed, and what its dataset's training split comes down to."""
+    config = yaml.safe_load(run.config)
+    return {"seed": run.summary["seed"], "split": config["about"].get("fingerprint")}
+
+
 def shape_of(run: Run) -> dict[str, Any]:
     """Return how large a run's network is: parameters, and multiply-adds times two of one image."""
     size = yaml.safe_load(run.config)["input"].get("image_size")
@@ -286,6 +292,7 @@ def results(table: dict[str, Any], rows: list[Row], asked: argparse.Namespace) -
                 },
                 "environment": run.summary["environment"],
                 "best_by_test": top,
+                **settings_of(run),
                 **shape_of(run),
                 "curve": [[e["epoch"], e["loss"], e.get("eval", {}).get("top1")] for e in run.epochs],
             }

@@ -95,6 +95,7 @@ def test_a_table_is_trained_once_and_shown(tmp_path, digits, reproduced):
     (run,) = table["rows"]["reversed sampler"]["runs"].values()
     assert run["parameters"] > 400_000
     assert run["flops"] > 1e6
+    assert (run["seed"], len(run["split"])) == (0, 16)
     assert len(run["curve"]) == 1
     assert "reversed sampler" in (tmp_path / "runs/bbn-3/bbn-3.txt").read_text()
     assert "reversed sampler: 1 of 1 finished" in reproduced(*options, "--dry-run", *short)[1]
