@@ -15,6 +15,7 @@ import torch
 from nvidia.dali import Pipeline, fn
 from PIL import Image
 
+from pipeline import torch_loader
 from pipeline.augment import find_recipe
 from pipeline.dali_loader import build_pipeline
 from pipeline.loader import REMOTE_WINDOW, open_loader, windowed
@@ -180,6 +181,26 @@ def test_worker_processes_change_nothing(digits, augment):
         with_workers = [step["reversed"].images_BHWC for step in islice(loader, 6)]
     for images, alone in zip(with_workers, load(plan, "torch", 6), strict=True):
         assert torch.equal(images, alone["reversed"][0])
+
+
+def test_batches_go_through_pipes_where_shared_memory_is_small(digits, monkeypatch, capsys):
+    plan, sent, as_tensor = both_streams(digits, "shift", 16), [], torch.as_tensor
+
+    def keep_type(images):
+        sent.append(type(images))
+        return as_tensor(images)
+
+    monkeypatch.setattr(torch_loader.torch, "as_tensor", keep_type)
+    enough = (2 + 2) * 2 * 8 * 16 * 16 * 3  # bytes: two steps ahead and two under way, of two streams of eight images
+    for free, kind, said in ((enough, torch.Tensor, ""), (enough - 1, np.ndarray, "note: /dev/shm has ")):
+        monkeypatch.setattr(torch_loader, "_shared_memory", lambda free=free: free)
+        with open_loader(plan, "torch", threads=1) as loader:
+            shown = [step["reversed"].images_BHWC for step in islice(loader, 2)]
+        assert sent == [kind] * 4
+        assert capsys.readouterr().err.startswith(said)
+        for images, alone in zip(shown, load(plan, "torch", 2), strict=True):
+            assert torch.equal(images, alone["reversed"][0])
+        sent.clear()
 
 
 def test_a_worker_process_that_hangs_ends_with_its_loader(digits):
