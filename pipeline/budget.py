@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from shards.cores import GROUPS, MOUNTED, group_folders
+
 # Of malloc.h: how much of what is freed may stay, and how many allocations may be mappings of their own.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -28,38 +30,22 @@ def free_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     assert available is not None
-    groups = Path("/proc/self/cgroup").read_text()
-    return min([1024 * int(available[1]), *group_rooms(groups, Path("/sys/fs/cgroup"))])
+    return min([1024 * int(available[1]), *group_rooms(GROUPS.read_text(), MOUNTED)])
 
 
 def group_rooms(groups: str, root: Path) -> list[int]:
-    """Return the bytes that are free under each memory limit of a process's control groups and of those above them.
-
-    Args:
-        groups: what /proc/self/cgroup says: lines of "number:controllers:/path", of version 1 or 2.
-        root: where the control groups are mounted.
-    """
+    """Return the bytes that are free under each memory limit of a process's control groups; see `group_folders`."""
     rooms = []
-    for line in groups.splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            top, limit, usage, cache = root, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            top, limit, usage, cache = (
-                root / "memory",
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_inactive_file",
-            )
-        else:
-            continue
-        group = top / path.lstrip("/")
-        # A container may see its own group at the top, whatever the path says.
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(top) and (folder / limit).is_file():
-                most = (folder / limit).read_text().strip()
-                cached = re.search(rf"^{cache} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-                if most != "max" and cached:
-                    used = int((folder / usage).read_text()) - int(cached[1])  # the page cache can be freed
-                    rooms.append(max(0, int(most) - used))
+    for folder, unified in group_folders(groups, root, "memory"):
+        limit, usage, cache = (
+            ("memory.max", "memory.current", "inactive_file")
+            if unified
+            else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        )
+        if (folder / limit).is_file():
+            most = (folder / limit).read_text().strip()
+            cached = re.search(rf"^{cache} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+            if most != "max" and cached:
+                used = int((folder / usage).read_text()) - int(cached[1])  # the page cache can be freed
+                rooms.append(max(0, int(most) - used))
     return rooms

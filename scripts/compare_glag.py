@@ -24,6 +24,7 @@ from analysis.compare import group_runs
 from analysis.runs import read_runs
 from analysis.tables import blocks, json_row, table
 from bench.common import header, write_results
+from shards.cores import cores
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset, open_dataset
 
@@ -96,7 +97,7 @@ def main() -> None:
         if "val" not in dataset.splits:
             raise UserError(f"{asked.data} has no val split to choose β on; build it with --val-fraction 0.1")
         asked.runs.mkdir(parents=True, exist_ok=True)
-        threads = max(1, len(os.sched_getaffinity(0)) // asked.jobs)
+        threads = max(1, cores() // asked.jobs)
         pool = ThreadPoolExecutor(asked.jobs)
         try:
             jobs = [

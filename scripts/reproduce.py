@@ -34,6 +34,7 @@ from analysis.ensemble import ensemble
 from analysis.runs import Run, read_run
 from bench.common import header, write_results
 from pipeline.fork_server import LEFT_ALONE, fork_server
+from shards.cores import cores
 from shards.errors import UserError, user_errors_exit_2
 from shards.groups import imbalance_factor
 from shards.index import Dataset, open_dataset
@@ -320,7 +321,7 @@ def main() -> None:
     parser.add_argument("--column", help="the paper's figures to show, such as cifar10-100 (default: by the dataset)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
     parser.add_argument("--epochs", type=int, help="of every stage one, whose schedule scales (default: the preset's)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads of a run")
+    parser.add_argument("--threads", type=int, default=cores(), help="CPU threads of a run")
     parser.add_argument("--dry-run", action="store_true", help="only print what it would train, and what that costs")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     asked = parser.parse_args(sys.argv[1:split])

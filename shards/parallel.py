@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TypeVar
 
+from shards.cores import cores
 from shards.errors import UserError
 
 IMAGES_PER_WORKER = 1000  # with fewer, starting a process costs more than it saves
@@ -44,7 +45,7 @@ def run_jobs(
         UserError: a worker process died, or the cluster cannot be used.
         Exception: whatever `function` or `done` raised; no worker process is left then.
     """
-    workers = workers or min(len(os.sched_getaffinity(0)), n_images // IMAGES_PER_WORKER)
+    workers = workers or min(cores(), n_images // IMAGES_PER_WORKER)
     workers = min(workers, len(jobs))
     if scheduler is not None and jobs:
         with _cluster(scheduler) as executor:

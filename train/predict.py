@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from shards.atomic import partial_file
 from shards.cli import Parser, program_name
+from shards.cores import cores
 from shards.encode import unread
 from shards.errors import UserError, user_errors_exit_2
 from shards.progress import Progress, say
@@ -94,7 +95,7 @@ def predict(
             yield Row(item.name, label, float(p_C[best]), [(classes[c], float(p_C[c])) for c in order_K])
         batch.clear()
 
-    for item, shown in show_images(items, views, threads=len(os.sched_getaffinity(0)), ahead=2 * batch_size):
+    for item, shown in show_images(items, views, threads=cores(), ahead=2 * batch_size):
         if isinstance(shown, str):
             if strict:
                 raise UserError(f"{printable(item.name)}: {shown}; leave --strict out to skip such images")

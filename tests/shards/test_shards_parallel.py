@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+import shards.cores
 import shards.progress
 from shards.errors import UserError
 from shards.parallel import run_jobs
@@ -46,3 +47,32 @@ def test_progress_of_a_short_task_is_silent(capsys):
     with Progress("build", 5) as progress:
         progress.add(5)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("files", "groups", "expected"),
+    [
+        ({"cpu.max": "max 100000"}, "0::/\n", 6),
+        ({"cpu.max": "200000 100000\n"}, "0::/\n", 2),
+        ({"job/cpu.max": "150000 100000", "cpu.max": "400000 100000"}, "0::/job/step\n", 2),
+        ({"cpu.max": "5000 100000"}, "0::/not/mounted/here\n", 1),
+        (
+            {"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            "3:cpu,cpuacct:/x\n2:memory:/\n",
+            3,
+        ),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, "3:cpu,cpuacct:/x\n", 6),
+        ({"cpu.max": "1600000 100000"}, "0::/\n", 6),
+        ({}, None, 6),
+    ],
+)
+def test_cores_are_those_that_control_groups_let_one_use(tmp_path, monkeypatch, files, groups, expected):
+    for name, content in files.items():
+        (tmp_path / "mounted" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mounted" / name).write_text(content)
+    if groups is not None:
+        (tmp_path / "groups").write_text(groups)
+    monkeypatch.setattr(shards.cores, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(shards.cores, "MOUNTED", tmp_path / "mounted")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    assert shards.cores.cores() == expected

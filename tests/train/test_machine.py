@@ -91,6 +91,14 @@ def test_threads_are_the_cores_shared_unless_the_user_said_otherwise(parent, env
     assert take_threads(5, environment) == torch.get_num_threads() == 5
 
 
+def test_a_container_that_may_use_fewer_cores_than_it_sees_takes_fewer_threads(parent, monkeypatch):
+    parent("bash")
+    monkeypatch.setattr(machine, "cores", lambda: 1)
+    torch.set_num_threads(2)  # as torch began
+    assert take_threads(None, {"OMP_NUM_THREADS": "2"}) == 2
+    assert take_threads(None, {}) == torch.get_num_threads() == 1
+
+
 def test_a_parent_that_cannot_be_read_is_left_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "PROC", tmp_path)
     assert take_threads(None, LAUNCHED) == torch.get_num_threads()

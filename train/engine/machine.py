@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from shards.cores import cores
 from shards.errors import UserError
 from train.engine.guards import check_devices, errors_in_one_line
 
@@ -110,8 +111,8 @@ def take_threads(asked: int | None, environment: Mapping[str, str]) -> int:
     unset = "OMP_NUM_THREADS" not in environment
     if asked is not None:
         torch.set_num_threads(asked)
-    elif _set_by_launcher(environment) or (unset and local > 1):
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    elif _set_by_launcher(environment) or (unset and (local > 1 or cores() < torch.get_num_threads())):
+        torch.set_num_threads(max(1, cores() // local))
     return torch.get_num_threads()
 
 
