@@ -215,6 +215,13 @@ def test_images_that_are_left_out_leave_no_row(stage_one, digits, monkeypatch):
     assert torch.equal(fewer, labels[kept])
 
 
+def test_somebody_elses_run_is_to_be_copied(stage_one, digits, permissions):
+    stage_one[0].chmod(0o500)
+    with pytest.raises(UserError, match=r"Permission denied\): .*; copy .*/run to where you may write, and name the"):
+        bank(stage_one, digits)
+    stage_one[0].chmod(0o700)
+
+
 def test_a_full_disk_is_reported_and_leaves_nothing_half_written(stage_one, digits, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")

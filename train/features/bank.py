@@ -10,6 +10,7 @@ A bank is reused while everything in bank.json but `complete` is what would make
 fill it together, on a filesystem that they share: where a row belongs is known from the dataset's index alone.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -251,9 +252,11 @@ def _size(wanted: dict[str, Any]) -> int:
 
 
 def _unwritable(folder: Path, error: OSError, wanted: dict[str, Any]) -> UserError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "make room" if full else f"copy {folder.parents[1]} to where you may write, and name the copy with --from"
     return UserError(
         f"{folder} cannot be written ({error.strerror}): the features of {wanted['split']} take"
-        f" {_size(wanted) / 1e9:.2f} GB; make room"
+        f" {_size(wanted) / 1e9:.2f} GB; {remedy}"
     )
 
 
