@@ -1,6 +1,7 @@
 """Classifiers, the epochs that they are trained on, and the baselines that are chosen among them."""
 
 import copy
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -427,3 +428,15 @@ def test_the_table_shows_names_settings_and_percent():
         "cRT         lr 0.2     50.0      25.0  100.0       –  12.5",
         "AFG                    50.0      25.0  100.0       –  12.5",
     ]
+
+
+def test_selecting_on_many_images_a_class_takes_little_memory():
+    features_ND = torch.rand(60_000, 2, generator=torch.Generator().manual_seed(0))
+    labels_N = (features_ND[:, 0] > features_ND[:, 1]).long()
+    linears = [nn.Linear(2, 2) for _ in range(2)]
+    tracemalloc.start()
+    found = select(linears, (features_ND, labels_N))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert max(found.errors) > 0
+    assert most < 100e6  # 2,000 draws of 30,000 images would take 480

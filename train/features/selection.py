@@ -76,9 +76,10 @@ def select(linears: Sequence[nn.Linear], bank: tuple[Tensor, Tensor], seed: int 
     generator = np.random.default_rng(seed)
     resampled_RF = np.zeros((RESAMPLES, len(linears)))
     for c in present:
-        of_class_nF = differences_NF[labels_N == c]
-        n = len(of_class_nF)
-        resampled_RF += generator.multinomial(n, np.full(n, 1 / n), RESAMPLES) @ of_class_nF / (n * len(present))
+        # Images on which all classifiers differ alike are drawn together: a class may have a hundred thousand.
+        alike_VF, images_V = np.unique(differences_NF[labels_N == c], axis=0, return_counts=True)
+        n = images_V.sum()
+        resampled_RF += generator.multinomial(n, images_V / n, RESAMPLES) @ alike_VF / (n * len(present))
     errors_F = resampled_RF.std(0)
     behind_F = accuracies_F[best] - accuracies_F
     within_F = behind_F <= errors_F + 1e-12
