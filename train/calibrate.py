@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from shards.cli import Parser, program_name
 from shards.errors import UserError, user_errors_exit_2
-from train.engine.calibration import Calibration, fit, probabilities, reject_threshold, write_calibration
+from train.engine.calibration import Calibration, fit, likeliest, reject_threshold, write_calibration
 from train.engine.inference import open_model
 from train.engine.predictions import kept_arrays, read_val_logits
 from train.engine.runs import CALIBRATION
@@ -33,21 +33,24 @@ LEAST_PREDICTED = 10
 FEW_IMAGES = 100
 
 
-def reliability(scores_NC: NDArray[np.float64], labels_N: NDArray[np.int64]) -> tuple[list[dict[str, Any]], float]:
+def reliability(confidence_N: NDArray[np.float64], right_N: NDArray[np.bool_]) -> tuple[list[dict[str, Any]], float]:
     """Compare confidence and accuracy in bins of confidence (k/10, (k + 1)/10].
+
+    Args:
+        confidence_N: each prediction's probability.
+        right_N: whether it is right.
 
     Returns:
         A row per bin that has images: `up_to`, `images`, `confidence`, `accuracy`; and the expected calibration error
         over these bins.
     """
-    confidence_N, right_N = scores_NC.max(1), scores_NC.argmax(1) == labels_N
     bin_N = np.clip(np.ceil(confidence_N * BINS).astype(int) - 1, 0, BINS - 1)
     rows, error = [], 0.0
     for k in np.unique(bin_N).tolist():
         inside = bin_N == k
         row = {"up_to": (k + 1) / BINS, "images": int(inside.sum()), "confidence": float(confidence_N[inside].mean())}
         row["accuracy"] = float(right_N[inside].mean())
-        error += row["images"] / len(labels_N) * abs(row["confidence"] - row["accuracy"])
+        error += row["images"] / len(right_N) * abs(row["confidence"] - row["accuracy"])
         rows.append(row)
     return rows, error
 
@@ -72,11 +75,10 @@ def calibrate(
         The calibration, and what is to be known about it: the number of images and both reliability tables.
     """
     found = fit(logits_NC, labels_N, train_counts_C)
-    before_NC = probabilities(logits_NC, Calibration.none(train_counts_C), train_counts_C)
-    after_NC = probabilities(logits_NC, found, train_counts_C)
+    before_N, guessed_N = likeliest(logits_NC, Calibration.none(train_counts_C), train_counts_C)
+    score_N, predicted_N = likeliest(logits_NC, found, train_counts_C)
+    right_N = predicted_N == labels_N
     if reject is not None:
-        score_N, predicted_N = after_NC.max(1), after_NC.argmax(1)
-        right_N = predicted_N == labels_N
         found = replace(found, reject_below=reject_threshold(score_N, right_N, reject))
         if per_class:
             own_C = [found.reject_below] * len(train_counts_C)
@@ -86,8 +88,8 @@ def calibrate(
                     own_C[c] = reject_threshold(score_N[mine], right_N[mine], reject)
             found = replace(found, reject_below_C=own_C)
     about: dict[str, Any] = {"fitted_on": "val", "images": len(labels_N)}
-    for name, scores_NC in (("before", before_NC), ("after", after_NC)):
-        about[name], about[f"ece_{name}"] = reliability(scores_NC, labels_N)
+    for name, of in (("before", (before_N, guessed_N == labels_N)), ("after", (score_N, right_N))):
+        about[name], about[f"ece_{name}"] = reliability(*of)
     return found, about
 
 

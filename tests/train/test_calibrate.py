@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from untrained import make_run
 
 from analysis.metrics import summarize, tally
 from shards.errors import UserError
-from train.calibrate import main, reliability
+from train.calibrate import calibrate, main, reliability
+from train.engine import calibration as calibration_module
 from train.engine.calibration import (
     Calibration,
     fit,
@@ -80,6 +82,21 @@ def test_it_is_the_minimum_of_the_equation_that_is_stated():
         assert loss(1 / found.temperature + inverse, found.tau + tau) > least
 
 
+def test_parts_of_the_logits_give_what_all_of_them_do_and_take_little_memory(monkeypatch):
+    generator = np.random.default_rng(0)
+    counts, labels_N = generator.integers(1, 100, 500).tolist(), generator.integers(0, 500, 4000)
+    logits_NC = (generator.normal(size=(4000, 500)) + 3 * np.eye(500)[labels_N]).astype(np.float16)
+    whole, about = calibrate(logits_NC, labels_N, counts, reject=0.9)
+    monkeypatch.setattr(calibration_module, "BLOCK_VALUES", 20_000)
+    tracemalloc.start()
+    parts, about_parts = calibrate(logits_NC, labels_N, counts, reject=0.9)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (parts.temperature, parts.tau) == pytest.approx((whole.temperature, whole.tau), rel=1e-5)
+    assert about_parts["ece_after"] == pytest.approx(about["ece_after"], rel=1e-3)
+    assert most < logits_NC.nbytes  # all of them in float64 are four times as much
+
+
 def test_ten_images_do_not_spoil_what_is_right_already():
     test_NC, truth_N = drawn(2000, 1.0, 0.0, seed=100)
 
@@ -108,7 +125,7 @@ def test_the_prior_is_bayes_rule_and_raises_balanced_accuracy():
     np.testing.assert_allclose(uniform, expected / expected.sum(1, keepdims=True))
     balanced = [summarize(tally(np.log(p_NC), labels_N), COUNTS)["balanced_accuracy"] for p_NC in (trained, uniform)]
     assert balanced[1] > balanced[0] + 0.05
-    assert reliability(uniform, labels_N)[1] < 0.02
+    assert reliability(uniform.max(1), uniform.argmax(1) == labels_N)[1] < 0.02
 
 
 def test_thresholds_keep_the_share_that_is_right():

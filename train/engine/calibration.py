@@ -10,6 +10,7 @@ the probabilities were made for: p_val after calibration, else the training imag
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from shards.errors import UserError
 from train.engine.runs import CALIBRATION as FILE
 
 FORMAT = 1
+# Logits that are worked on at a time, of millions.
+BLOCK_VALUES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -98,19 +101,23 @@ def fit(logits_NC: ArrayLike, labels_N: ArrayLike, train_counts_C: ArrayLike) ->
         labels_N: 0 … C − 1.
         train_counts_C: n_j.
     """
-    logits_NC, labels_N = np.asarray(logits_NC, np.float64), np.asarray(labels_N)
-    images_N, log_prior_C = np.arange(len(labels_N)), np.log(shares(train_counts_C))
-    scale = max(float(np.abs(logits_NC - logits_NC.mean(1, keepdims=True)).mean()), 1e-12)
-    terms_NC2 = np.stack([logits_NC / scale, np.broadcast_to(-log_prior_C, logits_NC.shape)], axis=-1)
+    logits_NC, labels_N = np.asarray(logits_NC), np.asarray(labels_N)
+    log_prior_C = np.log(shares(train_counts_C))
+    spreads = [np.abs(logits_BC - logits_BC.mean(1, keepdims=True)).sum() for _, logits_BC in _blocks(logits_NC)]
+    scale = max(float(sum(spreads)) / logits_NC.size, 1e-12)
     usual, spread = np.array([scale, 0.0]), np.array([scale, 1.0])
 
     def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        log_p_NC = log_softmax(terms_NC2 @ parameters, axis=1)
         moved = (parameters - usual) / spread
-        total = -log_p_NC[images_N, labels_N].sum() + (moved**2).sum() / 2
-        wrong_NC = np.exp(log_p_NC)
-        wrong_NC[images_N, labels_N] -= 1
-        slope = np.einsum("nc,nck->k", wrong_NC, terms_NC2) + moved / spread
+        total, slope = (moved**2).sum() / 2, moved / spread
+        for rows, logits_BC in _blocks(logits_NC):
+            logits_BC /= scale
+            log_p_BC = log_softmax(parameters[0] * logits_BC - parameters[1] * log_prior_C, axis=1)
+            true = np.arange(len(log_p_BC)), labels_N[rows]
+            total -= log_p_BC[true].sum()
+            wrong_BC = np.exp(log_p_BC, out=log_p_BC)
+            wrong_BC[true] -= 1
+            slope += np.einsum("bc,bc->", wrong_BC, logits_BC), -(wrong_BC.sum(0) @ log_prior_C)
         return float(total) / len(labels_N), slope / len(labels_N)
 
     # Where nothing is recognised the best T is infinite, or negative: it has a bound.
@@ -126,6 +133,25 @@ def probabilities(
     """Return calibrated probabilities, shape (N, C), of logits."""
     scaled_NC = np.asarray(logits_NC, np.float64) / calibration.temperature
     return np.asarray(np.exp(log_softmax(scaled_NC + calibration.offsets(train_counts_C, target_C), axis=1)))
+
+
+def likeliest(
+    logits_NC: NDArray[Any], calibration: Calibration, train_counts_C: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return each image's highest probability, and its class, both of shape (N,)."""
+    scores_N, predicted_N = np.empty(len(logits_NC)), np.empty(len(logits_NC), np.int64)
+    for rows, logits_BC in _blocks(logits_NC):
+        p_BC = probabilities(logits_BC, calibration, train_counts_C)
+        scores_N[rows], predicted_N[rows] = p_BC.max(1), p_BC.argmax(1)
+    return scores_N, predicted_N
+
+
+def _blocks(logits_NC: NDArray[Any]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """Yield rows of logits, some at a time: all in float64, with thousands of classes, would take gigabytes."""
+    rows = max(1, BLOCK_VALUES // logits_NC.shape[1])
+    for start in range(0, len(logits_NC), rows):
+        part = slice(start, start + rows)
+        yield part, logits_NC[part].astype(np.float64)
 
 
 def reject_threshold(scores_N: NDArray[np.float64], right_N: NDArray[np.bool_], accuracy: float) -> float:
