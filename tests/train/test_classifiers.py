@@ -434,6 +434,8 @@ def test_selecting_on_many_images_a_class_takes_little_memory():
     features_ND = torch.rand(60_000, 2, generator=torch.Generator().manual_seed(0))
     labels_N = (features_ND[:, 0] > features_ND[:, 1]).long()
     linears = [nn.Linear(2, 2) for _ in range(2)]
+    for linear, weight in zip(linears, ([[0, 1], [1, 0]], [[1, 0], [0, 0.5]]), strict=True):
+        linear.weight.data, linear.bias.data = torch.tensor(weight).float(), torch.zeros(2)
     tracemalloc.start()
     found = select(linears, (features_ND, labels_N))
     _, most = tracemalloc.get_traced_memory()
