@@ -186,6 +186,7 @@ def _view(entry: Entry, colour: str) -> dict[str, Any]:
         "seeds": seeds_text(entry),
         "last": entry.last,
         "baselines": entry.baselines,
+        "chosen": all(summary["baselines"].get("selected_on") for summary in summaries if "baselines" in summary),
         "best": _best([entry.last, *entry.baselines.values()]),
         "epochs": _range([summary["epochs"] for summary in summaries], "–"),
         "selected": entry.selected,

@@ -413,6 +413,16 @@ def test_what_a_run_measured_itself_against_is_a_table(make_run):
     assert "±0.0" in table
 
 
+@pytest.mark.parametrize(
+    ("selected_on", "said"),
+    [("val", "its own setting chosen on the held-out split."), (None, "the first setting of its grid: there was no")],
+)
+def test_it_says_whether_baselines_were_chosen(make_run, selected_on, said):
+    row = {"name": "cRT", "setting": {}, **read_runs([make_run("ce")])[0].last}
+    run = make_run("afg", title="AFG", baselines={"selected_on": selected_on, "rows": [row]})
+    assert said in " ".join(render(read_runs([run])).split())
+
+
 @pytest.mark.parametrize("baselines", [[], {"rows": {}}, {"rows": [{"name": "cRT"}]}, {"rows": [3]}])
 def test_damaged_baselines_are_named(make_run, baselines):
     with pytest.raises(UserError, match="'baselines' must hold named rows of figures"):
