@@ -1,7 +1,11 @@
 """Small datasets of real pictures that several rooms test with: built once per session."""
 
 import ctypes
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,8 @@ from sklearn.datasets import load_sample_images
 
 from shards.build import build
 from shards.index import Dataset, open_dataset
+
+ROOT = Path(__file__).parents[1]
 
 # One thread: with more, tests beside other busy processes spend their time waiting for each other.
 torch.set_num_threads(1)
@@ -36,6 +42,30 @@ def permissions() -> Iterator[None]:
     assert library.capset(header, fewer) == 0, ctypes.get_errno()
     yield
     assert library.capset(header, held) == 0, ctypes.get_errno()
+
+
+@pytest.fixture
+def signalled(tmp_path: Path) -> Callable[[Sequence[object], Path, Sequence[int]], tuple[int, str]]:
+    """Run Python in a session of its own, and signal all processes there once a file appears: its status and output."""
+
+    def run(words: Sequence[object], begun: Path, numbers: Sequence[int]) -> tuple[int, str]:
+        log = tmp_path / "signalled.log"
+        with log.open("w") as output:
+            job = subprocess.Popen(
+                [sys.executable, *map(str, words)],
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                start_new_session=True,
+                stdout=output,
+                stderr=output,
+            )
+        deadline = time.monotonic() + 120
+        while not begun.exists() and job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for number in numbers:
+            os.killpg(job.pid, number)
+        return job.wait(60), log.read_text()
+
+    return run
 
 
 @pytest.fixture(scope="session")

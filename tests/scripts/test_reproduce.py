@@ -1,12 +1,9 @@
 """A paper's table: planned, trained, resumed and shown beside the paper's figures."""
 
 import json
-import os
 import shlex
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -132,32 +129,13 @@ def test_mistakes_are_one_line(digits, reproduced, words, message):
     assert "Traceback" not in errors
 
 
-def test_signals_that_reach_every_process_stop_the_run_under_way_with_a_checkpoint(tmp_path, digits):
-    words = ["bbn-1", "--data", str(digits.root), "--rows", "CE", "--seeds", "1", "--epochs", "500", "--threads", "1"]
-    words += ["--runs", str(tmp_path)]
-    log = tmp_path / "log"
-    with log.open("w") as output:
-        queue = subprocess.Popen(
-            [
-                sys.executable,
-                ROOT / "scripts/reproduce.py",
-                *words,
-                "--runs",
-                tmp_path,
-                "--",
-                "--input.image_size",
-                "8",
-            ],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            start_new_session=True,
-            stdout=output,
-            stderr=output,
-        )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "ce-0/metrics.jsonl").exists() and queue.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        os.killpg(queue.pid, number)
-    assert queue.wait(60) == 75, log.read_text()
+def test_signals_that_reach_every_process_stop_the_run_under_way_with_a_checkpoint(tmp_path, digits, signalled):
+    words = ["bbn-1", "--data", digits.root, "--rows", "CE", "--seeds", 1, "--epochs", 500, "--threads", 1]
+    status, said = signalled(
+        [ROOT / "scripts/reproduce.py", *words, "--runs", tmp_path, "--", "--input.image_size", 8],
+        tmp_path / "ce-0/metrics.jsonl",
+        (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP),
+    )
+    assert status == 75, said
     assert list(tmp_path.glob("ce-0/checkpoints/step-*"))
-    assert f"stopped, with a checkpoint of {tmp_path}/ce-0" in log.read_text()
+    assert f"stopped, with a checkpoint of {tmp_path}/ce-0" in said

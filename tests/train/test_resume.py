@@ -162,28 +162,16 @@ class LateConsensus(Consensus):
         self.said = None
 
 
-def test_signals_to_every_process_of_a_job_stop_no_worker_of_the_torch_loader(workplace):
+def test_signals_to_every_process_of_a_job_stop_no_worker_of_the_torch_loader(workplace, signalled):
     """Slurm, systemd and Ctrl-C signal them all; several ranks then need one batch more."""
     program = (
         "from tests.train.test_resume import *; loop.Consensus = LateConsensus;"
         f" run(ERM, {[*SHORT[2:], '--optim.epochs', '500', '--run', 'runs/cut', '--input.loader', 'torch']})"
     )
-    log = workplace / "log"
-    with log.open("w") as output:
-        job = subprocess.Popen(
-            [sys.executable, "-c", program],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            start_new_session=True,
-            stdout=output,
-            stderr=output,
-        )
-    deadline = time.monotonic() + 120
-    while not (workplace / "runs/cut/metrics.jsonl").exists() and job.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        os.killpg(job.pid, number)
-    assert job.wait(60) == EXIT_STATUS, log.read_text()
-    assert "after step" in log.read_text()
+    begun, numbers = Path("runs/cut/metrics.jsonl"), (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    status, said = signalled(["-c", program], begun, numbers)
+    assert status == EXIT_STATUS, said
+    assert "after step" in said
 
 
 @pytest.mark.parametrize("due", [7, 8])
