@@ -98,8 +98,8 @@ def _images(root: Path, class_folder: Path) -> tuple[list[str], Counter[str]]:
     """Name the image files below a class folder in a fixed order; count others by extension."""
     images: list[str] = []
     others: Counter[str] = Counter()
-    start = len(f"{root}/")
-    waiting = [str(class_folder)]
+    start = len(os.path.join(root, ""))
+    waiting = [os.path.join(root, class_folder.relative_to(root))]  # with "./" where the source is the current folder
     seen = set()
     while waiting:
         folder = waiting.pop()

@@ -261,3 +261,14 @@ def test_a_folder_that_may_not_be_read(tmp_path, image_folder, monkeypatch, data
 def test_names_that_would_steer_a_terminal_are_stored_with_escapes(tmp_path, image_folder):
     root = image_folder(tmp_path, {"a": 1, "\x1b[31mred": 1, "日本\u3000猫": 1, "e\u0301te\u200d": 1})
     assert opened(root).classes == [r"\x1b[31mred", "a", "e\u0301te\u200d", "日本\u3000猫"]
+
+
+@pytest.mark.parametrize("layout", ["", "train/"])
+def test_the_source_may_be_the_current_folder(tmp_path, image_folder, monkeypatch, layout):
+    root = image_folder(tmp_path / "pets", {f"{layout}cat": 2, f"{layout}dog": 1})
+    elsewhere = opened(root)
+    monkeypatch.chdir(root)
+    here = opened(Path())
+    assert here.splits["train"].names == elsewhere.splits["train"].names
+    assert here.fingerprint == elsewhere.fingerprint
+    assert here.read(here.splits["train"].names[0])
