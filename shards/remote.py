@@ -237,7 +237,9 @@ def cached_source(url: str) -> Path:
     try:
         with _remote(url) as (files, root):
             found = files.find(root, detail=True)
-            there = {path.removeprefix(root).lstrip("/"): about for path, about in found.items()}
+            # An empty object whose name ends with "/" stands for a folder, as consoles make one.
+            names = [path for path in found if not path.endswith("/")]
+            there = {path.removeprefix(root).lstrip("/"): found[path] for path in names}
         if not there:
             raise UserError(f"--source {url} holds no files")
         if "" in there:  # a file, such as a list of images beside it

@@ -18,7 +18,7 @@ from shards.groups import imbalance_factor
 from shards.index import MANIFEST, Split, image_sizes, open_split, read_manifest
 from shards.parallel import run_jobs
 from shards.progress import Progress
-from shards.remote import is_url, whole_cached_dataset
+from shards.remote import cached_dataset, is_url, whole_cached_dataset
 from shards.staging import REJECTED, file_names
 from shards.writer import index_text, sha256
 
@@ -39,12 +39,11 @@ def verify(root: Path | str, *, decode: bool = True, workers: int | None = None)
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}; give a whole number of at least 1")
-    problems: list[str] = []
-    if is_url(root):
-        root, problems = whole_cached_dataset(str(root), MANIFEST, REJECTED)
-    root = Path(root)
+    url = str(root) if is_url(root) else None
+    root = Path(root) if url is None else cached_dataset(url, MANIFEST)
     manifest = read_manifest(root)
     try:
+        problems = [] if url is None else whole_cached_dataset(url, MANIFEST, REJECTED)[1]
         return problems + _problems(root, manifest, decode, workers)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{root / MANIFEST} is damaged ({error!r}); build the dataset again") from None

@@ -426,6 +426,27 @@ def test_no_dataset_behind_a_url(memory):
         build("folder", source=memory)
 
 
+def test_folders_that_somebody_made_in_a_bucket_are_no_files(tmp_path, pets, bucket, cache):
+    files, root = fsspec.core.url_to_fs(bucket)
+    files.put(f"{pets}/", root, recursive=True)
+    name, _, key = root.partition("/")
+    files.pipe_file(f"{name}/some/other.bin", b"of somebody else")
+    for folder in (f"{key}/", f"{key}/cat/"):
+        files.call_s3("put_object", Bucket=name, Key=folder, Body=b"")
+    local = build("folder", source=pets, out=tmp_path / "one" / "out", workers=1)
+    out = build("folder", source=bucket, out=tmp_path / "two" / "out", workers=1)
+    assert contents(out) == contents(local)
+    assert not list(cache.rglob("other.bin"))
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is damaged"), ("[]", "says format None")])
+def test_verify_of_a_manifest_that_will_not_do_behind_a_url(remote, text, message):
+    files, root = fsspec.core.url_to_fs(remote)
+    files.pipe_file(f"{root}/dataset.json", text.encode())
+    with pytest.raises(UserError, match=message):
+        verify(remote, workers=1)
+
+
 def test_an_unknown_kind_of_url():
     with pytest.raises(UserError, match=r"nothing://x cannot be opened: Protocol not known"):
         open_dataset("nothing://x")
