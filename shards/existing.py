@@ -19,7 +19,7 @@ import numpy as np
 from shards.assemble import ENCODER
 from shards.encode import BadImageError, Encoded
 from shards.errors import UserError
-from shards.index import MANIFEST, STAGING, holds_images, open_dataset, parse_manifest
+from shards.index import MANIFEST, STAGING, holds_images, open_dataset, parse_manifest, place_for
 from shards.parallel import run_jobs
 from shards.progress import Progress, say
 from shards.remote import is_url
@@ -40,7 +40,7 @@ def check_apart(dataset: str, source: Path | None, out: Path | str) -> None:
     images, place = source.resolve(), Path(out).resolve()
     if place == images or place in images.parents:
         where = "is --source" if place == images else f"holds --source {source}"
-        raise UserError(f"--out {out} {where}; give another --out, such as data/{_other_name(images)}")
+        raise UserError(f"--out {out} {where}; give another --out, such as {place_for(images)}")
     if source.is_dir() and images in place.parents and dataset not in IN_PLACE:
         raise UserError(
             f"--out {out} lies inside --source {source}, among the images; give an --out outside, such as"
@@ -77,7 +77,7 @@ def already_built(
             raise UserError(
                 f"{out} holds images and no dataset, and is left alone; to build from them:"
                 f" tailstream build folder --source {shlex.quote(str(out))}"
-                f" --out data/{shlex.quote(_other_name(Path(out)))}"
+                f" --out {shlex.quote(str(place_for(Path(out))))}"
             )
         raise UserError(f"{out} exists and is not a dataset; give another --out")
     manifest = parse_manifest(store.read(MANIFEST), f"{out}/{MANIFEST}")
@@ -85,6 +85,10 @@ def already_built(
         if foreign := names - {STAGING} - file_names(manifest):
             raise UserError(f"{out} also holds {min(foreign)!r}, which no build put there; move it away")
         return False
+    if lost := file_names(manifest) - names:
+        raise UserError(
+            f"{out} lacks {min(lost)!r} of its dataset; give --overwrite to build it again, or another --out"
+        )
     if built_otherwise := difference(manifest["options"], options):
         raise UserError(f"{out} holds a dataset built {built_otherwise}; give --overwrite or another --out")
     if changed := _changed_image(out, store, manifest, images, encode):
@@ -177,7 +181,3 @@ def _first_changed(job: _Job) -> str:
         if found != digest:
             return printable(job.images.names[i])
     return ""
-
-
-def _other_name(folder: Path) -> str:
-    return folder.resolve().name or "images"

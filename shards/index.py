@@ -234,14 +234,20 @@ def _why_no_dataset(root: Path) -> str:
     if below := sorted(path.parent for path in root.glob(f"*/{MANIFEST}")):
         return f"has no {MANIFEST}, but {below[0]} has; give that"
     if holds_images(root):
-        name = shlex.quote(root.resolve().name or "images")
         return (
             f"has no {MANIFEST}, but images; build a dataset from them with:"
-            f" tailstream build folder --source {shlex.quote(str(root))} --out data/{name}"
+            f" tailstream build folder --source {shlex.quote(str(root))} --out {shlex.quote(str(place_for(root)))}"
         )
     if any(root.iterdir()):
         return f"has no {MANIFEST}, so it is not a dataset; give a folder that `tailstream build` made"
     return f"has no {MANIFEST}, so it is not a dataset; build one with: tailstream build digits --out {root}"
+
+
+def place_for(images: Path) -> Path:
+    """Return where a dataset of these images may be built: data/NAME, or beside them where they lie there."""
+    images = images.resolve()
+    place = Path("data", images.name or "images")
+    return place if place.resolve() != images else place.with_name(f"{place.name}-shards")
 
 
 def holds_images(folder: Path) -> bool:
@@ -265,6 +271,13 @@ def parse_manifest(data: bytes, path: Path | str) -> dict[str, Any]:
     for key in ("name", "preset", "options", "classes", "imbalance_factor", "image", "splits", "rejected"):
         if key not in manifest:
             raise UserError(f"{path} lacks the key {key!r}; build the dataset again")
+    try:
+        for entry in manifest["splits"].values():
+            for name in (*entry["files"], *(shard["file"] for shard in entry["shards"])):
+                if name in ("", ".", "..") or "/" in name:  # files are fetched, and deleted, by these names
+                    raise UserError(f"{path} names {name!r}, which is no file of its folder; build the dataset again")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); build the dataset again") from None
     return manifest
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from shards_pictures import encoded, picture
@@ -184,3 +185,30 @@ def test_an_already_built_dataset_costs_one_listing(tmp_path, pets, monkeypatch)
     monkeypatch.setattr(os, "scandir", lambda path: scans.append(str(path)) or scandir(path))
     build("folder", source=pets, out=out, workers=1)
     assert sorted(path for path in scans if path.startswith(f"{pets}/")) == [f"{pets}/cat", f"{pets}/dog"]
+
+
+def test_what_is_proposed_for_images_in_data_can_be_built(tmp_path, pets, monkeypatch):
+    (tmp_path / "data").mkdir()
+    pets.rename(tmp_path / "data" / "pets")
+    monkeypatch.chdir(tmp_path)
+    for attempt in (
+        lambda: open_dataset(Path("data/pets")),
+        lambda: build("digits", out="data/pets", workers=1),
+        lambda: build("folder", source="data/pets", out="data/pets", workers=1),
+    ):
+        with pytest.raises(UserError, match=r"(--out|such as) data/pets-shards$"):
+            attempt()
+    build("folder", source="data/pets", out="data/pets-shards", workers=1)
+
+
+@pytest.mark.parametrize("name", ["train-000000.tar", "train-000000.idx", "train.samples.npy", "rejected.jsonl"])
+@pytest.mark.parametrize("touched", [False, True])
+def test_a_dataset_that_lacks_a_file_is_not_called_built(tmp_path, pets, name, touched):
+    out = build("folder", source=pets, out=tmp_path / "out", workers=1)
+    (out / name).unlink()
+    if touched:
+        (pets / "cat" / "4.bmp").touch()
+    with pytest.raises(UserError, match=f"lacks '{name}' of its dataset; give --overwrite"):
+        build("folder", source=pets, out=out, workers=1)
+    build("folder", source=pets, out=out, workers=1, overwrite=True)
+    assert (out / name).exists()

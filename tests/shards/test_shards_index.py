@@ -68,6 +68,19 @@ def test_a_split_entry_without_its_parts(root):
         open_dataset(root)
 
 
+@pytest.mark.parametrize("name", ["../x.npy", "/tmp/x.npy", "..", ""])
+@pytest.mark.parametrize("kind", ["files", "shards"])
+def test_a_manifest_that_leads_out_of_its_folder(root, name, kind):
+    manifest = json.loads((root / "dataset.json").read_text())
+    if kind == "files":
+        manifest["splits"]["train"]["files"][name] = "0" * 64
+    else:
+        manifest["splits"]["train"]["shards"][0]["file"] = name
+    (root / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="which is no file of its folder"):
+        open_dataset(root)
+
+
 def made_array(path, dtype, n):
     """An array file with a hole instead of values."""
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (n,)}
@@ -87,7 +100,9 @@ def test_ten_million_samples_open_in_no_time_and_no_memory(tmp_path):
         "format": FORMAT,
         "name": "large",
         "classes": [f"a class, the {j}th" for j in range(n_classes)],
-        "splits": {"train": {"samples": n, "class_counts": [n // n_classes] * n_classes, "shards": shards}},
+        "splits": {
+            "train": {"samples": n, "class_counts": [n // n_classes] * n_classes, "files": {}, "shards": shards}
+        },
     }
     (tmp_path / "dataset.json").write_text(json.dumps(manifest))
     seconds = []
