@@ -39,6 +39,7 @@ from shards.store import LocalStore
 from shards.writer import ShardJob, Written, read_written, write_shard
 
 TEST_FRACTION = 0.25
+QUALITY = 90
 FILE_TIMES = 2_000_000_000  # nanoseconds: file systems round the times of files, some to two seconds
 OWN_NAMES = ("folder", "csv")  # whoever builds such a dataset names it, by its folder
 
@@ -54,7 +55,7 @@ def build(
     test_fraction: float | None = None,
     val_fraction: float | None = None,
     shorter_side: int | None = None,
-    quality: int = 90,
+    quality: int | None = None,
     keep_bytes: bool = False,
     shard_samples: int = 2000,
     workers: int | None = None,
@@ -85,7 +86,7 @@ def build(
         val_fraction: share of each class's remaining images held out for validation, likewise; if not
             given, 0.1 for digits, folder and csv, else 0, which makes no validation split.
         shorter_side: shrink larger images to this shorter side in pixels.
-        quality: JPEG quality of shrunk images, 1 to 100.
+        quality: JPEG quality of shrunk images, 1 to 100; 90 if not given.
         keep_bytes: store every file as it is, and leave out those that a decoder could show otherwise (turned by
             EXIF, not 8-bit RGB or grey, neither JPEG nor PNG), which are written again without this.
         shard_samples: most images per shard file.
@@ -123,10 +124,14 @@ def build(
         raise UserError(f"unknown --profile {profile!r}; choose one of: {', '.join(PROFILES)}")
     if keep_bytes and shorter_side is not None:
         raise UserError(f"--keep-bytes and --shorter-side {shorter_side} exclude each other; leave one of them out")
+    if quality is not None and shorter_side is None:
+        raise UserError(f"--quality {quality} has no effect without --shorter-side; leave it out or give both")
     if (executor == "dask") != (scheduler is not None):
         raise UserError("--executor dask and --scheduler ADDRESS need each other")
     if scheduler is not None and workers is not None:
         raise UserError(f"--workers {workers} has no effect with --executor dask; leave it out")
+    if source is not None and is_url(source) and is_url(out) and f"{out}/".startswith(f"{str(source).rstrip('/')}/"):
+        raise UserError(f"--out {out} lies inside --source {source}, among the images; give an --out outside")
     if source is not None:
         source = cached_source(str(source)) if is_url(source) else Path(source)
         if scheduler is not None:
@@ -149,7 +154,7 @@ def build(
         "test_fraction": _fraction(images, "test", test_fraction, TEST_FRACTION),
         "val_fraction": _fraction(images, "val", val_fraction, images.val_fraction),
         "shorter_side": shorter_side,
-        "quality": quality,
+        "quality": QUALITY if quality is None else quality,
         "keep_bytes": keep_bytes,
         "shard_samples": shard_samples,
     }
@@ -170,11 +175,13 @@ def build(
             elif staging.read_json(PLAN) in (None, _plan_file(options)):
                 staging.clear()  # an --overwrite with the same options that was interrupted
     except (KeyboardInterrupt, SystemExit):
-        say(f"{out} is unfinished; the same command resumes it")
+        if STAGING in (store.names() or ()):
+            say(f"{out} is unfinished; the same command resumes it")
         raise
     except MemoryError:
         raise UserError(
-            f"not enough memory to build {out}; resume with the same command and fewer --workers, or --shorter-side"
+            f"not enough memory to build {out}; resume with the same command and fewer --workers, or"
+            " start over with --shorter-side and --overwrite"
         ) from None
     except OSError as error:
         raise UserError(

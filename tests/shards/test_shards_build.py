@@ -227,6 +227,7 @@ def test_an_out_below_a_file_cannot_be_written(tmp_path, pets):
         ({"val_fraction": -0.1}, "--val-fraction is -0.1"),
         ({"shorter_side": 0}, "--shorter-side is 0; give a whole number of at least 1"),
         ({"quality": 101}, "--quality is 101; give a JPEG quality from 1 to 100"),
+        ({"quality": 50}, "--quality 50 has no effect without --shorter-side"),
         ({"shard_samples": 0}, "--shard-samples is 0"),
         ({"workers": 0}, "--workers is 0"),
         ({"profile": "zipf"}, "unknown --profile 'zipf'; choose one of: natural, exp, step, pareto"),
