@@ -51,6 +51,8 @@ DRAFT_MARGIN = 1.15
 MOST_PIXELS = 89_478_485  # PIL's own limit
 MOST_SHRUNK_PIXELS = 1 << 28
 
+ROWS = 256  # of 16-bit grey that become 8-bit at a time, for little memory
+
 LEAST_SQUARES = 64  # along the shorter side, of those whose means tell pictures apart
 
 # Bits that cameras and scanners give grey values; files have room for 16.
@@ -167,9 +169,7 @@ def _opened(data: bytes, shorter_side: int | None) -> Iterator[Image.Image]:
     if not data:
         raise BadImageError("empty file")
     most = MOST_PIXELS if shorter_side is None else MOST_SHRUNK_PIXELS
-    if Image.MAX_IMAGE_PIXELS is not None and most > Image.MAX_IMAGE_PIXELS:
-        # Never put back: other threads may be in the middle of an image.
-        Image.MAX_IMAGE_PIXELS = most
+    _let_pil_open(most)
     try:
         with Image.open(BytesIO(data), formats=OPENED) as image:
             if image.width * image.height > most:
@@ -192,6 +192,12 @@ def _opened(data: bytes, shorter_side: int | None) -> Iterator[Image.Image]:
         raise BadImageError(reason) from None
 
 
+def _let_pil_open(pixels: int) -> None:
+    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
+        # Never put back: other threads may be in the middle of an image.
+        Image.MAX_IMAGE_PIXELS = pixels
+
+
 def _is_shrunk(image: Image.Image, shorter_side: int | None) -> bool:
     return shorter_side is not None and min(image.size) > shorter_side
 
@@ -205,6 +211,7 @@ class Depth(NamedTuple):
 
 def depth(data: bytes) -> Depth:
     """Look at an image; what does not decode is of no depth."""
+    _let_pil_open(MOST_SHRUNK_PIXELS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -286,10 +293,9 @@ def _is_plain(image: Image.Image, data: bytes) -> bool:
         return False
     if image.format == "JPEG":
         return markers_follow(data)
-    bit_depth = data[24]  # of the IHDR chunk, always a PNG's first; PIL hides 16-bit colour behind mode RGB
     return (
         image.format == "PNG"
-        and bit_depth == 8
+        and data[24] == 8  # bits, of the IHDR chunk, always a PNG's first; PIL hides 16-bit colour behind mode RGB
         and "transparency" not in image.info
         and not getattr(image, "is_animated", False)
     )
@@ -318,9 +324,13 @@ def _to_8_bit(image: Image.Image, grey_bits: int) -> Image.Image:
     if image.mode == "F":
         raise BadImageError("floating-point pixels")
     if image.mode.startswith("I"):  # 16-bit grey comes as I;16 (PNG, TIFF) or as 32-bit I (PGM)
-        values_HW = np.asarray(image).astype(np.int64)
+        values_HW = np.asarray(image)
         white = (1 << grey_bits) - 1
         if values_HW.min() < 0 or values_HW.max() > white:
             raise BadImageError(f"more than {grey_bits} bits per pixel")
-        return Image.fromarray(((values_HW * 255 + white // 2) // white).astype(np.uint8))
+        grey_HW = np.empty(values_HW.shape, np.uint8)
+        for row in range(0, len(values_HW), ROWS):
+            part = values_HW[row : row + ROWS].astype(np.int32)
+            grey_HW[row : row + ROWS] = (part * 255 + white // 2) // white
+        return Image.fromarray(grey_HW)
     return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")

@@ -1,5 +1,6 @@
 """What is stored for each kind of image file, and which files are turned away."""
 
+import tracemalloc
 from io import BytesIO
 
 import numpy as np
@@ -278,3 +279,17 @@ def test_decoding_at_a_fraction_costs_no_more_than_storing_does(shorter_side):
     exact_HWC = np.asarray(exact).astype(int)
     again_HWC = pixels(encoded(exact, "JPEG", quality=90))
     assert np.square(stored_HWC - exact_HWC).mean() < 2.05 * np.square(again_HWC - exact_HWC).mean()
+
+
+def test_a_file_of_a_few_bytes_is_an_image():
+    assert encode(b"P5 1 1 255\n\x07").extension == "png"
+
+
+def test_16_bit_grey_needs_little_memory():
+    data = encoded(Image.fromarray(np.zeros((2000, 1000), np.uint16)), "PNG")
+    tracemalloc.start()
+    try:
+        encode(data)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2_000_000
+    finally:
+        tracemalloc.stop()
