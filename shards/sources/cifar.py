@@ -32,15 +32,20 @@ def open_source(dataset: str, path: Path | None) -> Source:
     root = FETCHED if path is None else path
     if path is not None and not path.is_dir():
         raise UserError(f"--source {path} is not a folder; give one that holds (or is to hold) {_files(dataset)}")
-    if root.name == _kind(dataset).base_folder:
-        root = root.parent
+    if root.absolute().name == _kind(dataset).base_folder:
+        root = root.absolute().parent
     try:
         _torchvision(dataset, root, train=False)
     except RuntimeError:  # not there, or not whole
         _fetch(dataset, root)
     classes = [str(name) for name in _torchvision(dataset, root, train=False).classes]
     return array_source(
-        partial(_load, dataset, root), classes, preset=dataset, profile="exp", imbalance_factor=100.0, val_fraction=0.0
+        partial(_load, dataset, root.absolute()),
+        classes,
+        preset=dataset,
+        profile="exp",
+        imbalance_factor=100.0,
+        val_fraction=0.0,
     )
 
 

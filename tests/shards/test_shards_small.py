@@ -77,6 +77,21 @@ def test_cifar_in_torchvisions_files(tmp_path, monkeypatch, dataset, kind, insid
     assert np.array_equal(pixels(source.read("train-00006")), batch["data"][2].reshape(3, 32, 32).transpose(1, 2, 0))
 
 
+def test_cifar_that_was_listed_is_read_from_any_folder(tmp_path, monkeypatch):
+    write_cifar(tmp_path / "data" / "fetched", monkeypatch, datasets.CIFAR10, train=[0, 1, 2], test=[0, 1, 2])
+    monkeypatch.chdir(tmp_path)
+    source = open_source("cifar10", None)
+    cifar._load.cache_clear()
+    monkeypatch.chdir("/")  # as a worker of a cluster
+    assert source.read("train-00000")[:4] == b"\x89PNG"
+
+
+def test_cifars_own_folder_may_be_the_current_one(tmp_path, monkeypatch, no_network):
+    write_cifar(tmp_path, monkeypatch, datasets.CIFAR10, train=[0, 1, 2], test=[0, 1, 2])
+    monkeypatch.chdir(tmp_path / "cifar-10-batches-py")
+    assert open_source("cifar10", Path()).classes == ["class 0", "class 1", "class 2"]
+
+
 def test_cifar_that_is_not_there_and_cannot_be_fetched(tmp_path, monkeypatch, no_network):
     with pytest.raises(UserError, match=r"hold cifar-10-batches-py or cifar-10-python\.tar\.gz whole, and") as e:
         open_source("cifar10", tmp_path)
