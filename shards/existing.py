@@ -11,14 +11,16 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from shards.assemble import ENCODER
 from shards.encode import BadImageError, Encoded
 from shards.errors import UserError
+from shards.findings import LEFT_OUT
 from shards.index import MANIFEST, STAGING, holds_images, open_dataset, parse_manifest, place_for
 from shards.parallel import run_jobs
 from shards.progress import Progress, say
@@ -123,6 +125,11 @@ class _Job:
     encode: Callable[[bytes], Encoded]
 
 
+class _Compared(NamedTuple):
+    images: int
+    changed: str  # the first that would be stored differently now; "" if there is none
+
+
 def _changed_image(
     out: Path | str, store: Store, manifest: dict[str, Any], images: Source, encode: Callable[..., Encoded]
 ) -> str:
@@ -147,27 +154,29 @@ def _changed_image(
             jobs.append(_Job(listing[part], digests, manifest["encoder"] == ENCODER, images.read, encode))
     total = sum(len(job.images) for job in jobs)
     with Progress("compare touched files", total) as progress:
-        found = run_jobs(_first_changed, jobs, n_images=total, workers=None, done=lambda _: progress.add(AT_ONCE))
-    return next(filter(None, found), "")
+        found = run_jobs(
+            _first_changed, jobs, n_images=total, workers=None, done=lambda compared: progress.add(compared.images)
+        )
+    return next((compared.changed for compared in found if compared.changed), "")
 
 
 def _stored(out: Path | str, store: Store, names: set[str]) -> dict[str, str]:
     """The sha256 of what a dataset stores of these images; "" for rejected ones."""
-    lines = store.read(REJECTED).decode().splitlines()
-    stored = {name: "" for line in lines if (name := json.loads(line)["source"]) in names}
+    rejected = [json.loads(line) for line in store.read(REJECTED).splitlines()]
+    stored = {line["source"]: "" for line in rejected if line["source"] in names and line["reason"] != LEFT_OUT}
     for split in open_dataset(out).splits.values():
-        found = {i: name for i, name in enumerate(split.sample_names()) if name in names}
-        rows = split.samples[list(found)]
-        for shard in np.unique(rows["shard"]).tolist():
+        found = [(i, name) for i, name in enumerate(split.sample_names()) if name in names]
+        shards = split.samples["shard"]
+        for shard, images in groupby(found, key=lambda image: int(shards[image[0]])):  # ids follow the shards
             with split.local_shard(shard).open("rb") as file:
-                for name, row in zip(found.values(), rows, strict=True):
-                    if row["shard"] == shard:
-                        file.seek(row["offset"])
-                        stored[name] = hashlib.sha256(file.read(row["size"])).hexdigest()
+                for i, name in images:
+                    row = split.samples[i]
+                    file.seek(row["offset"])
+                    stored[name] = hashlib.sha256(file.read(row["size"])).hexdigest()
     return stored
 
 
-def _first_changed(job: _Job) -> str:
+def _first_changed(job: _Job) -> _Compared:
     for i, digest in enumerate(job.stored):
         found = ""
         try:
@@ -179,5 +188,5 @@ def _first_changed(job: _Job) -> str:
         except BadImageError:
             pass
         if found != digest:
-            return printable(job.images.names[i])
-    return ""
+            return _Compared(len(job.stored), printable(job.images.names[i]))
+    return _Compared(len(job.stored), "")

@@ -28,6 +28,7 @@ from shards.writer import read_image
 
 AT_ONCE = 100  # images of a job
 HELD_OUT = {"val", "test"}
+LEFT_OUT = "its class is left out"  # the reason of images that nobody looked at
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Findings:
             names = [source.classes[j] for j in self.lost]
             first = self.rejected[0]
             yield (
-                "classes of which no training image can be read are left out:"
+                "classes of which no training image that the profile keeps can be read are left out:"
                 f" {some(names)}, for example {first['source']}: {first['reason']}"
             )
         for split in self.lost_splits:
@@ -131,7 +132,7 @@ def find_out(
             rejected += _lines("train", source, images, found.reasons)
             for split in sorted(HELD_OUT & plan.splits.keys()):
                 others = plan.splits[split][np.flatnonzero(plan.splits[split].labels == j)]
-                rejected += _lines(split, source, others, ["its class is left out"] * len(others))
+                rejected += _lines(split, source, others, [LEFT_OUT] * len(others))
     lost_splits = []
     for split in sorted(HELD_OUT & plan.splits.keys()):
         listing = plan.splits[split]

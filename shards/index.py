@@ -228,9 +228,12 @@ def read_edition(root: Path) -> tuple[dict[str, Any], Edition]:
 
 def _why_no_dataset(root: Path) -> str:
     """What there is instead, and what to do: nothing that could cost anybody's files."""
+    build_it = f"tailstream build digits --out {shlex.quote(str(root))}"
     if not root.is_dir():
-        what = "is a file" if root.exists() else "does not exist"
-        return f"{what}, so it is not a dataset; build one with: tailstream build digits --out {root}"
+        if root.exists():
+            beside = f", such as {root.parent}" if (root.parent / MANIFEST).is_file() else ""
+            return f"is a file; give the folder of a dataset{beside}"
+        return f"does not exist, so it is not a dataset; build one with: {build_it}"
     if below := sorted(path.parent for path in root.glob(f"*/{MANIFEST}")):
         return f"has no {MANIFEST}, but {below[0]} has; give that"
     if holds_images(root):
@@ -240,7 +243,7 @@ def _why_no_dataset(root: Path) -> str:
         )
     if any(root.iterdir()):
         return f"has no {MANIFEST}, so it is not a dataset; give a folder that `tailstream build` made"
-    return f"has no {MANIFEST}, so it is not a dataset; build one with: tailstream build digits --out {root}"
+    return f"has no {MANIFEST}, so it is not a dataset; build one with: {build_it}"
 
 
 def place_for(images: Path) -> Path:

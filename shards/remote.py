@@ -59,7 +59,8 @@ class RemoteStore:
     def sizes(self, folder: str) -> dict[str, int]:  # noqa: D102
         with _remote(self.url) as (files, root):
             found = _listing(files, f"{root}/{folder}".rstrip("/")).items()
-            return {_base(path): about["size"] for path, about in found if about["type"] == "file"}
+            sizes = {_base(path): about["size"] for path, about in found if about["type"] == "file"}
+            return {name: size for name, size in sizes.items() if size is not None}  # web servers say none
 
     def read(self, name: str) -> bytes:  # noqa: D102
         with _remote(self.url) as (files, root):

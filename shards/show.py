@@ -1,5 +1,6 @@
 """Show a dataset as text: its splits, its tail, its images."""
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.groups import GROUPS, class_groups
-from shards.index import Dataset
+from shards.index import MANIFEST, Dataset
 from shards.remote import RemoteStore, is_url
 from shards.store import LocalStore
 
@@ -23,7 +24,7 @@ def summary(dataset: Dataset) -> str:
         [
             f"{dataset.name}: {_splits(dataset)}; {len(dataset.classes)} classes",
             _tail(dataset),
-            f"built in {dataset.place}; next: tailstream train bbn --data {dataset.place}",
+            f"built in {dataset.place}; next: tailstream train bbn --data {shlex.quote(dataset.place)}",
         ]
     )
 
@@ -59,14 +60,19 @@ def inspect(dataset: Dataset) -> str:
 def lost_shards(dataset: Dataset) -> list[str]:
     """A line for each shard that is missing or not as long as the manifest says; nothing is read or fetched."""
     place = dataset.place
-    sizes = RemoteStore(place).sizes("") if is_url(place) else LocalStore(dataset.root).sizes("")
+    try:
+        sizes = RemoteStore(place).sizes("") if is_url(place) else LocalStore(dataset.root).sizes("")
+    except OSError:
+        sizes = {}
+    if MANIFEST not in sizes:  # it was read: this is a place that does not list its files, as most web servers
+        return []
     lost = []
     for split in dataset.splits:
         for shard in dataset.manifest["splits"][split]["shards"]:
             size = sizes.get(shard["file"])
             if size != shard["bytes"]:
                 problem = "missing" if size is None else f"{size:,} bytes long, not {shard['bytes']:,}"
-                lost.append(f"{shard['file']}: {problem}; run: tailstream verify {place}")
+                lost.append(f"{shard['file']}: {problem}; run: tailstream verify {shlex.quote(place)}")
     return lost
 
 

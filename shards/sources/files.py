@@ -200,7 +200,7 @@ def listed_source(
 
     _check_files(root, splits, classes, notes)
     splits, kept = _without_untrained(splits, classes, notes)
-    names_C = _distinct([classes[j] for j in kept], kept)
+    names_C = _distinct([printable(classes[j]) for j in kept], kept)
     if len(names_C) < 2:
         raise UserError(f"{root}: classes with training images: {len(names_C)}; a dataset needs at least two")
     splits = {split: splits[split] for split in lists if len(splits[split])}

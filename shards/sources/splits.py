@@ -79,7 +79,7 @@ def split_roots(
             raise UserError(f"{root} holds both {roots[split].name} and {folder.name}; merge them or move one away")
         roots[split] = folder
     if len(roots) == 1:
-        notes.append(f"{root.name} holds {names} alone: what is to be held out is taken from it")
+        notes.append(f"{root.resolve().name} holds {names} alone: what is to be held out is taken from it")
     return roots
 
 

@@ -35,8 +35,10 @@ def open_source(path: Path | None) -> Source:
     rows = csv.reader(StringIO(read_text(path), newline=""), strict=True)
     try:
         header = [name.strip().lower() for name in next(rows, [])]
-        for name in ("path", "label"):
-            if header.count(name) != 1:
+        for name in ("path", "label", "split"):
+            if header.count(name) > 1:
+                raise UserError(f"{path}: the first line has the column {name!r} more than once ({', '.join(header)})")
+            if name not in header and name != "split":
                 raise UserError(
                     f"{path}: the first line has no column {name!r} ({', '.join(header)}); it needs path,label"
                 )

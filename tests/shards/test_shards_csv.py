@@ -73,12 +73,19 @@ def test_an_image_listed_again_and_a_missing_one_are_counted(csv):
     )
 
 
+def test_labels_that_would_steer_a_terminal_are_stored_with_escapes(csv):
+    source = opened(csv('path,label\na.jpg,"x\x1b[2J"\nb.jpg,"y\u2028\nz"\n'))
+    assert source.classes == [r"x\x1b[2J", r"y\u2028\nz"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", r"list\.csv: the first line has no column 'path' \(\); it needs path,label"),
         ("path;label\na.jpg;x", r"no column 'path' \(path;label\)"),
         ("path,class\na.jpg,x", r"no column 'label' \(path, class\)"),
+        ("path,path,label\na.jpg,b.jpg,x", r"the column 'path' more than once \(path, path, label\)"),
+        ("path,label,split,split\na.jpg,x,train,test", "the column 'split' more than once"),
         ("path,label", "lists no training images"),
         ("path,label,split\na.jpg,x,test", "lists no training images"),
         ("path,label,split\na.jpg,x,rest", "line 2: split 'rest' is none of train, val and test"),

@@ -212,3 +212,29 @@ def test_a_dataset_that_lacks_a_file_is_not_called_built(tmp_path, pets, name, t
         build("folder", source=pets, out=out, workers=1)
     build("folder", source=pets, out=out, workers=1, overwrite=True)
     assert (out / name).exists()
+
+
+def test_a_good_image_of_a_class_that_was_left_out_is_no_changed_one(tmp_path, image_folder, capsys):
+    counts = {f"{split}/{name}": 3 for split in ("train", "test") for name in ("cat", "dog", "owl")}
+    source = image_folder(tmp_path / "source", counts)
+    for path in (source / "train" / "owl").iterdir():
+        path.write_text("no image")
+    out = build("folder", source=source, out=tmp_path / "out", workers=1)
+    assert open_dataset(out).classes == ["cat", "dog"]
+    for path in source.rglob("*.png"):
+        path.touch()
+    capsys.readouterr()
+    build("folder", source=source, out=out, workers=1)
+    assert "already built" in capsys.readouterr().err
+
+
+def test_an_interrupt_while_files_are_compared_says_nothing_of_an_unfinished_build(tmp_path, pets, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    out = build("folder", source=pets, out=tmp_path / "out", workers=1)
+    (pets / "cat" / "4.bmp").touch()
+    monkeypatch.setattr(shards.existing, "run_jobs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build("folder", source=pets, out=out, workers=1)
+    assert "unfinished" not in capsys.readouterr().err

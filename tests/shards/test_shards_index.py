@@ -68,6 +68,11 @@ def test_a_split_entry_without_its_parts(root):
         open_dataset(root)
 
 
+def test_the_manifest_given_for_its_folder(digits):
+    with pytest.raises(UserError, match=f"dataset.json is a file; give the folder of a dataset, such as {digits}$"):
+        open_dataset(digits / "dataset.json")
+
+
 @pytest.mark.parametrize("name", ["../x.npy", "/tmp/x.npy", "..", ""])
 @pytest.mark.parametrize("kind", ["files", "shards"])
 def test_a_manifest_that_leads_out_of_its_folder(root, name, kind):

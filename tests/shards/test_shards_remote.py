@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -445,6 +447,25 @@ def test_verify_of_a_manifest_that_will_not_do_behind_a_url(remote, text, messag
     files.pipe_file(f"{root}/dataset.json", text.encode())
     with pytest.raises(UserError, match=message):
         verify(remote, workers=1)
+
+
+def test_a_web_server_that_tells_no_sizes_has_not_lost_its_shards(tmp_path, pets):
+    root = build("folder", source=pets, out=tmp_path / "out", shard_samples=4, workers=1)
+    handler = partial(SimpleHTTPRequestHandler, directory=root)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            assert lost_shards(open_dataset(f"http://127.0.0.1:{server.server_port}")) == []
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize("below", ["", "/shards"])
+def test_source_and_out_lie_apart_behind_urls_too(pets, memory, below):
+    files, root = fsspec.core.url_to_fs(memory)
+    files.put(f"{pets}/", root, recursive=True)
+    with pytest.raises(UserError, match="lies inside --source"):
+        build("folder", source=memory, out=f"{memory}{below}", workers=1)
 
 
 def test_an_unknown_kind_of_url():
