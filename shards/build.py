@@ -32,7 +32,7 @@ from shards.profiles import PROFILES
 from shards.progress import Progress, say
 from shards.remote import RemoteStore, cached_source, is_url
 from shards.show import summary
-from shards.sources import Source, open_source
+from shards.sources import Source, check_dataset, open_source
 from shards.sources.files import printable, some
 from shards.staging import FINDINGS, PLAN, REJECTED, Staging, staged
 from shards.store import LocalStore
@@ -132,6 +132,7 @@ def build(
         raise UserError(f"--workers {workers} has no effect with --executor dask; leave it out")
     if source is not None and is_url(source) and is_url(out) and f"{out}/".startswith(f"{str(source).rstrip('/')}/"):
         raise UserError(f"--out {out} lies inside --source {source}, among the images; give an --out outside")
+    check_dataset(dataset)  # before anything is copied
     if source is not None:
         source = cached_source(str(source)) if is_url(source) else Path(source)
         if scheduler is not None:

@@ -263,6 +263,10 @@ def _copy(url: str, there: dict[str, dict[str, Any]], folder: Path) -> None:
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     for name in here.keys() - there.keys():
         here[name].unlink()
+        for parent in here[name].parents:  # object stores know no empty folders
+            if parent == folder or any(parent.iterdir()):
+                break
+            parent.rmdir()
 
     def is_here(name: str) -> bool:
         if name not in here or here[name].stat().st_size != there[name]["size"]:

@@ -18,7 +18,7 @@ from shards.groups import imbalance_factor
 from shards.index import MANIFEST, Split, image_sizes, open_split, read_manifest
 from shards.parallel import run_jobs
 from shards.progress import Progress
-from shards.remote import cached_dataset, is_url, whole_cached_dataset
+from shards.remote import cached_dataset, is_url, origin, whole_cached_dataset
 from shards.staging import REJECTED, file_names
 from shards.writer import index_text, sha256
 
@@ -39,7 +39,7 @@ def verify(root: Path | str, *, decode: bool = True, workers: int | None = None)
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}; give a whole number of at least 1")
-    url = str(root) if is_url(root) else None
+    url = str(root) if is_url(root) else origin(Path(root))  # also of a remote dataset's folder in the cache
     root = Path(root) if url is None else cached_dataset(url, MANIFEST)
     manifest = read_manifest(root)
     try:

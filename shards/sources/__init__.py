@@ -8,7 +8,7 @@ from shards.errors import UserError
 from shards.sources import cifar, coco, digits, fashion, folder, lists, table
 from shards.sources.source import Listing, Source
 
-__all__ = ["SOURCES", "Listing", "Source", "open_source"]
+__all__ = ["SOURCES", "Listing", "Source", "check_dataset", "open_source"]
 
 SOURCES: dict[str, Callable[[Path | None], Source]] = {
     "digits": digits.open_source,
@@ -21,6 +21,12 @@ SOURCES: dict[str, Callable[[Path | None], Source]] = {
 }
 
 
+def check_dataset(dataset: str) -> None:
+    """Raise a UserError unless a dataset is a key of `SOURCES`."""
+    if dataset not in SOURCES:
+        raise UserError(f"unknown dataset {dataset!r}; choose one of: {', '.join(SOURCES)}")
+
+
 def open_source(dataset: str, path: Path | None) -> Source:
     """List a source's images.
 
@@ -31,8 +37,7 @@ def open_source(dataset: str, path: Path | None) -> Source:
     Raises:
         UserError: an unknown dataset, or images that cannot be listed.
     """
-    if dataset not in SOURCES:
-        raise UserError(f"unknown dataset {dataset!r}; choose one of: {', '.join(SOURCES)}")
+    check_dataset(dataset)
     try:
         return SOURCES[dataset](path)
     except OSError as error:

@@ -468,6 +468,26 @@ def test_source_and_out_lie_apart_behind_urls_too(pets, memory, below):
         build("folder", source=memory, out=f"{memory}{below}", workers=1)
 
 
+def test_a_class_that_is_gone_behind_a_url_is_gone_here(tmp_path, pets, memory):
+    files, root = fsspec.core.url_to_fs(memory)
+    files.put(f"{pets}/", root, recursive=True)
+    build("folder", source=memory, out=tmp_path / "one", workers=1)
+    files.rm(f"{root}/eel", recursive=True)
+    assert open_dataset(build("folder", source=memory, out=tmp_path / "two", workers=1)).classes == ["cat", "dog"]
+
+
+def test_verify_knows_a_remote_datasets_folder_in_the_cache(remote):
+    assert verify(open_dataset(remote).root, workers=1) == []
+
+
+def test_an_unknown_dataset_copies_nothing(pets, memory, cache):
+    files, root = fsspec.core.url_to_fs(memory)
+    files.put(f"{pets}/", root, recursive=True)
+    with pytest.raises(UserError, match="unknown dataset 'foldr'"):
+        build("foldr", source=memory)
+    assert not cache.exists()
+
+
 def test_an_unknown_kind_of_url():
     with pytest.raises(UserError, match=r"nothing://x cannot be opened: Protocol not known"):
         open_dataset("nothing://x")
