@@ -43,21 +43,36 @@ def test_accelerate_has_nothing_to_remark_on_a_launch_with_one(tmp_path):
     assert (done.stdout, done.stderr) == ("started\n", "")
 
 
+# As srun(1) says: with --kill-on-bad-exit a task that fails has the others killed, and the status is the highest.
+SRUN = r"""
+while [ "${1#-}" != "$1" ]; do
+    echo "$1" >> options
+    case "$1" in --kill-on-bad-exit=1 | --kill-on-bad-exit | -K*) kill=yes ;; esac
+    shift
+done
+for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" & pids[$i]=$!; done
+first=0; wait "${pids[0]}" || first=$?
+if [ "$first" != 0 ] && [ -n "${kill-}" ]; then kill -9 "${pids[1]}" 2>/dev/null; fi
+second=0; wait "${pids[1]}" || second=$?
+exit $((first > second ? first : second))
+"""
+
+
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (2, False)])
 def test_a_slurm_job_that_stopped_for_its_time_is_queued_again(tmp_path, status, requeued):
     """With stand-ins for Slurm's commands and for Python."""
     stand_ins = {
         "scontrol": 'if [ "$1" = show ]; then printf "first\\nsecond\\n"; else echo "$@" >> calls; fi',
-        "srun": 'shift; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" || status=$?; done;'
-        " exit ${status:-0}",
-        "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT: $@" >> calls; exit $STATUS',
+        "srun": SRUN,
+        "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT: $@" >> calls;'
+        ' if [ "$RANK" = 1 ]; then sleep 0.3; fi; exit $STATUS',
     }
     for name, body in stand_ins.items():
         path = tmp_path / name
         path.write_text(f"#!/usr/bin/env bash\n{body}\n")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STATUS": str(status)}
-    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "6"}
     done = subprocess.run(
         ["bash", LAUNCH / "slurm.sbatch", "train/bbn.py", "--run", "runs/a b"],
         cwd=tmp_path,
@@ -68,5 +83,7 @@ def test_a_slurm_job_that_stopped_for_its_time_is_queued_again(tmp_path, status,
     )
     assert done.returncode == (0 if requeued else status), done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls[:2] == [f"{rank} {rank} 2 first 20007: train/bbn.py --run runs/a b --resume" for rank in range(2)]
+    ranks = [f"{rank} {rank} 2 first 20007: train/bbn.py --run runs/a b --resume" for rank in range(2)]
+    assert sorted(calls[:2]) == ranks
+    assert "--cpus-per-task=6" in (tmp_path / "options").read_text().split()
     assert calls[2:] == (["requeue 7"] if requeued else [])
