@@ -31,7 +31,7 @@ can_build_pillow_simd() {
     local include
     include=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
     printf '#include <Python.h>\n#include <stdio.h>\n#include <zlib.h>\n#include <jpeglib.h>\nint main(void) { return 0; }\n' |
-        "${CC:-cc}" -I"$include" -x c -o /dev/null - -lz -ljpeg 2>/dev/null
+        ${CC:-cc} -I"$include" -x c -o /dev/null - -lz -ljpeg 2>/dev/null
 }
 
 install_build_needs() {
@@ -47,7 +47,12 @@ install_build_needs() {
 
 # Whether everything is there, and one PIL alone. (Importing torch would take seconds.)
 is_whole() {
-    [ -x .venv/bin/tailstream ] && .venv/bin/python - <<'EOF' 2>/dev/null
+    [ -x .venv/bin/tailstream ] || return 1
+    # In a moved or copied checkout the programs still start the old one's Python.
+    local home
+    home=$(sed -n '1s|^#!\(.*/\.venv/bin\)/python.*|\1|p' .venv/bin/tailstream)
+    [ -z "$home" ] || [ "$home" -ef .venv/bin ] || return 1
+    .venv/bin/python - <<'EOF' 2>/dev/null
 import importlib.metadata
 import importlib.util
 
@@ -82,15 +87,25 @@ for file, text in files.items():
 EOF
 }
 
+# Whether Pillow stands in for a pillow-simd that could be built by now.
+could_be_faster() {
+    grep -qs '^setup.sh' .venv/lib/python3*/site-packages/pillow_simd-*.dist-info/INSTALLER &&
+        [ "$(uname -m)" = x86_64 ] && can_build_pillow_simd
+}
+
 # An environment that fits the tests fits everything.
 stamp_of() { echo ".venv/tailstream-$(cat "$1" pyproject.toml scripts/setup.sh | sha256sum | cut -c1-16)"; }
 stamp=$(stamp_of $requirements)
-if { [ -e "$stamp" ] || [ -e "$(stamp_of requirements-test.txt)" ]; } && is_whole; then
+if { [ -e "$stamp" ] || [ -e "$(stamp_of requirements-test.txt)" ]; } && is_whole && ! could_be_faster; then
     exit 0
 fi
 rm -f .venv/tailstream-*
 
 if command -v uv >/dev/null; then uv=uv; else
+    # A .venv whose making was cut off has no pip yet.
+    [ -x .venv/bin/uv ] || .venv/bin/python -m pip --version >/dev/null 2>&1 ||
+        .venv/bin/python -m ensurepip >/dev/null 2>&1 ||
+        die "$(.venv/bin/python --version) has no ensurepip (on Debian: apt install python3-venv); then remove .venv and start again"
     [ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
     uv=.venv/bin/uv
 fi
@@ -114,7 +129,7 @@ if [ "$(uname -m)" = x86_64 ] && { can_build_pillow_simd || { install_build_need
     claim_the_name pillow "$version"
 else
     say "pillow-simd cannot be built here (it needs x86-64, a C compiler, Python.h, zlib and libjpeg headers)"
-    say "using ordinary Pillow instead: the same pictures, but building shards takes about twice as long"
+    say "using ordinary Pillow instead: pictures differ by a grey level here and there, and building shards takes about twice as long"
     uninstall pillow-simd
     .venv/bin/python -c 'from PIL import Image' 2>/dev/null || uninstall pillow
     install "pillow==$version"

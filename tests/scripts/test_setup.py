@@ -2,7 +2,10 @@
 
 import importlib.metadata
 import importlib.util
+import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import PIL
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,9 +52,10 @@ def test_pinned_versions_are_plain_and_fit_what_is_declared():
     assert pinned.items() <= for_tests.items()
     assert "pillow" not in for_tests
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = [re.match(r"[a-z0-9-]+", wanted)[0] for wanted in project["dependencies"]]
-    assert "torch" in declared
-    assert set(declared) <= set(pinned)
+    declared = list(map(Requirement, project["dependencies"]))
+    assert "torch" in [wanted.name for wanted in declared]
+    for wanted in declared:
+        assert wanted.specifier.contains(pinned[wanted.name]), wanted
     assert {"pytest", "ruff", "mypy", "dask", "s3fs", "moto"} <= set(for_tests)
 
 
@@ -58,3 +63,44 @@ def test_pinned_versions_are_plain_and_fit_what_is_declared():
 def test_rooms_are_importable_from_anywhere():
     for room in ("shards", "shards.sources", "pipeline", "train", "analysis", "tailstream"):
         assert importlib.util.find_spec(room) is not None
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What setup.sh works on, with stand-ins; `calls` says what uv was asked for."""
+    for name in ("scripts/setup.sh", "requirements.txt", "requirements-test.txt", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    programs = {".venv/bin/python": "exit 0", ".venv/bin/tailstream": "exit 0", "bin/cc": "cat >/dev/null"}
+    for name, body in (programs | {"bin/uv": f'echo "$@" >> {tmp_path}/calls'}).items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+    words = "cat requirements.txt pyproject.toml scripts/setup.sh | sha256sum | cut -c1-16"
+    digest = subprocess.run(words, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+    (tmp_path / f".venv/tailstream-{digest}").touch()
+    return tmp_path
+
+
+def set_up(checkout) -> str:
+    environment = os.environ | {"PATH": f"{checkout}/bin:{os.environ['PATH']}"}
+    subprocess.run([checkout / "scripts/setup.sh"], env=environment, capture_output=True, check=True)
+    return (checkout / "calls").read_text() if (checkout / "calls").exists() else ""
+
+
+def test_nothing_is_done_twice(checkout):
+    assert set_up(checkout) == ""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="pillow-simd is for x86-64")
+def test_pillow_simd_is_built_once_it_can_be(checkout):
+    entry = checkout / ".venv/lib/python3.11/site-packages/pillow_simd-12.1.1.post0.dist-info"
+    entry.mkdir(parents=True)
+    (entry / "INSTALLER").write_text("setup.sh\n")  # Pillow stands in
+    assert "pillow-simd==" in set_up(checkout)
+
+
+def test_a_copied_checkout_gets_its_own_programs(checkout):
+    (checkout / ".venv/bin/tailstream").write_text("#!/elsewhere/.venv/bin/python\n")
+    assert "--editable ." in set_up(checkout)
