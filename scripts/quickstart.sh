@@ -22,13 +22,17 @@ step() { printf '\n== %s\n' "$*"; }
 folder() { if [ "$1" = 0 ]; then echo "$runs"; else echo "$runs/seed-$1"; fi; }
 # Small images gain nothing from several threads, so one core trains BBN while another does the rest.
 train() { OMP_NUM_THREADS=1 tailstream train "$@"; }
+# A shell that is ended while a command runs in its foreground leaves that behind; one that waits for it does not.
+train_and_wait() { OMP_NUM_THREADS=1 tailstream train "$@" & training=$!; wait "$training"; }
 train_baselines_and_run_afg() {
+    trap 'kill "${training-}" 2>/dev/null || true' EXIT
+    trap 'exit 143' TERM
     for seed in $seeds; do
-        train erm --data "$data" --run "$(folder "$seed")/ce" --loop.seed "$seed" "${short[@]}"
+        train_and_wait erm --data "$data" --run "$(folder "$seed")/ce" --loop.seed "$seed" "${short[@]}"
     done
     for seed in $seeds; do
         until [ -e "$(folder "$seed")/bbn/summary.json" ]; do sleep 1; done
-        train afg --from "$(folder "$seed")/bbn" --run "$(folder "$seed")/afg" --loop.seed "$seed"
+        train_and_wait afg --from "$(folder "$seed")/bbn" --run "$(folder "$seed")/afg" --loop.seed "$seed"
     done
 }
 
@@ -38,10 +42,11 @@ tailstream build digits --profile step --imbalance-factor 40 --out "$data"
 step "BBN (two branches, two streams); beside it, in $log:"
 echo "   the baseline CE (one branch, cross-entropy), then AFG (generated tail features for BBN's classifier)"
 train_baselines_and_run_afg >"$log" 2>&1 &
+others=$!
 for seed in $seeds; do
     train bbn --data "$data" --run "$(folder "$seed")/bbn" --loop.seed "$seed" "${short[@]}"
 done
-wait $! || { cat "$log"; exit 1; }
+wait "$others" || { cat "$log"; exit 1; }
 grep "last epoch" "$log"
 
 step "the report"
