@@ -3,7 +3,7 @@
     python scripts/compare_stages.py runs/digits/*-afg-* runs/fashion/*-afg-* --json FILE
 
 Every run measured all of train/features/candidates.py on its test split, which chose nothing. Runs on the same dataset
-whose stage one has the same title are seeds of one experiment. *Best* is the candidate with the largest mean over seeds
+with the same title are seeds of one experiment. *Best* is the candidate with the largest mean over seeds
 of balanced accuracy: it is picked by test, so it flatters itself, and falling a little behind it is no fault. Beside it
 stand the classifier that each run selected on val, and AFG; differences are paired, seed by seed, and their standard
 error is that over seeds, or with a single seed unknown.
@@ -83,9 +83,12 @@ def main() -> None:
         groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
         for run in read_runs(asked.runs):
             groups[run.dataset, run.title].append(run)
-        found = {
-            f"{dataset}, {title.rpartition(' + ')[0]}": experiment(runs) for (dataset, title), runs in groups.items()
-        }
+        first = Counter((dataset, title.rpartition(" + ")[0]) for dataset, title in groups)
+        found = {}
+        for (dataset, title), runs in groups.items():
+            stage_one = title.rpartition(" + ")[0]
+            # Named by the whole title where a stage one was followed by several kinds of AFG.
+            found[f"{dataset}, {stage_one if first[dataset, stage_one] == 1 else title}"] = experiment(runs)
         print(
             "| stage one | seeds | best by test | selected | its accuracy | behind the best | AFG | behind the best |"
         )

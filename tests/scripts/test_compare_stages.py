@@ -42,6 +42,15 @@ def test_one_seed_has_no_error_and_a_run_may_select_nothing(monkeypatch, capsys,
     assert json.loads((tmp_path / "a.json").read_text())["experiments"]["digits, CE"]["best"] == "AFG"
 
 
+def test_another_afg_is_another_experiment(monkeypatch, capsys):
+    other = finished(1, 0.5, None, 0.6, 0.65)
+    other.title = "CE + AFG, adaptive β"
+    monkeypatch.setattr(compare_stages, "read_runs", lambda _: [finished(0, 0.7, None, 0.6, 0.65), other])
+    monkeypatch.setattr(sys, "argv", ["compare_stages.py", "runs/a"])
+    compare_stages.main()
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 2  # a head of two lines
+
+
 def test_a_run_without_other_classifiers_is_refused():
     run = finished(0, 0.7, None, 0.6, 0.65)
     run.baselines = []
