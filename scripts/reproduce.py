@@ -38,6 +38,7 @@ from shards.cores import cores
 from shards.errors import UserError, user_errors_exit_2
 from shards.groups import imbalance_factor
 from shards.index import Dataset, open_dataset
+from train.engine.runs import read_config
 from train.networks.model_files import load_model
 from train.networks.networks import build_network
 
@@ -93,8 +94,10 @@ def read_table(name: str, column: str | None) -> tuple[dict[str, Any], list[Row]
 def column_of(dataset: Dataset, columns: list[str]) -> str | None:
     """Return the paper's column that a dataset is of: its preset, with its imbalance factor where it has several."""
     preset = dataset.manifest["preset"]
-    wanted = f"{preset}-{imbalance_factor(dataset.train_counts):.0f}"
-    return next((column for column in columns if column in (preset, wanted)), None)
+    # What was asked for comes first: the counts of small classes cannot have the very factor.
+    factors = [dataset.manifest["options"].get("imbalance_factor"), imbalance_factor(dataset.train_counts)]
+    wanted = [preset, *(f"{preset}-{factor:.0f}" for factor in factors if factor)]
+    return next((column for column in wanted if column in columns), None)
 
 
 def chosen_rows(rows: list[Row], names: str | None) -> list[Row]:
@@ -112,8 +115,11 @@ def chosen_rows(rows: list[Row], names: str | None) -> list[Row]:
             if other is not None:
                 take(other)
 
-    for name in names.split(","):
-        take(name.strip())
+    parts = [part.strip() for part in names.split(",")]
+    while parts:  # a name may have commas of its own
+        longest = next((n for n in range(len(parts), 1, -1) if ", ".join(parts[:n]) in by_name), 1)
+        take(", ".join(parts[:longest]))
+        del parts[:longest]
     return [row for row in rows if row.name in wanted]
 
 
@@ -150,7 +156,7 @@ def measured_rate(config: dict[str, Any], classes: int, threads: int) -> float:
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size, batch = config["input"]["image_size"], min(config["input"]["batch_size"], 128)
-    network = build_network("plain", config["model"]["backbone"], classes).to(device)
+    network = build_network("plain", config["model"]["backbone"], classes, image_size=size).to(device)
     images_BHWC = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
     labels_B = torch.zeros(batch, dtype=torch.int64, device=device)
     seconds = math.inf
@@ -162,7 +168,24 @@ def measured_rate(config: dict[str, Any], classes: int, threads: int) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = min(seconds, time.perf_counter() - began)
+    if device == "cuda":
+        del network, images_BHWC, labels_B, logits_BC
+        torch.cuda.empty_cache()  # the runs need it: this process only waits for them
     return batch / seconds
+
+
+def check_finished(row: Row, asked: argparse.Namespace, dataset: Dataset, config: dict[str, Any]) -> None:
+    """Refuse to show finished runs as what they are not (UserError): of other images, or of other epochs."""
+    for seed in range(asked.seeds):
+        folder = row.folder(asked.runs, seed)
+        if not (folder / "summary.json").exists():
+            continue
+        saved = read_config(folder)
+        if saved["about"].get("fingerprint") not in (None, dataset.fingerprint):
+            raise UserError(f"{folder} was trained on other images than {asked.data} has; give another --runs")
+        ours, wanted = saved["optim"]["epochs"], config["optim"]["epochs"]
+        if ours != wanted and config["loop"].get("budget") is None:
+            raise UserError(f"{folder} was trained for {ours} epochs, and {wanted} are wanted; give another --runs")
 
 
 def plan(rows: list[Row], asked: argparse.Namespace, dataset: Dataset) -> None:
@@ -177,10 +200,11 @@ def plan(rows: list[Row], asked: argparse.Namespace, dataset: Dataset) -> None:
             print(f"  {row.name}: {state}; a second stage on the features of {row.source}")
             continue
         config = resolved(row, asked)
+        check_finished(row, asked, dataset, config)
         batch, epochs = config["input"]["batch_size"], config["optim"]["epochs"]
         images = max(1, int(dataset.train_counts.sum()) // batch) * batch * epochs * STREAMS.get(row.words[0], 1)
-        rate = rate or measured_rate(config, len(dataset.classes), asked.threads)
-        hours = len(left) * images / rate / 3600
+        rate = rate or (measured_rate(config, len(dataset.classes), asked.threads) if left else None)
+        hours = len(left) * images / rate / 3600 if rate else 0.0
         total += hours
         print(f"  {row.name}: {state}; {epochs} epochs, {images:,} images a run, {hours:.1f} hours left")
     if rate:
@@ -270,6 +294,7 @@ def results(table: dict[str, Any], rows: list[Row], asked: argparse.Namespace) -
     lines = [f"{table['title']} ({table['prints']}, %; {table['source']})", ""]
     lines.append(f"{'':<34}{'ours, last epoch':>20}{'n':>3}{'best by test':>14}{'paper':>8}")
     data: dict[str, Any] = {}
+    left_out: list[str] = []
     for row in rows:
         found: dict[int, float] = {}
         best: list[float] = []
@@ -278,7 +303,10 @@ def results(table: dict[str, Any], rows: list[Row], asked: argparse.Namespace) -
             if row.mean_of:
                 others = [next(r for r in rows if r.name == name).folder(asked.runs, seed) for name in row.mean_of]
                 if all((other / "summary.json").exists() for other in others):
-                    found[seed] = ensemble([read_run(other) for other in others])["top1"] or 0.0
+                    try:
+                        found[seed] = ensemble([read_run(other) for other in others])["top1"] or 0.0
+                    except UserError as error:  # runs keep the likeliest classes of many only
+                        left_out.append(f"{row.name}, seed {seed}, is left out: {error}")
                 continue
             folder = row.folder(asked.runs, seed)
             if not (folder / "summary.json").exists():
@@ -305,7 +333,7 @@ def results(table: dict[str, Any], rows: list[Row], asked: argparse.Namespace) -
             paper = "–" if row.paper is None else f"{row.paper:.2f}"
             figures = f"{statistics.mean(ours):.2f}{spread}"
             lines.append(f"{row.name:<34}{figures:>20}{len(ours):>3}{own:>14}{paper:>8}")
-    return "\n".join(lines), data
+    return "\n".join([*lines, *left_out]), data
 
 
 def main() -> None:

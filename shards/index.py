@@ -170,6 +170,12 @@ class Dataset:
         return list(self.manifest["classes"])
 
     @property
+    def fingerprint(self) -> str:
+        """What the training images, their labels and their order come down to: 16 hex digits."""
+        train = json.dumps(self.manifest["splits"]["train"], sort_keys=True)
+        return hashlib.sha256(train.encode()).hexdigest()[:16]
+
+    @property
     def train_counts(self) -> NDArray[np.int64]:
         """n_j, training images of class j, shape (C,), int64."""
         return self.splits["train"].class_counts

@@ -4,9 +4,9 @@
     find /archive -name '*.jpg' -print0 | tailstream predict --run runs/birds-bbn-1 -
     tailstream predict --run runs/seed-0 --run runs/seed-1 --run runs/seed-2 ~/holiday       averaged
 
-It shows the network exactly the pictures that an evaluation would, and needs neither the dataset nor DALI: the run's
-folder, copied anywhere, is enough. Images that cannot be read are named on standard error and left out. A name that
-begins with a dash comes after `--`.
+It shows the network exactly the pictures that an evaluation with the torch loader would, and needs neither the dataset
+nor DALI: the run's folder, copied anywhere, is enough. Images that cannot be read are named on standard error and left
+out. A name that begins with a dash comes after `--`.
 
     --prior uniform     where every class is as likely as any other; or a JSON file, {"class": share, …}, that sums to 1
 """

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 import reproduce
+from shards.build import build
 from shards.errors import UserError
 from shards.groups import imbalance_factor
 from train import decouple
@@ -38,6 +39,32 @@ def test_the_column_follows_from_the_data(digits, monkeypatch):
     assert reproduce.column_of(digits, columns) == "inat2018"
     monkeypatch.setitem(digits.manifest, "preset", "cifar10")
     assert reproduce.column_of(digits, columns) == wanted
+
+
+def test_the_column_is_that_of_the_factor_that_was_asked_for(digits, monkeypatch):
+    monkeypatch.setitem(digits.manifest, "preset", "cifar100")
+    monkeypatch.setitem(digits.manifest, "options", digits.manifest["options"] | {"imbalance_factor": 100.0})
+    assert reproduce.column_of(digits, ["cifar100-100"]) == "cifar100-100"
+
+
+def test_rows_with_commas_in_their_names_can_be_chosen():
+    _, rows = reproduce.read_table("bbn-2", None)
+    assert [row.name for row in reproduce.chosen_rows(rows, "CE,BBN, 2x")] == ["CE", "BBN, 2x"]
+    for table in TABLES:
+        rows = reproduce.read_table(table, None)[1]
+        for row in rows:
+            assert row in reproduce.chosen_rows(rows, row.name)
+
+
+def test_glags_second_stages_adapt_beta_as_its_table_does():
+    commands = [says["run"] for says in TABLES["glag"]["rows"].values() if "from" in says]
+    assert len(commands) == 4
+    assert all("--variant glag" in command for command in commands)
+
+
+def test_the_cost_of_a_transformer_is_measured_at_the_size_it_is_trained_at():
+    config = {"input": {"image_size": 32, "batch_size": 2}, "model": {"backbone": "timm/test_vit"}}
+    assert reproduce.measured_rate(config | {"loop": {"precision": "no"}}, 3, threads=1) > 0  # its own size is 160
 
 
 def test_rows_bring_what_they_start_from():
@@ -96,6 +123,25 @@ def test_a_table_is_trained_once_and_shown(tmp_path, digits, reproduced):
     assert len(run["curve"]) == 1
     assert "reversed sampler" in (tmp_path / "runs/bbn-3/bbn-3.txt").read_text()
     assert "reversed sampler: 1 of 1 finished" in reproduced(*options, "--dry-run", *short)[1]
+    # A finished run is not shown as what it is not.
+    other = build("digits", out=tmp_path / "other", seed=1, workers=1)
+    status, _, errors = reproduced(*options, "--data", str(other), *short)
+    assert (status, "was trained on other images than" in errors) == (2, True)
+    status, _, errors = reproduced(*options, "--epochs", "2", *short)
+    assert (status, "was trained for 1 epochs, and 2 are wanted" in errors) == (2, True)
+
+
+def test_a_mean_that_cannot_be_had_leaves_the_other_rows(tmp_path, digits, reproduced, monkeypatch):
+    def refuse(runs):
+        raise UserError("a kept 100 of 8142 classes' probabilities")
+
+    monkeypatch.setattr(reproduce, "ensemble", refuse)
+    words = ["bbn-6", "--data", str(digits.root), "--rows", "uniform + reversed", "--seeds", "1", "--epochs", "1"]
+    short = ["--input.image_size", "8", "--input.batch_size", "128"]
+    status, said, errors = reproduced(*words, "--threads", "1", "--", *short)
+    assert status == 0, errors
+    assert "uniform + reversed, seed 0, is left out: a kept 100 of 8142" in said
+    assert "reversed sampler" in (tmp_path / "runs/bbn-6/bbn-6.txt").read_text()
 
 
 def test_figure_2_plans_nine_second_stages_that_parse(digits, reproduced):

@@ -1,7 +1,5 @@
 """A run, from its settings to its end: configured, started or resumed, finished."""
 
-import hashlib
-import json
 import shlex
 import sys
 import time
@@ -118,17 +116,12 @@ def _missing_weights(config: Config, accelerator: Accelerator) -> str | None:
 def _dataset_of(run: Path, about: dict[str, Any], data: str | None) -> Dataset:
     """Open the dataset that a run was trained on, and see that it is still the same."""
     dataset = find_dataset_of(run, about, data)
-    if about.get("fingerprint", _fingerprint(dataset)) != _fingerprint(dataset):
+    if about.get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
         raise UserError(
             f"{dataset.place} does not hold the images that {run} was trained on; name that dataset with --data, or"
             " start a new run"
         )
     return dataset
-
-
-def _fingerprint(dataset: Dataset) -> str:
-    """Return what the dataset's training images, their labels and their order come down to."""
-    return hashlib.sha256(json.dumps(dataset.manifest["splits"]["train"], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _train_and_finish(
@@ -210,7 +203,7 @@ def _train_and_finish(
     if accelerator.is_main_process:
         tracking.open(run_folder, counters.step, dataset.name, sections)  # first: it may not start
         about = {"method": method.name, "dataset": dataset.name, "data": dataset.place, "changed": asked.changed}
-        about |= {"fingerprint": _fingerprint(dataset), "variant": asked.variant, "preset": asked.preset}
+        about |= {"fingerprint": dataset.fingerprint, "variant": asked.variant, "preset": asked.preset}
         runs.write_config(run_folder, {"about": about, **sections})
         runs.truncate_rows(run_folder, counters.epochs)
         (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs

@@ -177,8 +177,9 @@ def open_stage(
     if begun is not None:
         begun.append(run_folder)
     if accelerator.is_main_process:
+        variant = asked.variant or about.get("variant")
         about = {"method": name, "dataset": dataset.name, "data": dataset.place, "from": str(source)}
-        about["weights"] = weights
+        about |= {"weights": weights, "variant": variant}
         runs.write_config(run_folder, {"about": about, **plain_sections(parser, settings)})
         (run_folder / "metrics.jsonl").unlink(missing_ok=True)  # written once, at the end
     doing = "resuming" if resumed else "->"
@@ -242,7 +243,7 @@ def _check_resumed(run: Path, asked: Any, about: dict[str, Any]) -> None:
     Raises:
         UserError: --from, --weights or --variant differ.
     """
-    if asked.variant:
+    if asked.variant not in (None, about.get("variant")):
         raise UserError(f"--variant {asked.variant} comes too late for {run}, which has its settings; leave it out")
     for key in ("from", "weights"):
         begun, given = about.get(key), asked[key]
