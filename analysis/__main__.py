@@ -1,16 +1,19 @@
 """The commands `python -m analysis compare`, `report`, `figure` and `ensemble`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Literal, get_args
+
+from jsonargparse import Namespace
 
 from analysis.compare import group_runs, mismatches, repeated_runs
 from analysis.comparison import comparison
 from analysis.ensemble import ensemble_table
 from analysis.predictions import differences
-from analysis.runs import read_finished_runs, read_run
+from analysis.runs import read_finished_runs, read_runs
 from analysis.settings import unknown_stage_ones
-from analysis.tables import FORMATS, blocks, json_text
+from analysis.tables import FORMATS, blocks, json_text, plain
 from shards.cli import Parser, program_name
 from shards.errors import user_errors_exit_2
 
@@ -73,32 +76,45 @@ def main(argv: list[str] | None = None) -> None:
     commands.add_subcommand("ensemble", averaging)
     options = parser.parse_args(argv)
 
-    with user_errors_exit_2(program):
-        if options.command == "ensemble":
-            print(ensemble_table([read_run(path) for path in options.ensemble.runs]))
-            return
-        runs, notes = read_finished_runs(options[options.command].runs)
-        entries = group_runs(runs)
-        for note in notes + unknown_stage_ones(runs) + repeated_runs(entries) + mismatches(runs):
-            print(f"note: {note}", file=sys.stderr)
-        if options.command == "report":
-            from analysis.report import write_report  # matplotlib loads slowly, and a table needs none
+    try:
+        with user_errors_exit_2(program):
+            run(options)
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
-            print(write_report(runs, options.report.out))
-        elif options.command == "figure":
-            from analysis.gallery import write_figure
 
-            print(write_figure(options.figure.name, runs, options.figure.out))
+def run(options: Namespace) -> None:
+    """Run the command that parsed options name."""
+    if options.command == "ensemble":
+        runs = read_runs(options.ensemble.runs)
+        for note in mismatches(runs):
+            print(f"note: {plain(note)}", file=sys.stderr)
+        print(ensemble_table(runs))
+        return
+    runs, notes = read_finished_runs(options[options.command].runs)
+    entries = group_runs(runs)
+    for note in notes + unknown_stage_ones(runs) + repeated_runs(entries) + mismatches(runs):
+        print(f"note: {plain(note)}", file=sys.stderr)
+    if options.command == "report":
+        from analysis.report import write_report  # matplotlib loads slowly, and a table needs none
+
+        print(write_report(runs, options.report.out))
+    elif options.command == "figure":
+        from analysis.gallery import write_figure
+
+        print(write_figure(options.figure.name, runs, options.figure.out))
+    else:
+        versus, notes = differences(entries)
+        for note in notes:
+            print(f"note: {plain(note)}", file=sys.stderr)
+        if options.compare.json or options.compare.format == "json":
+            print(json_text(entries, versus))
+        elif options.compare.format == "html":
+            print(comparison(entries, versus, options.compare.baselines))
         else:
-            versus, notes = differences(entries)
-            for note in notes:
-                print(f"note: {note}", file=sys.stderr)
-            if options.compare.json or options.compare.format == "json":
-                print(json_text(entries, versus))
-            elif options.compare.format == "html":
-                print(comparison(entries, versus, options.compare.baselines))
-            else:
-                print(FORMATS[options.compare.format](blocks(entries, options.compare.baselines, versus)))
+            print(FORMATS[options.compare.format](blocks(entries, options.compare.baselines, versus)))
 
 
 if __name__ == "__main__":

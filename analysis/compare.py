@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.runs import METRICS, Run
-from analysis.settings import Experiment, distinct_titles, experiment
+from analysis.settings import Experiment, distinct_titles, experiment, fingerprint
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Entry:
     Attributes:
         dataset: the dataset's name.
         title: the method's, with what sets it apart from the other experiments compared.
-        runs: at least one, by what distinguishes seeds: of a second stage, its own seed and stage one's.
+        replicates: at least one run, by what distinguishes seeds: of a second stage, its own seed and stage one's.
         last: the figures after each run's last epoch.
         selected: those after the epochs that the runs selected; None where no run selected any.
         baselines: by name, what the runs measured themselves against, last figures only; often none.
@@ -55,6 +55,12 @@ class Entry:
     def seeds(self) -> list[int]:
         """The seed of each run."""
         return [run.summary["seed"] for run in self.runs]
+
+    def measured(self, baseline: str) -> int:
+        """Return how many seeds measured themselves against this."""
+        return sum(
+            any(row["name"] == baseline for run in runs for row in run.baselines) for runs in self.replicates.values()
+        )
 
     def over_seeds(self, of: Callable[[Run], NDArray[Any] | None]) -> NDArray[np.float64] | None:
         """Return the mean over seeds of an array of each run; None unless all runs have it, of one shape."""
@@ -145,6 +151,7 @@ def mismatches(runs: Sequence[Run]) -> list[str]:
         splits = sorted({str(run.summary["evaluated_on"]) for run in mine})
         differing: dict[str, set[Any]] = {
             "were trained on different class counts": {tuple(run.train_counts_C) for run in mine},
+            "were trained on different images": {found for run in mine if (found := fingerprint(run)) is not None},
             "have different classes, or these in another order": {tuple(run.classes) for run in mine},
             f"were evaluated on {' and '.join(splits)}": set(splits),
         }

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -57,8 +57,8 @@ PERCENT_TOP = 104  # room for a line at 100 %
 
 
 def styled() -> AbstractContextManager[None]:
-    """Draw in our style."""
-    return rc_context(_STYLE)
+    """Draw in our style, whatever the user's own is."""
+    return style.context(_STYLE, after_reset=True)
 
 
 def canvas(width: float, height: float, label: str) -> tuple[Figure, Axes]:

@@ -7,6 +7,7 @@ import numpy as np
 from analysis.metrics import percent, summarize, tally
 from analysis.predictions import read_predictions
 from analysis.runs import METRICS, Run
+from analysis.tables import plain
 from shards.errors import UserError
 
 
@@ -47,7 +48,7 @@ def ensemble(runs: Sequence[Run]) -> dict[str, float | None]:
 def ensemble_table(runs: Sequence[Run]) -> str:
     """Return the figures of each run and of all together as aligned text, in percent."""
     rows = [("", list(METRICS.values()))]
-    rows += [(f"{run.name} ({run.title})", [percent(run.last[key]) for key in METRICS]) for run in runs]
+    rows += [(plain(f"{run.name} ({run.title})"), [percent(run.last[key]) for key in METRICS]) for run in runs]
     together = ensemble(runs)
     rows.append(("all together", [percent(together[key]) for key in METRICS]))
     width = max(len(name) for name, _ in rows)

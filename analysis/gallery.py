@@ -40,7 +40,7 @@ def write_figure(name: str, runs: Sequence[Run], out: Path) -> Path:
     Raises:
         UserError: the file is of another kind or cannot be written, or the runs have nothing to draw.
     """
-    if out.suffix not in (".svg", ".pdf"):
+    if out.suffix.lower() not in (".svg", ".pdf"):
         raise UserError(f"{out} is neither SVG nor PDF; name a file such as --out {out.stem or 'figure'}.pdf")
     entries = group_runs(runs)
     if len({entry.dataset for entry in entries}) > 1:
@@ -50,14 +50,14 @@ def write_figure(name: str, runs: Sequence[Run], out: Path) -> Path:
     if figure is None:
         raise UserError(f"these runs have nothing to draw for {name}{_WANTED.get(name, '')}")
     titles = _LEGENDS[name](entries) if name in _LEGENDS else [entry.title for entry in entries]
-    return write_file(out, alone(figure, titles, out.suffix[1:]))
+    return write_file(out, alone(figure, titles, out.suffix[1:].lower()))
 
 
 def check_colours(entries: Sequence[Entry]) -> None:
     """Refuse more entries than there are colours."""
     if len(entries) > MAX_ENTRIES:
         raise UserError(
-            f"{len(entries)} titles on {entries[0].dataset} are too many for one report or figure; name runs of at most"
+            f"{len(entries)} titles on {entries[0].dataset} are too many for one figure; name runs of at most"
             f" {MAX_ENTRIES}, or tabulate all with: tailstream compare --format html"
         )
 

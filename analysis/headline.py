@@ -14,8 +14,13 @@ _LEVEL = 0.0005  # differences below it are 0.0 points
 
 
 def best_entry(entries: Sequence[Entry]) -> Entry:
-    """Return the entry that does best, counting every class equally; of several that are level, the first."""
-    return max(entries, key=lambda entry: round(entry.last.mean["balanced_accuracy"] or 0, 3))
+    """Return the entry that does best, counting every class equally; the first where it is level with that."""
+
+    def figure(entry: Entry) -> float:
+        return entry.last.mean["balanced_accuracy"] or 0
+
+    best = max(entries, key=figure)
+    return entries[0] if figure(best) - figure(entries[0]) < _LEVEL else best
 
 
 def headline(entries: Sequence[Entry], split: str, versus: Mapping[str, dict[str, Interval]]) -> str:

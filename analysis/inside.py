@@ -122,7 +122,8 @@ def by_class(lines: Sequence[Line], label: str) -> Figure | None:
             ax.set_xlabel("class, from the largest to the smallest")
         else:
             ax.set_xscale("log")
-            low, high = max(1, counts.min()) / 1.25, max(2, counts.max()) * 1.25
+            most = max(2, counts.max())
+            low, high = min(max(1, counts.min()), most / 2) / 1.25, most * 1.25  # wide enough for a number
             ax.set_xlim(low, high)
             shade_groups(ax, low, high)
             log_ticks(ax.xaxis, low, high)

@@ -1,6 +1,7 @@
 """What our HTML pages share: colours, the template environment, and how a page is written."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import jinja2
@@ -52,14 +53,21 @@ def write_file(out: Path, content: bytes) -> Path:
     Raises:
         UserError: it cannot be written.
     """
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    place = out.resolve() if out.is_symlink() else out
+    if not place.name:  # "." and "/"
+        raise UserError(f"{out} is a folder; name a file with --out")
+    unfinished = place.with_name(f".{place.name}.{os.getpid()}")
     try:
+        if place.exists() and not place.is_file():  # a device or a pipe is written to, never replaced
+            place.write_bytes(content)
+            return out
         unfinished.write_bytes(content)
-        unfinished.replace(out)
+        unfinished.replace(place)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); name a file with --out") from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
     return out
 
 

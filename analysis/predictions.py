@@ -171,7 +171,8 @@ def intervals(
     if not seen_C.any():
         return {}
 
-    group_of = np.searchsorted(sorted(GROUPS), groups_C[seen_C])
+    places = ["", *sorted(GROUPS)]  # "": classes without training images, which are of no group
+    group_of = np.searchsorted(places, groups_C[seen_C])
     rows = _strata(group_of, counts_CV[seen_C])
     # Those of one group with the same answers are drawn alike, so all of them are drawn at once.
     rows_U, alike_U = np.unique(rows, axis=0, return_counts=True)
@@ -183,7 +184,7 @@ def intervals(
         "balanced_accuracy": classes_U / (classes_U @ alike_U),
     }
     known = dict.fromkeys(shares_SU, images_U @ alike_U >= _LEAST_IMAGES)
-    for i, group in enumerate(sorted(GROUPS)):
+    for i, group in enumerate(places[1:], start=1):
         mine_U = rows_U[:, 0] == i
         shares_SU[group] = mine_U * classes_U / max(1, mine_U * classes_U @ alike_U)
         known[group] = mine_U * images_U @ alike_U >= _LEAST_IMAGES

@@ -6,7 +6,6 @@ An entry is all runs of one experiment; whatever the page shows of several seeds
 import os
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
     if out is None:
         folders = [run.path.resolve() for run in runs]
         out = Path(os.path.commonpath([f if len(runs) == 1 else f.parent for f in folders])) / "report.html"
-    return write_file(out, render(runs).encode("utf-8"))
+    return write_file(out, render(runs).encode("utf-8", "backslashreplace"))
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -191,6 +190,9 @@ def _view(entry: Entry, colour: str) -> dict[str, Any]:
         "epochs": _range([summary["epochs"] for summary in summaries], "–"),
         "selected": entry.selected,
         "selected_on": and_join(sorted({str(summary["selected_on"]) for summary in selected})),
+        "selected_names": and_join(
+            sorted({str(of["selected"]["name"]) for of in selected if of["selected"].get("name")})
+        ),
         "selected_epochs": _range([summary["selected"]["epoch"] for summary in selected], "–"),
     }
 
@@ -256,13 +258,18 @@ def _mistakes(entry: Entry, answered: Answers | None) -> dict[str, Any] | None:
     return {"group": group, "title": entry.title, "runs": len(answered.runs), "shown": shown} if shown else None
 
 
+def _norm(run: Run) -> NDArray[np.float64] | None:
+    norms_C = inside.diagnostic(run, "norms")
+    return None if norms_C is None else np.array([np.nanmean(norms_C), np.nanstd(norms_C)])
+
+
 def _norms(entries: list[Entry]) -> list[tuple[int, str, float, float]]:
     """Return (number, title, mean, standard deviation) of the lengths of each entry's rows of weights."""
     found = []
     for i, entry in enumerate(entries):
-        norms_C = entry.over_seeds(partial(inside.diagnostic, name="norms"))
-        if norms_C is not None:
-            found.append((i, entry.title, float(np.nanmean(norms_C)), float(np.nanstd(norms_C))))
+        mean_and_std = entry.over_seeds(_norm)
+        if mean_and_std is not None:
+            found.append((i, entry.title, float(mean_and_std[0]), float(mean_and_std[1])))
     return found
 
 

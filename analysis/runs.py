@@ -11,7 +11,9 @@ runs/bbn/
 
 import json
 import math
+import os
 import zipfile
+import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +135,7 @@ def read_finished_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
         try:
             runs.append(read_run(path))
         except (NotFinishedError, NotARunError) as error:
-            if len(distinct) == 1 or not path.exists():
+            if len(distinct) == 1 or not os.path.lexists(path):
                 raise
             why = "not finished" if isinstance(error, NotFinishedError) else "no run"
             skipped.setdefault(why, []).append(str(path))
@@ -185,6 +187,9 @@ def read_run(path: Path) -> Run:
     )
 
 
+_ARCHIVE = (zipfile.BadZipFile, zlib.error)
+
+
 def read_arrays(run: Run, file: str, names: Collection[str] | None = None) -> dict[str, NDArray[Any]] | None:
     """Read arrays of a run's .npz file.
 
@@ -204,8 +209,10 @@ def read_arrays(run: Run, file: str, names: Collection[str] | None = None) -> di
             return {name: arrays[name] for name in (arrays.files if names is None else names) if name in arrays}
     except FileNotFoundError:
         return None
+    except PermissionError:  # reported as what it is
+        raise
     # Damaged archives meet NumPy with whatever its code runs into.
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, *_ARCHIVE) as error:
         raise damaged_arrays(run, file, error) from None
 
 

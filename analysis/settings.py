@@ -82,7 +82,8 @@ class Experiment:
         counts: n_j of each class.
         classes: their names.
         evaluated_on: the split that the figures are of.
-        replicate: the seed of each stage; of a stage one that is gone, its folder's name.
+        replicate: the seed of each stage, and what its images come down to; of a stage one that is gone, its folder's
+            name.
         gone: the folder of a stage one that is not beside the run, whose settings are therefore unknown.
     """
 
@@ -116,12 +117,16 @@ def experiment(run: Run) -> Experiment:
     replicate: list[Hashable] = []
     stage, config, origin = run.summary["stage"], _parse(run.config), run.summary["from"]
     seed: Hashable = run.summary["seed"]
+    if stage > 1:  # which weights of stage one; none said so before there was a choice
+        settings[stage, "from.weights"] = _hashable(run.summary.get("from_weights", "last"))
     folder, gone = run.path.resolve(), None
     while True:
         mine = _flat(config, stage)
         settings |= mine
         replicate.append(seed)
         about = config.get("about")
+        if isinstance(about, dict) and about.get("fingerprint") is not None:
+            replicate.append(str(about["fingerprint"]))
         named = about.get("changed") if isinstance(about, dict) else None
         if changed is not None and isinstance(named, list):
             changed |= mine.keys() & {(stage, str(name)) for name in named}
@@ -153,6 +158,13 @@ def experiment(run: Run) -> Experiment:
         replicate=tuple(replicate),
         gone=gone,
     )
+
+
+def fingerprint(run: Run) -> str | None:
+    """Return what the images that a run was trained on come down to; None where it does not say."""
+    about = _parse(run.config).get("about")
+    found = about.get("fingerprint") if isinstance(about, dict) else None
+    return None if found is None else str(found)
 
 
 def unknown_stage_ones(runs: Sequence[Run]) -> list[str]:
@@ -220,7 +232,12 @@ def distinct_titles(experiments: Sequence[Experiment]) -> list[str]:
 
 
 def _title(one: Experiment, experiments: Sequence[Experiment], sparing: bool) -> str:
-    parts = [_data(one, experiments), _split(one, experiments), *_settings(one, experiments, sparing)]
+    parts = [
+        _data(one, experiments),
+        _stage_one(one, experiments),
+        _split(one, experiments),
+        *_settings(one, experiments, sparing),
+    ]
     said = one.title.split(", ")
     return ", ".join([one.title, *(part for part in parts if part and part not in said)])
 
@@ -253,13 +270,14 @@ def _has_stage(one: Experiment, stage: int) -> bool:
 
 
 def _differing(experiments: Sequence[Experiment]) -> set[Key]:
-    first, absent = experiments[0], object()
-    return {
-        key
-        for other in experiments[1:]
-        for key in first.settings.keys() | other.settings.keys()
-        if first.settings.get(key, absent) != other.settings.get(key, absent)
-    }
+    absent = object()
+    differing = set()
+    for key in {key for one in experiments for key in one.settings}:
+        # Of a stage that is gone nothing is known.
+        found = {one.settings.get(key, absent) for one in experiments if _has_stage(one, key[0])}
+        if len(found) > 1:
+            differing.add(key)
+    return differing
 
 
 def _setting(name: str, value: Hashable, names: set[str]) -> str:
@@ -287,6 +305,12 @@ def _value(value: Hashable) -> str:
         case _:
             text = " ".join(str(value).split())
     return text if len(text) <= _LONGEST_VALUE else f"…{text[1 - _LONGEST_VALUE :]}"
+
+
+def _stage_one(one: Experiment, experiments: Sequence[Experiment]) -> str:
+    """Say that stage one is gone, where another experiment of the same title has it."""
+    beside = [other for other in experiments if (other.dataset, other.title) == (one.dataset, one.title)]
+    return "stage one unknown" if one.gone and any(other.gone is None for other in beside) else ""
 
 
 def _split(one: Experiment, experiments: Sequence[Experiment]) -> str:

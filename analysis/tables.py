@@ -86,7 +86,10 @@ def blocks(entries: Sequence[Entry], baselines: bool = False, versus: Difference
             n = len(entry.replicates)
             rows.append(Row(entry.title, entry.last, n, None, (versus or {}).get((dataset, entry.title), {})))
             if baselines:
-                rows += [Row(name, figures, n, entry.title, {}) for name, figures in entry.baselines.items()]
+                rows += [
+                    Row(name, figures, entry.measured(name), entry.title, {})
+                    for name, figures in entry.baselines.items()
+                ]
         first = mine[0].title if any(row.versus for row in rows) else None
         found.append(Block(dataset, rows, first, any(row.n > 1 for row in rows)))
     return found
@@ -121,7 +124,7 @@ def table(tables: Sequence[Block]) -> str:
 
 
 def _text(block: Block) -> str:
-    names = ["  " * bool(row.beside) + _plain(row.title) for row in block.rows]
+    names = ["  " * bool(row.beside) + plain(row.title) for row in block.rows]
     columns = [["", *names]]
     for key, heading in METRICS.items():
         spreads = ["" if row.figures.std[key] is None else f"±{percent(row.figures.std[key])}" for row in block.rows]
@@ -129,13 +132,13 @@ def _text(block: Block) -> str:
         means = [percent(row.figures.mean[key]) for row in block.rows]
         columns.append([heading, *(mean + s.ljust(width) for mean, s in zip(means, spreads, strict=True))])
     columns.append(["n", *(str(row.n) for row in block.rows)])
-    text = f"{_plain(block.dataset)}: {block.note}\n\n{_aligned(columns)}"
+    text = f"{plain(block.dataset)}: {block.note}\n\n{_aligned(columns)}"
     if block.first:
         compared = [(name, row) for name, row in zip(names, block.rows, strict=True) if row.versus]
         columns = [["", *(name for name, _ in compared)]]
         for key, heading in COMPARED.items():
             columns.append([heading, *(interval_text(row.versus.get(key)) for _, row in compared)])
-        text += f"\n\nvs {_plain(block.first)}: points [95 % interval over test images]\n\n{_aligned(columns)}"
+        text += f"\n\nvs {plain(block.first)}: points [95 % interval over test images]\n\n{_aligned(columns)}"
     return text
 
 
@@ -147,7 +150,7 @@ def _aligned(columns: list[list[str]]) -> str:
     )
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Return a name on one line, without what a terminal would act on."""
     return "".join(letter if letter.isprintable() else "�" for letter in text)
 
@@ -156,7 +159,7 @@ def markdown(tables: Sequence[Block]) -> str:
     """Draw Markdown tables."""
 
     def escaped(text: str) -> str:
-        return re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", _plain(text))
+        return re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", plain(text))
 
     drawn = []
     for block in tables:
@@ -180,6 +183,12 @@ _LATEX = {
     ">": r"\textgreater{}",
     "–": "--",
     "…": r"\ldots{}",
+    "α": r"$\alpha$",
+    "β": r"$\beta$",
+    "τ": r"$\tau$",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "×": r"$\times$",
 }
 
 
@@ -187,7 +196,7 @@ def latex(tables: Sequence[Block]) -> str:
     """Draw LaTeX tables in the style of booktabs."""
 
     def escaped(text: str) -> str:
-        return "".join(_LATEX.get(letter, letter) for letter in _plain(text))
+        return "".join(_LATEX.get(letter, letter) for letter in plain(text))
 
     def minus(text: str) -> str:
         return text.replace("−", "$-$")
@@ -195,7 +204,7 @@ def latex(tables: Sequence[Block]) -> str:
     drawn = ["% \\usepackage{booktabs}"]
     for block in tables:
         head = [
-            rf"% {_plain(block.dataset)}: {_explained(block)}",
+            rf"% {plain(block.dataset)}: {_explained(block)}",
             rf"\begin{{tabular}}{{l{'r' * len(block.columns)}}}",
         ]
         lines = [" & ".join(["", *map(escaped, block.columns)]) + r" \\", r"\midrule"]

@@ -1,6 +1,7 @@
 """`python -m analysis`, as people type it."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -106,3 +107,17 @@ def test_a_seed_run_twice_is_noted(make_run, capsys):
 def test_analysis_never_loads_torch():
     code = "import sys, analysis.__main__, analysis.metrics, analysis.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_reader_that_has_seen_enough(make_run):
+    runs = [str(make_run(f"{i}", title=f"{'t' * 2000}{i}")) for i in range(60)]
+    words = shlex.join([sys.executable, "-m", "analysis", "compare", "--format", "csv", *runs])
+    found = subprocess.run(["bash", "-o", "pipefail", "-c", f"{words} | head -c 1"], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (141, "")
+
+
+def test_a_link_that_leads_nowhere_is_skipped(make_run, capsys):
+    run = make_run("bbn")
+    (run.parent / "latest").symlink_to("gone")
+    main(["compare", *map(str, sorted(run.parent.iterdir()))])
+    assert capsys.readouterr().err == f"note: skipped, no run: {run.parent / 'latest'}\n"

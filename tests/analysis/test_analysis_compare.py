@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from analysis.compare import Spread, group_runs, mismatches
+from analysis.compare import Spread, group_runs, mismatches, repeated_runs
 from analysis.metrics import percent
 from analysis.runs import read_runs
 from analysis.tables import blocks, table
@@ -128,3 +128,9 @@ def test_baselines_stand_under_the_entry_that_measured_them(make_run):
     assert [line.split("  ")[0] for line in plain[3:]] == ["AFG", "BBN"]
     assert [line[:6].rstrip() for line in whole[3:]] == ["AFG", "  cRT", "  LWS", "BBN"]
     assert whole[4].split() == ["cRT", "50.0±35.4", "75.0±0.0", "50.0±0.0", "–", "50.0±0.0", "12.5±0.0", "2"]
+
+
+def test_runs_on_other_images_are_named(make_run):
+    runs = read_runs([make_run(name, settings={"about.fingerprint": name}) for name in ("a", "b")])
+    assert mismatches(runs) == ["the runs on digits were trained on different images"]
+    assert repeated_runs(group_runs(runs)) == []

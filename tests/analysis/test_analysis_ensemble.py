@@ -64,3 +64,16 @@ def test_too_few_runs_or_classes_kept(make_run):
     many = runs_of(make_run, "b", "c", train_counts=[9] * 7)
     with pytest.raises(UserError, match="b kept 5 of 7 classes' probabilities; average the networks themselves"):
         ensemble(many)
+
+
+def test_a_run_named_twice_is_one(make_run, capsys):
+    (run,) = runs_of(make_run, "a")
+    with pytest.raises(SystemExit):
+        main(["ensemble", str(run.path), f"{run.path}/"])
+    assert "at least two runs, got 1" in capsys.readouterr().err
+
+
+def test_other_class_counts_are_noted(make_run, capsys):
+    (one,), (other,) = runs_of(make_run, "a"), runs_of(make_run, "b", train_counts=[200, 60, 5, 30])
+    main(["ensemble", str(one.path), str(other.path)])
+    assert "were trained on different class counts" in capsys.readouterr().err

@@ -98,3 +98,11 @@ def test_gains_and_losses_are_one_sentence(make_run):
         "It gains 30.0 points in the tail (few) and 10.0 points in the middle (medium), but loses 10.0 points in the"
         " head (many)." in headline(group_runs(runs), "test", {})
     )
+
+
+@pytest.mark.parametrize(("ce", "bbn"), [(0.84251, 0.84349), (0.84249, 0.84251), (0.8430, 0.8426)])
+def test_the_best_is_never_beaten_by_the_next(say, ce, bbn):
+    reported = say(CE=[ce], BBN=[bbn], AFG=[0.5])
+    assert ("CE does best" in reported) == (bbn - ce < 0.0005)
+    assert not ("CE does best" in reported and "more than CE" in reported)
+    assert not ("BBN does best" in reported and "as does CE" in reported)

@@ -187,3 +187,19 @@ def test_without_the_same_images_there_is_no_comparison(make_run, case):
         changed(paths[1], test_ids=lambda a: a + 1)
     entries = group_runs(read_runs(paths))
     assert against_first(entries, {entry.title: answers(entry) for entry in entries}) == {}
+
+
+def test_classes_without_training_images_belong_to_no_group():
+    found = intervals(np.repeat([1.0, 1.0, 0.0], 10), np.repeat([0, 1, 2], 10), [200, 5, 0])
+    assert found["few"].estimate == 1.0
+    assert found["balanced_accuracy"].estimate == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("at", [8, 10])  # the flags, and the compression method
+def test_a_changed_byte_in_an_archives_header(make_run, at):
+    path = make_run("a", predictions=True) / "predictions.npz"
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + at] = 99
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="is damaged"):
+        read_predictions(read_run(path.parent))

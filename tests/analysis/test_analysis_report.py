@@ -3,17 +3,20 @@
 import html.parser
 import itertools
 import json
+import os
 import re
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 
 from analysis import figures, page
-from analysis.drawing import inline_svg
+from analysis.drawing import canvas, inline_svg, styled
 from analysis.gallery import _series
 from analysis.report import render, write_report
 from analysis.runs import read_runs
@@ -485,3 +488,49 @@ def test_a_test_split_without_images_but_with_predictions(make_run):
     text = Page(render(runs)).text
     assert "No test images were evaluated." in text
     assert "Calibration" not in text
+
+
+@pytest.mark.parametrize("out", [".", "/", "notes.txt/report.html", "a" * 250 + ".html"])
+def test_no_place_for_a_page_is_a_users_mistake(three, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("")
+    with pytest.raises(UserError, match="name a file with --out"):
+        write_report(read_runs(three[:1]), Path(out))
+
+
+def test_a_link_stays_a_link_and_a_device_a_device(three, tmp_path):
+    (tmp_path / "there.html").write_text("old")
+    (tmp_path / "link.html").symlink_to("there.html")
+    write_report(read_runs(three[:1]), tmp_path / "link.html")
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "there.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit((tmp_path / "pipe").read_bytes)
+        write_report(read_runs(three[:1]), tmp_path / "pipe")
+        assert read.result().startswith(b"<!doctype html>")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_folder_whose_name_is_no_text(make_run):
+    run = make_run(os.fsdecode(b"V\xf6gel"))
+    assert "V\\udcf6gel" in write_report(read_runs([run])).read_text(encoding="utf-8")
+
+
+def test_a_selected_classifier_is_named(make_run):
+    selected = {**FIGURES, "epoch": 10, "name": "cRT"}
+    run = make_run("afg", title="CE + AFG", stage=2, selected=selected, **{"from": "ce"})
+    assert "selected on val: cRT" in Page(render(read_runs([run]))).text
+
+
+def test_a_users_own_style_changes_nothing(monkeypatch):
+    def drawn() -> str:
+        with styled():
+            figure, ax = canvas(3, 2, "a line")
+            ax.plot([0, 1], [0, 1])
+        return inline_svg(figure)
+
+    plain = drawn()
+    for key, value in {"savefig.bbox": "tight", "lines.marker": "o"}.items():
+        monkeypatch.setitem(matplotlib.rcParams, key, value)
+    assert drawn() == plain

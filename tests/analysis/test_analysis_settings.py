@@ -200,3 +200,15 @@ def test_a_run_of_before_a_setting_and_one_that_leaves_it_alone_are_seeds(make_r
         "BBN, optimizer=sgd",
         "BBN, optimizer=adamw",
     ]
+
+
+def test_second_stages_on_other_weights_of_stage_one_are_not_averaged(make_run):
+    make_run("bbn")
+    runs = [stage_two(make_run, name, "bbn", seed=i, from_weights=name) for i, name in enumerate(("last", "selected"))]
+    assert titles(*runs) == ["BBN + AFG, from.weights=last", "BBN + AFG, from.weights=selected"]
+
+
+def test_a_stage_one_that_is_gone_makes_no_long_title_of_the_others(make_run):
+    make_run("bbn-0")
+    runs = [stage_two(make_run, f"afg-{seed}", f"bbn-{seed}", seed=seed) for seed in range(2)]
+    assert titles(*runs) == ["BBN + AFG", "BBN + AFG, stage one unknown"]

@@ -155,3 +155,22 @@ def test_no_runs_on_several_datasets_are_mixed(make_run):
     entries = group_runs(read_runs([make_run("a"), make_run("b", dataset="zebra", train_counts=[30, 7])]))
     for draw in FORMATS.values():
         assert draw(blocks(entries)).index("digits") < draw(blocks(entries)).index("zebra")
+
+
+def test_latex_knows_the_letters_of_our_own_titles(make_run):
+    runs = [make_run("a", title="CE + AFG, adaptive β"), make_run("b", title="logit-adjusted, τ=2")]
+    text = latex(blocks(group_runs(read_runs(runs))))
+    assert r"adaptive $\beta$" in text
+    assert r"$\tau$=2" in text
+    assert text.isascii()
+
+
+def test_n_of_a_baseline_is_that_of_the_seeds_that_measured_it(make_run):
+    figures = dict.fromkeys(("top1", "many", "medium", "few", "balanced_accuracy", "ece"), 0.5)
+    against = {"selected_on": "val", "rows": [{"name": "cRT", "setting": {}, **figures}]}
+    runs = [
+        make_run("a", title="AFG", baselines=against, settings={"method.baselines": True}),
+        make_run("b", title="AFG", seed=1, settings={"method.baselines": False}),
+    ]
+    (block,) = blocks(group_runs(read_runs(runs)), baselines=True)
+    assert [row.n for row in block.rows] == [2, 1]

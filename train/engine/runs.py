@@ -253,5 +253,6 @@ def resuming(run: Path, data: str | None = None) -> str:
 
 
 def command() -> str:
-    """Return the command line of this process, as one would type it."""
-    return shlex.join([program_name(os.path.relpath(sys.argv[0]) if sys.argv[0] else ""), *sys.argv[1:]])
+    """Return the command line of this process, as one would type it; bytes that are no UTF-8 with escapes."""
+    words = shlex.join([program_name(os.path.relpath(sys.argv[0]) if sys.argv[0] else ""), *sys.argv[1:]])
+    return os.fsencode(words).decode("utf-8", "backslashreplace")
