@@ -59,7 +59,7 @@ class Settings:
         teacher: what is distilled: corrected: stage one less τ·log prior, τ chosen on the val split (1 without one);
             stage-one: stage one as it is, the paper's; select: corrected or nothing, whichever does better on the val
             split.
-        rates: factors of optim.lr and reference.lr that the val split chooses from, at β = 0; extended while the
+        rates: factors of optim.lr and reference.lr that the val split chooses from, at the first β; extended while the
             largest or the smallest wins. The first is taken without a val split, and a single one is kept.
         baselines: whether to train and show what AFG is compared with (see `train.features.candidates`).
     """
@@ -119,6 +119,11 @@ def _check(config: Any) -> None:
         raise UserError("method.beta_grid is empty; give at least one β, such as [0.0, 0.4]")
     if not config.method.rates:
         raise UserError("method.rates is empty; give at least one factor, such as [1.0]")
+    if config.method.distill and config.method.distill_base <= 1:
+        raise UserError(
+            f"method.distill_base={config.method.distill_base:g} must be above 1, or nothing is distilled;"
+            " --method.distill 0 says so"
+        )
     if config.export:
         from train.features.files import check_feature_file
 

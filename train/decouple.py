@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse.typing import PositiveFloat
 
 from shards.errors import UserError
-from train.features.commands import RATES, Program, Work, stage_parser
+from train.features.commands import RATES, SMOOTHINGS, Program, Work, stage_parser
 from train.features.launch import run_stage
 
 if TYPE_CHECKING:  # torch comes with the run: see train/engine/launch.py
@@ -90,6 +90,8 @@ def run(argv: list[str] | None = None) -> None:
 def _work(config: Any, chooses: bool) -> Work:
     classifier, reference = config.method.classifier, config.reference
     tried = 0 if classifier in CLOSED else len(config.method.rates) if chooses else 1
+    if classifier == "mislas" and chooses:
+        tried *= len(SMOOTHINGS)
     if classifier in ("crt", "lws", "mislas"):
         return Work(tried, reference.lws_epochs if classifier == "lws" else reference.crt_epochs, reference.batch_size)
     return Work(tried, config.optim.epochs, config.optim.batch_size)
@@ -100,6 +102,11 @@ def _shifts(config: Any) -> bool:
 
 
 def _check(config: Any) -> None:
+    if config.classifier:  # --classifier has become --method.classifier, so that a file says it
+        raise UserError(
+            f"classifier={config.classifier} belongs in the section method; write method: {{classifier:"
+            f" {config.classifier}}}"
+        )
     if not config.method.rates:
         raise UserError("method.rates is empty; give at least one factor, such as [1.0]")
     from train.engine.weights import make_weighting

@@ -14,6 +14,7 @@ that lie there already; predict, export and report work on it. It takes as long 
 images: minutes for 30,000 photographs.
 """
 
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -115,15 +116,17 @@ def run(argv: list[str] | None = None) -> None:
     begun: list[Path] = []
     with user_errors_exit_2(program):
         asked = peek(parser, argv)
+        from train.engine.guards import errors_in_one_line
         from train.engine.interrupts import EXIT_STATUS, Interrupted, Stops
 
         try:
-            with Stops():
+            with Stops(), errors_in_one_line():
                 _run(parser, argv, asked, begun)
         except Interrupted as stop:
             resume = "resume with: tailstream train frozen "
             again = resume + runs.resuming(begun[0], asked.data) if begun else "start again"
-            print(f"stopped by {stop.signal}; features that were taken are kept; {again}", flush=True)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"stopped by {stop.signal}; features that were taken are kept; {again}", flush=True)
             sys.exit(EXIT_STATUS)
         finally:
             runs.unlock()
@@ -140,14 +143,14 @@ def _run(parser: ArgumentParser, argv: list[str] | None, asked: Namespace, begun
             return
         dataset, usual = find_dataset_of(resumed, about, asked.data), saved
     else:
-        dataset = find_dataset(asked.data)
-        whole = preset(dataset, "training", Frozen.name)
-        usual = {section: whole[section] for section in ("input", "model", "method") if section in whole}
-        usual = with_own_view(usual, parse(parser, argv, usual).model.backbone)
-    settings = parse(parser, argv, usual)
+        dataset, usual = find_dataset(asked.data), {}
+    whole = preset(dataset, "training", Frozen.name)
+    own = {section: whole[section] for section in ("input", "model", "method") if section in whole}
+    own = with_own_view(own, parse(parser, argv, usual or own).model.backbone)
+    settings = parse(parser, argv, usual or own)
     sections = plain_sections(parser, settings)
-    about = {"method": Frozen.name, "dataset": dataset.name, "data": dataset.place}
-    about["changed"] = changed_settings(parser, sections, usual, Frozen.in_title)
+    about = {"method": Frozen.name, "dataset": dataset.name, "data": dataset.place, "fingerprint": dataset.fingerprint}
+    about["changed"] = changed_settings(parser, sections, own, Frozen.in_title)
     chosen = parser.instantiate(settings)
     loop = Loop(**vars(chosen.loop), select=False)
     _take(
@@ -168,7 +171,7 @@ def _take(
 
     from train.engine.checkpoints import Counters
     from train.engine.evaluation import finish, test_split
-    from train.engine.machine import make_accelerator
+    from train.engine.machine import check_seed, make_accelerator
     from train.features.bank import feature_bank, keep_bank
     from train.features.commands import Work
     from train.features.estimate import estimate_lines
@@ -176,6 +179,7 @@ def _take(
     from train.networks.model_files import save_model
 
     accelerator = make_accelerator(config.loop.precision, config.loop.device, config.loop.threads)
+    check_seed(config.loop.seed)
     set_seed(config.loop.seed)
     method = Frozen(config, dataset.train_counts)
     test_split(dataset)  # tells early where there is none

@@ -20,11 +20,12 @@ from shards.errors import UserError
 from shards.index import open_dataset
 from train import afg, decouple
 from train.afg import Settings, run
+from train.engine import runs
 from train.engine.config import PRESETS
 from train.engine.launch import run as run_stage_one
 from train.engine.predictions import read_predictions
 from train.erm import ERM
-from train.features import beta, results, stage_two
+from train.features import beta, stage_two
 from train.features.beta import BETA_MOST, choose_beta, train_adaptive
 from train.features.candidates import Families, Judge
 from train.features.classifiers import measure
@@ -280,10 +281,10 @@ def test_a_val_split_of_few_images_selects_nothing(here, capsys, monkeypatch, pe
         kept = torch.cat([(labels == c).nonzero()[:per_class, 0] for c in range(10)])
         return features[kept], labels[kept]
 
-    kept_ids = results.bank_ids
+    kept_ids = stage_two.bank_ids
     monkeypatch.setattr(stage_two, "feature_bank", few)
     monkeypatch.setattr(
-        results,
+        stage_two,
         "bank_ids",
         lambda home, split: kept_ids(home, split)[: 10 * per_class if split.name == "val" else None],
     )
@@ -497,3 +498,18 @@ def test_the_settings_are_the_papers_or_the_documented_ones():
     for name, distill in {"inat2018": 0.5, "inat2017": 0.5, "cifar100": 1.0, "imagenet-lt": 1.0}.items():
         text = (PRESETS / f"{name}.yaml").read_text()
         assert f"method: {{distill: {distill}}}" in text
+
+
+def test_too_little_memory_is_one_line_and_leaves_nothing_locked(here, capsys, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(Passes, "_train", full)
+    assert "out of memory" in fails_with(capsys, *SHORT, "--run", "runs/afg")
+    assert not runs._held
+    assert not list(here.glob("runs/**/.lock"))
+
+
+def test_settings_that_would_do_nothing_are_refused(here, capsys):
+    assert "method.distill_base=0.5" in fails_with(capsys, "--method.distill_base", "0.5")
+    assert "loop.seed=4294967296 must be below 2**32" in fails_with(capsys, "--loop.seed", str(2**32))

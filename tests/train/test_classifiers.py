@@ -442,3 +442,14 @@ def test_selecting_on_many_images_a_class_takes_little_memory():
     tracemalloc.stop()
     assert max(found.errors) > 0
     assert most < 100e6  # 2,000 draws of 30,000 images would take 480
+
+
+def test_families_of_other_momenta_train_on_the_same_features():
+    families = families_of(make_mixture((60, 20, 5)), rates=[1.0])
+    families.optim.momentum = 0.5  # reference.momentum stays 0.9
+    found = families.on_real_features("LWS", "cRT", "oversampling")
+    assert [len(found[name]) for name in ("LWS", "cRT", "oversampling")] == [1, 1, 1]
+
+
+def test_a_single_epoch_has_the_whole_rate():
+    assert Recipe("linear", epochs=1, lr=0.2, early_cosine=True).rate(1) == 0.2

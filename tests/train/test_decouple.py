@@ -1,21 +1,25 @@
 """Second-stage classifiers as runs of their own: what they see, and what they leave."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 
 from analysis.runs import read_run
 from pipeline.plan import EvalPlan, Stream, TrainPlan
+from shards.build import build
 from shards.index import open_dataset
 from train import afg, calibrate, decouple
 from train.bbn import BBN
 from train.engine.config import Input
 from train.engine.launch import run as run_stage_one
 from train.engine.predictions import read_predictions
+from train.engine.weights import class_weights
 from train.features import stage_two
 from train.features.passes import Passes
 from train.features.shift import shift
@@ -212,3 +216,76 @@ def test_a_stopped_mislas_resumes_with_the_shifted_network(here, monkeypatch):
     monkeypatch.setattr("train.features.shift.shift", lambda *a: pytest.fail("shifted again"))
     decouple.run(["--resume", "--run", "runs/cut"])
     assert summary_of("runs/cut")["last"] == summary_of("runs/whole")["last"]
+
+
+def test_a_second_stage_is_no_stage_one(here, capsys):
+    decouple.run(["--classifier", "ncm", "--run", "runs/ncm"])
+    message = fails_with(capsys, "--classifier", "tau", "--from", "runs/ncm")
+    assert "runs/ncm is of stage 2 itself; name the run that it began with: --from runs/ce" in message
+
+
+def test_how_many_images_may_fail_is_stage_ones(here, monkeypatch):
+    config = yaml.safe_load(Path("runs/ce/config.yaml").read_text())
+    config["input"]["fault_limit"] = 77
+    Path("runs/ce/config.yaml").write_text(yaml.safe_dump(config))
+    seen, taken = [], stage_two.feature_bank
+
+    def look(*arguments):
+        seen.append(arguments[4].fault_limit)
+        return taken(*arguments)
+
+    monkeypatch.setattr(stage_two, "feature_bank", look)
+    decouple.run(["--classifier", "ncm", "--run", "runs/ncm"])
+    assert set(seen) == {77}
+
+
+def test_a_dry_run_of_mislas_counts_its_smoothings_and_its_features(here, capsys):
+    decouple.run(["--classifier", "ncm", "--run", "runs/ncm"])  # leaves stage one's features
+    capsys.readouterr()
+    decouple.run(["--classifier", "mislas", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "for 9 classifiers, each 10 epochs" in printed
+    number = re.search(r"([\d,]+) images, of which ([\d,]+) have no features yet", printed)
+    assert number[1] == number[2]
+
+
+def test_who_takes_the_features_anew_meanwhile_changes_no_prediction(here, monkeypatch):
+    trained = Passes._train
+
+    def meanwhile(self, source, recipes):
+        for path in Path("runs/ce/features").glob("*/seen.npy"):
+            seen = np.load(path)
+            seen[::2] = False
+            np.save(path, seen)  # another stage has begun them anew
+        return trained(self, source, recipes)
+
+    monkeypatch.setattr(Passes, "_train", meanwhile)
+    decouple.run([*QUICK, "--run", "runs/one", "--method.rates", "[1.0]"])
+    assert_predictions_are_the_models("runs/one")
+
+
+def test_views_change_no_class_weights(here, monkeypatch):
+    seen = []
+
+    def look(weighting, counts_C):
+        seen.append(counts_C.tolist())
+        return class_weights(weighting, counts_C)
+
+    monkeypatch.setattr("train.features.training.class_weights", look)
+    quick = [*QUICK, "--method.weights", "effective", "--method.rates", "[1.0]"]
+    for views in ("0", "3"):
+        decouple.run([*quick, "--input.views", views])
+    assert seen[0] == seen[1] == open_dataset("data/digits").train_counts.tolist()
+
+
+def test_a_dataset_that_was_rebuilt_is_refused(here, capsys):
+    build("digits", out=here / "data/other", seed=1, workers=1)
+    capsys.readouterr()
+    message = fails_with(capsys, "--classifier", "ncm", "--from", "runs/ce", "--data", "data/other")
+    assert "does not hold the images that runs/ce was trained on" in message
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["ce"]
+
+
+def test_a_classifier_outside_of_its_section_is_refused(here, capsys):
+    Path("a.yaml").write_text("classifier: lws\n")
+    assert "belongs in the section method" in fails_with(capsys, "--config", "a.yaml")

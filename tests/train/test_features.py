@@ -99,18 +99,18 @@ def test_a_bank_of_another_network_dataset_or_recipe_is_made_anew_and_said(
     bank(stage_one, digits)
     other = Input(image_size=16, batch_size=64, eval_augment="eval", loader="torch", threads=0)
     bank(stage_one, digits, input=other)
-    assert "have another recipe; extracting them again" in capsys.readouterr().out
+    assert "differ in: recipe; extracting them again" in capsys.readouterr().out
     with torch.no_grad():
         network.trunk.conv1.weight *= 2
     save_model(network, run)
     bank(stage_one, digits, input=other)
-    assert "have another weights; extracting them again" in capsys.readouterr().out
+    assert "differ in: weights; extracting them again" in capsys.readouterr().out
     copy = tmp_path / "copy"
     shutil.copytree(digits.root, copy)
     manifest = copy / "dataset.json"
     manifest.write_text(manifest.read_text().replace('"name": "digits"', '"name": "others"'))
     bank(stage_one, open_dataset(copy), input=other)
-    assert "have another dataset; extracting them again" in capsys.readouterr().out
+    assert "differ in: dataset; extracting them again" in capsys.readouterr().out
     assert len(extracted) == 4 * number
 
 

@@ -183,3 +183,18 @@ def test_a_signal_leaves_a_command_that_resumes(workplace, pretrained, capsys, m
     printed = capsys.readouterr().out.rpartition("resume with: tailstream train frozen ")[2]
     frozen.run(shlex.split(printed))
     assert (workplace / "runs/a b/summary.json").exists()
+
+
+def test_few_classes_of_many_dimensions_take_no_more_memory(monkeypatch):
+    monkeypatch.setattr("train.features.means.PAIRS", 800)
+    asked, share = [], _even_share
+
+    def look(counts_C, most):
+        asked.append(most)
+        return share(counts_C, most)
+
+    monkeypatch.setattr("train.features.means._even_share", look)
+    features_ND, labels_N = clusters([300, 200], dimensions=8)
+    means_CD = F.normalize(torch.stack([features_ND[labels_N == c].mean(0) for c in range(2)]))
+    best_scale(features_ND, labels_N, means_CD)
+    assert asked == [100]

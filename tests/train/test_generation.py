@@ -193,3 +193,19 @@ def test_plain_arrays_in_plain_arrays_out():
 def test_plain_arrays_that_do_not_fit(labels, options, message):
     with pytest.raises(UserError, match=message):
         generate(np.ones((3, 2)), np.array(labels), **options)
+
+
+def test_memory_that_is_held_is_not_asked_for_again(monkeypatch):
+    gaussians = fit(*skewed([40, 9], 6), num_classes=2)
+    support, targets, memory = find_support(gaussians), torch.tensor([0, 31]), torch.empty(31, 6)
+    monkeypatch.setattr(generation, "_free_memory", lambda device: 0)
+    assert len(list(generate_chunks(gaussians, support, targets, 0.4, torch.Generator(), memory=memory))) == 1
+    with pytest.raises(UserError, match=r"lower method\.chunk"):
+        generate_chunks(gaussians, support, targets, 0.4, torch.Generator())
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.int32])
+def test_integers_of_any_kind_are_labels(dtype):
+    features, labels = (part.numpy() for part in skewed([9, 4], 3))
+    _, made_labels = generate(features, labels.astype(dtype), targets_C=np.array([0, 5], dtype))
+    assert made_labels.tolist() == [1] * 5

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+import yaml
 
 from pipeline.augment import find_recipe
 from pipeline.plan import Stream, TrainPlan
@@ -17,7 +18,7 @@ from train.engine.objectives import make_objective
 from train.engine.optimisers import check_settings, lr_factor, warnings_about
 from train.engine.recipes import usual_settings
 from train.erm import ERM
-from train.features.commands import stage_parser
+from train.features.commands import ReferenceOptim, stage_parser
 from train.sdn import SDN
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
@@ -195,3 +196,10 @@ def test_pretrained_weights_are_fine_tuned(name, method, digits):
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"photos", "small"}))
 def test_a_papers_recipe_stays_what_it_is_with_pretrained_weights(name, digits):
     assert settings_of(name, digits, parts=("finetune",)) == settings_of(name, digits)
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("inat2018", (30, 5)), ("inat2017", (30, 5)), ("imagenet-lt", (10, 5))])
+def test_the_references_second_stages_are_as_long_as_there(name, epochs):
+    known = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8")).get("second_stage", {})
+    reference = ReferenceOptim(**known.get("reference", {}))
+    assert (reference.crt_epochs, reference.lws_epochs) == epochs

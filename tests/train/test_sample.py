@@ -42,3 +42,14 @@ def test_the_largest_and_the_smallest_classes_and_few_features_of_each(tmp_path)
 def test_where_nothing_is_generated_nothing_is_kept(tmp_path, counts):
     write_sample(tmp_path, mixture_of(counts), 0.5, seed=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_half_precision_cannot_hold_is_not_infinite(tmp_path):
+    labels_N = torch.repeat_interleave(torch.arange(4), torch.tensor([100, 60, 20, 5]))
+    features_ND = torch.randn(185, 16, generator=torch.Generator().manual_seed(0)).clamp(min=0).half()
+    gaussians = fit(features_ND, labels_N, num_classes=4, lam=0.0)
+    targets_C = gaussians.counts_C.max() - gaussians.counts_C
+    mixture = Mixture(features_ND, labels_N, gaussians, find_support(gaussians), targets_C)
+    write_sample(tmp_path, mixture, 0.0, seed=0)
+    with np.load(tmp_path / "feature_sample.npz") as kept:
+        assert np.isfinite(kept["features"]).all()

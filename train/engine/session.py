@@ -25,7 +25,7 @@ from train.engine.guards import errors_in_one_line
 from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.limits import SCHEDULE, enlarged, estimate_run, said, within_budget
 from train.engine.loop import Training
-from train.engine.machine import launched_by, make_accelerator, usable_gpu
+from train.engine.machine import check_seed, launched_by, make_accelerator, usable_gpu
 from train.engine.method import Method, make_method
 from train.engine.model import make_adapter
 from train.engine.optimisers import check_resumed, check_settings
@@ -136,8 +136,7 @@ def _train_and_finish(
 ) -> None:
     if resumed and (resumed / "config.yaml").exists() and accelerator.is_main_process and not asked.dry_run:
         runs.lock(resumed)  # before its checkpoint is read
-    if config.loop.seed >= 2**32:
-        raise UserError(f"loop.seed={config.loop.seed} must be below 2**32, NumPy's limit")
+    check_seed(config.loop.seed)
     if config.model.adapt and config.model.weights is None and not resumed:
         make_adapter(config.model.adapt)  # which names one that is none
         raise UserError(

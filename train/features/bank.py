@@ -137,7 +137,7 @@ def feature_bank(
             else:
                 if found:
                     differing = ", ".join(key for key in wanted if found.get(key) != wanted[key])
-                    print(f"the features of {split} in {folder} have another {differing}; extracting them again")
+                    print(f"the features of {split} in {folder} differ in: {differing}; extracting them again")
                 _begin(folder, wanted)
         accelerator.wait_for_everyone()
         _fill(folder, network, dataset.splits[split], input, accelerator, wanted)
@@ -292,7 +292,8 @@ def _features(
     network.eval()
     with input.open_loader(plan, accelerator.device) as loader:
         title = f"features of {plan.split.name}"
-        for batch in tqdm(loader, title, plan.steps, unit="batch", leave=False, disable=None):
+        silent = not accelerator.is_main_process or None
+        for batch in tqdm(loader, title, plan.steps, unit="batch", leave=False, disable=silent):
             with accelerator.autocast():
                 features_BD = network.features(batch["eval"].images_BHWC)
             half_BD = features_BD.half()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from analysis.metrics import percent, summarize
 from shards.errors import UserError
 from train.features.classifiers import logit_adjusted, measure, nearest_means, tau_normalized
-from train.features.commands import RATES, ClassifierOptim, ReferenceOptim
+from train.features.commands import RATES, SMOOTHINGS, ClassifierOptim, ReferenceOptim
 from train.features.mixing import Mixture, Sampling
 from train.features.passes import Passes, Source
 from train.features.recipes import Kind, Recipe, Trained
@@ -162,7 +162,7 @@ class Families:
             if name == "MiSLAS":
                 # ε of the largest and the smallest class, and the rate of W beside that of the scales.
                 plain = replace(plain, early_cosine=False, weight_rate=0.1)
-                return source, [replace(plain, smoothing=ends) for ends in ((0.3, 0.0), (0.1, 0.0), (0.4, 0.1))]
+                return source, [replace(plain, smoothing=ends) for ends in SMOOTHINGS]
             return source, [plain]
         sampling: Sampling = "each-once" if name == "no generation" else "oversampled"
         recipe = Recipe(self.kind, o.epochs, o.lr, o.momentum, o.weight_decay, self.unit)

@@ -14,6 +14,8 @@ from train.engine.config import make_parser, preset
 
 # Factors of a learning rate that the held-out split chooses from. The first is taken where nothing chooses.
 RATES = (1.0, 0.25, 4.0)
+# ε of the largest and of the smallest class that the held-out split chooses from, for MiSLAS.
+SMOOTHINGS = ((0.3, 0.0), (0.1, 0.0), (0.4, 0.1))
 # AFG's β in its paper, where the adaptive one starts.
 BETA_START = 0.6
 
@@ -24,7 +26,7 @@ class Extraction:
 
     Attributes:
         batch_size: images at a time.
-        loader: dali, torch, or auto.
+        loader: resident, dali, torch, or auto.
         threads: decoding threads.
         views: how often each training image is taken with stage one's training recipe; 0: once, as in evaluation.
         branch: of a bilateral network: both, or the features of one alone, conventional or rebalancing (BBN, Table 5).

@@ -32,7 +32,7 @@ def estimate_lines(
     views: int,
     weights: str,
 ) -> list[str]:
-    """Return what is said of a second stage, from ten steps of its two works.
+    """Return what is said of a second stage, from ten steps of both kinds of work.
 
     Args:
         run: the run of stage one, which may keep features already; None where there is none yet.
@@ -84,8 +84,9 @@ def estimate_lines(
     ]
     if work.classifiers:
         lines.append(
-            f"about {said_time(learning)} for {work.classifiers} classifiers, each {work.epochs} epochs of {steps:,}"
-            f" steps of {work.batch_size} features (measured: {STEPS} steps)"
+            f"about {said_time(learning)} for"
+            f" {'1 classifier,' if work.classifiers == 1 else f'{work.classifiers} classifiers, each'}"
+            f" {work.epochs} epochs of {steps:,} steps of {work.batch_size} features (measured: {STEPS} steps)"
         )
     return lines
 

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from shards.errors import UserError
+
+MOST = torch.finfo(torch.half).max
 
 
 def check_feature_file(path: Path) -> None:
@@ -52,7 +55,7 @@ def write_features(path: Path, chunks: Iterator[tuple[Tensor, Tensor]], rows: in
         with temporary.open("wb") as file:
             (_safetensors_header if path.suffix == ".safetensors" else _npy_header)(file, rows, dimensions)
             for features_MD, labels_M in chunks:
-                file.write(features_MD.half().cpu().numpy().data)
+                file.write(features_MD.clamp(max=MOST).half().cpu().numpy().data)
                 labels[done : done + len(labels_M)] = labels_M.cpu().numpy()
                 done += len(labels_M)
             assert done == rows, (done, rows)

@@ -84,7 +84,8 @@ def generate_chunks(
     assert 0 <= rank < world_size, (rank, world_size)
     assert targets_C.shape == counts_C.shape, targets_C
     assert (targets_C >= 0).all(), targets_C
-    _check_memory(min(chunk, int(targets_C.sum())), gaussians.features_ND)
+    if memory is None:
+        check_memory(min(chunk, int(targets_C.sum()) // world_size), gaussians.features_ND)
 
     def chunks() -> Iterator[tuple[Tensor, Tensor]]:
         for parents_M, noise in _parents(gaussians, targets_C, generator, chunk, rank, world_size):
@@ -123,7 +124,8 @@ def generate_parts(
         the same memory.
     """
     rows = max(1, chunk // 2)
-    _check_memory(2 * min(rows, int(targets_C.sum())), gaussians.features_ND)
+    if memory is None:
+        check_memory(2 * min(rows, int(targets_C.sum()) // world_size), gaussians.features_ND)
     for parents_M, noise in _parents(gaussians, targets_C, generator, rows, rank, world_size):
         if memory is None:  # the first chunk is the largest
             memory = gaussians.features_ND.new_empty(2 * len(parents_M), gaussians.features_ND.shape[1])
@@ -157,7 +159,7 @@ def _add_noise(samples_MD: Tensor, gamma: float, generator: torch.Generator) -> 
         samples_MD += _noise(len(samples_MD), samples_MD.shape[1], generator).mul_(gamma**0.5)
 
 
-def _check_memory(rows: int, features_ND: Tensor) -> None:
+def check_memory(rows: int, features_ND: Tensor) -> None:
     """Refuse a chunk that would not fit, and a block of work beside it."""
     values = rows * features_ND.shape[1]
     needed, free = 4 * (values + 2 * min(BLOCK_VALUES, values)), _free_memory(features_ND.device)
@@ -313,13 +315,15 @@ def generate(
         raise UserError(
             f"features must have shape (N, D) and labels (N,), got {tuple(features.shape)} and {tuple(labels.shape)}"
         )
-    if not len(labels) or labels.is_floating_point() or labels.min() < 0:
+    whole = not labels.is_floating_point()
+    labels = labels.to(features.device, torch.int64) if whole else labels  # torch has no minimum of unsigned ones
+    if not len(labels) or not whole or labels.min() < 0:
         least = labels.min().item() if len(labels) else "none"
         raise UserError(f"labels must be integers from 0 on, at least one, got {labels.dtype} with least {least}")
-    labels = labels.to(features.device, torch.int64)
     gaussians = fit(features, labels, int(labels.max()) + 1, lam)
     counts_C = gaussians.counts_C
     targets = counts_C.max() - counts_C if targets_C is None else torch.as_tensor(targets_C)
+    targets = targets if targets.is_floating_point() else targets.to(counts_C.device, torch.int64)
     if targets.shape != counts_C.shape or targets.is_floating_point() or (targets < 0).any():
         raise UserError(f"targets must be {len(counts_C)} integers >= 0, one per class, got {targets.tolist()}")
     support = find_support(gaussians, k, head_classes(counts_C, head_above))

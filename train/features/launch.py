@@ -1,5 +1,7 @@
 """The command line of a second stage, read before torch is imported: see train/engine/launch.py."""
 
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,19 +22,26 @@ def run_stage(program: Program, train: "Callable[[Stage], None]", argv: list[str
     begun: list[Path] = []
     with user_errors_exit_2(program_name(f"train/{program.name}.py", f"train {program.name}")):
         asked = peek(program.parser, argv)
+        from train.engine.guards import errors_in_one_line
         from train.engine.interrupts import EXIT_STATUS, Interrupted, Stops
         from train.features.stage_two import open_stage
 
         try:
-            with Stops():
+            with Stops(), errors_in_one_line():
                 stage = open_stage(program, argv, asked, begun)
                 if stage is not None:
                     train(stage)
         except Interrupted as interrupted:
-            resume = f"resume with: tailstream train {program.name} "
-            again = resume + runs.resuming(begun[0]) if begun else "start again"
-            print(
-                f"stopped by {interrupted.signal}; features and classifiers that were finished are kept; {again}",
-                flush=True,
+            again = (
+                f"resume with: tailstream train {program.name} {runs.resuming(begun[0])}" if begun else "start again"
             )
+            if export := getattr(asked, "export", None):
+                again += f" --export {shlex.quote(str(export))}"
+            if os.environ.get("RANK", "0") == "0":
+                print(
+                    f"stopped by {interrupted.signal}; features and classifiers that were finished are kept; {again}",
+                    flush=True,
+                )
             sys.exit(EXIT_STATUS)
+        finally:
+            runs.unlock()

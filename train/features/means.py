@@ -60,7 +60,7 @@ def best_scale(features_ND: Tensor, labels_N: Tensor, means_CD: Tensor) -> float
         means_CD: the classes' mean directions, of unit length, float32.
     """
     counts_C = torch.bincount(labels_N, minlength=len(means_CD))
-    rows_B = _even_share(counts_C, PAIRS // len(means_CD)).to(labels_N.device)
+    rows_B = _even_share(counts_C, PAIRS // max(means_CD.shape)).to(labels_N.device)
     if not len(rows_B):
         return 30.0
     features_BD, labels_B = features_ND[rows_B].float(), labels_N[rows_B]

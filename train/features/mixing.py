@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from train.features.gaussians import ClassGaussians, Support, inverse_tukey_
-from train.features.generation import generate_chunks, generate_parts, take_turns
+from train.features.generation import check_memory, generate_chunks, generate_parts, take_turns
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 Sampling = Literal["each-once", "oversampled"]
@@ -25,6 +25,7 @@ class Mixture:
         targets_C: features to generate per class and epoch, n_max − n_c.
         gamma, chunk: see `generate_chunks`.
         rank, world_size: each rank sees its own share of every epoch, all of the same size.
+        views: how many of an image's features there are.
     """
 
     features_ND: Tensor
@@ -36,11 +37,17 @@ class Mixture:
     chunk: int = 65536
     rank: int = 0
     world_size: int = 1
+    views: int = 1
 
     def share(self, rows_T: Tensor) -> Tensor:
         """Return this rank's part of rows that all ranks drew alike; up to world_size − 1 are left out."""
         mine = rows_T[self.rank :: self.world_size][: len(rows_T) // self.world_size]
         return mine.to(self.features_ND.device)
+
+    @property
+    def train_counts(self) -> Tensor:
+        """Training images per class, of which features are views; not all of them may have decoded."""
+        return -(-self.gaussians.counts_C // self.views)
 
     def real(self, rows_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return real features, float32, and their labels."""
@@ -50,6 +57,7 @@ class Mixture:
         """Return memory for one chunk, of one β or of the two parts that several need; see `generate_chunks`."""
         share = int(self.targets_C.sum()) // self.world_size
         rows = min(self.chunk, share) if betas == 1 else 2 * min(max(1, self.chunk // 2), share)
+        check_memory(rows, self.gaussians.features_ND)
         return self.gaussians.features_ND.new_empty(rows, self.features_ND.shape[1])
 
     def generated(self, beta: float | Tensor, generator: torch.Generator, memory: Tensor | None = None) -> Batches:

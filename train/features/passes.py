@@ -81,10 +81,10 @@ class Passes:
         return found
 
     def stacks(self, recipes: Sequence[Recipe]) -> tuple[list[Stack], list[list[int]]]:
-        """Return a stack per β, those of lws apart, and which recipes each holds."""
-        kinds = [(recipe.beta, recipe.kind == "lws") for recipe in recipes]
+        """Return a stack per β and momentum, those of lws apart, and which recipes each holds."""
+        kinds = [(recipe.beta, recipe.kind == "lws", recipe.momentum) for recipe in recipes]
         places = [[i for i, one in enumerate(kinds) if one == kind] for kind in dict.fromkeys(kinds)]
-        counts_C, head_C = self.mixture.gaussians.counts_C, self.mixture.support.head_C
+        counts_C, head_C = self.mixture.train_counts, self.mixture.support.head_C
         return [
             Stack(self.stage_one, [recipes[i] for i in inside], counts_C, head_C, self.seed) for inside in places
         ], places
@@ -163,7 +163,10 @@ class Passes:
             if one.linear is not None
             for name, value in one.linear.named_parameters()
         }
-        path.parent.mkdir(exist_ok=True)
-        with partial_folder(path.parent / ".partial") as temporary:
-            save_file(tensors, temporary / path.name, {"rows": json.dumps([one.rows for one in trained])})
-            (temporary / path.name).rename(path)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with partial_folder(path.parent / ".partial") as temporary:
+                save_file(tensors, temporary / path.name, {"rows": json.dumps([one.rows for one in trained])})
+                (temporary / path.name).rename(path)
+        except (OSError, SafetensorError) as error:  # it would only save time
+            self.say(f"note: this pass is not kept for a run that is resumed ({error})")

@@ -46,7 +46,7 @@ class Recipe:
 
     def rate(self, epoch: int) -> float:
         """Return the learning rate of an epoch from 1."""
-        done = epoch if self.early_cosine else epoch - 1
+        done = epoch if self.early_cosine and self.epochs > 1 else epoch - 1  # of a single epoch it would be 0
         return self.lr * 0.5 * (1 + math.cos(math.pi * done / self.epochs))
 
 

@@ -14,7 +14,6 @@ from train.engine.diagnostics import write_diagnostics
 from train.engine.evaluation import collect_faults, describe, device_name, write_results
 from train.engine.predictions import Collector, write_predictions
 from train.features import passes
-from train.features.bank import bank_ids
 from train.features.candidates import Candidate
 from train.features.classifiers import FEATURES_PER_BLOCK, measure
 from train.features.shift import FOLDER as SHIFTED
@@ -42,7 +41,11 @@ def close_stage(
         beta_C: β of each class, where there are several; nan for head classes, which borrow nothing.
         more: further keys of summary.json.
     """
-    rows = last.trained.rows if last.trained else []
+    ranks = stage.accelerator.num_processes  # each saw its share
+    rows = [
+        {**row, "images_per_second": ranks * row["images_per_second"]}
+        for row in (last.trained.rows if last.trained else [])
+    ]
     final, _ = measure(last.linear, stage.judge.test)
     if selected is not None and winner is not None:
         selected |= {"file": SELECTED_FILE, **stage.judge.report(winner)}
@@ -76,7 +79,7 @@ def close_stage(
             stage.network.classifier = winner
             save_selected_model(stage.network, stage.run_folder)
             stage.network.classifier = last.linear
-            epochs["selected"] = len(rows)
+            epochs["selected"] = selected["epoch"] if selected else len(rows)
         keep_predictions(stage, last.linear, "last")
         if winner is not None:
             keep_predictions(stage, winner, "selected")
@@ -97,7 +100,7 @@ def keep_predictions(stage: Stage, linear: nn.Linear, weights: str) -> None:
     for name, bank in ((stage.tested, stage.judge.test), ("val", stage.judge.watched)):
         if bank is not None:
             collector = Collector(linear.out_features, logits=name != stage.tested)
-            ids_N = bank_ids(stage.home, stage.dataset.splits[name])
+            ids_N = stage.ids[name]
             for ids_B, features_BD, labels_B in zip(
                 np.split(ids_N, range(FEATURES_PER_BLOCK, len(ids_N), FEATURES_PER_BLOCK)),
                 *(part.split(FEATURES_PER_BLOCK) for part in bank),

@@ -50,7 +50,7 @@ def write_sample(run_folder: Path, mixture: Mixture, beta: float | Tensor, seed:
     with partial_file(run_folder / FILE) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
-            features=torch.cat(features).half().cpu().numpy(),
+            features=torch.cat(features).clamp(max=torch.finfo(torch.half).max).half().cpu().numpy(),
             labels=torch.cat(labels).cpu().numpy(),
             generated=generated_P,
         )

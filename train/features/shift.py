@@ -81,7 +81,8 @@ def shift(network: Network, dataset: Dataset, input: Input, accelerator: Acceler
         norm.train()
     with input.open_loader(plan, accelerator.device) as loader:
         steps = max(plan.steps_per_epoch, BATCHES)
-        bar = tqdm(islice(loader, steps), "shifting batch norm", steps, unit="batch", leave=False, disable=None)
+        silent = not accelerator.is_main_process or None
+        bar = tqdm(islice(loader, steps), "shifting batch norm", steps, unit="batch", leave=False, disable=silent)
         for batch in bar:
             with accelerator.autocast():
                 network.features(batch["shift"].images_BHWC)

@@ -5,16 +5,19 @@ finished run of stage one ─ open_stage ─> Stage: frozen network, features of
                            close_stage (train/features/results.py) ─> run folder: model, rows, summary
 """
 
+import math
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from jsonargparse import Namespace
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shards.errors import UserError
@@ -22,10 +25,10 @@ from shards.index import Dataset
 from train.engine import runs
 from train.engine.config import Input, find_dataset, find_dataset_of, parse, plain_sections
 from train.engine.evaluation import test_split
-from train.engine.machine import make_accelerator
+from train.engine.machine import check_seed, make_accelerator
 from train.features import passes
 from train.features.bank import FOLDER as BANK
-from train.features.bank import feature_bank
+from train.features.bank import bank_ids, feature_bank
 from train.features.candidates import IMAGES_TO_CHOOSE, Families, Judge
 from train.features.commands import RATES, Program, defaults
 from train.features.estimate import estimate_lines
@@ -57,6 +60,8 @@ class Stage:
         weights: which of the stage-one run's weights the network has: "last" or "selected".
         input: what the network sees.
         home: the folder that keeps the network's features: that of stage one, or of the shifted network.
+        ids: by split, the samples that the held-out and the test features are of, row by row.
+        made_of: what made the training features, the text of their bank.json.
     """
 
     name: str
@@ -75,6 +80,8 @@ class Stage:
     weights: str
     input: Input
     home: Path
+    ids: dict[str, NDArray[np.int64]]
+    made_of: str
 
     def average(self, gradient: Tensor) -> Tensor:
         """Return the mean of a gradient over all ranks."""
@@ -120,12 +127,16 @@ def open_stage(
     if not (source / "summary.json").exists():
         again = f"tailstream train {saved['about']['method']} {runs.resuming(source)}"
         raise UserError(f"{source} is not finished; resume it: {again}")
+    if (stage := runs.read_summary(source)["stage"]) != 1:
+        begun_with = saved["about"].get("from", "RUN")
+        raise UserError(f"{source} is of stage {stage} itself; name the run that it began with: --from {begun_with}")
     dataset = find_dataset_of(source, about if "data" in about else saved["about"], asked.data)
     settings = parse(parser, argv, saved_settings or defaults(program, dataset, asked.variant))
     config = parser.instantiate(settings)
     program.check(config)
 
     accelerator = make_accelerator(config.loop.precision)
+    check_seed(config.loop.seed)
     set_seed(config.loop.seed)
     weights = choose_weights(source, asked.weights or about.get("weights"))
     network: Any = load_model(source, weights)
@@ -146,17 +157,24 @@ def open_stage(
             f"{source} was trained for other classes than {dataset.root} has: {first[0]!r} is {first[1]!r} there; name"
             " the dataset it was trained on with --data"
         )
+    if saved["about"].get("fingerprint") not in (None, dataset.fingerprint):
+        raise UserError(
+            f"{dataset.place} does not hold the images that {source} was trained on, and may test on some of them; name"
+            " that dataset with --data, or train stage one again"
+        )
     test, held_out = test_split(dataset), dataset.splits.get("val")
     watched = "val" if held_out and test.name != "val" else None
     taken = dict(vars(config.input))
     views, branch, shifts = (taken.pop(key) for key in ("views", "branch", "shift_batch_norm"))
-    input = Input(**{key: saved["input"][key] for key in ("image_size", "augment", "eval_augment")}, **taken)
+    shown = ("image_size", "augment", "eval_augment", "fault_limit", "resident_gb", "decode")
+    input = Input(**{key: saved["input"][key] for key in shown if key in saved["input"]}, **taken)
+    moves = (program.shifts(config) if shifts is None else shifts) and bool(batch_norms(network))
     network.to(accelerator.device)
     if asked.dry_run:
         chooses = watched is not None and len(dataset.splits["val"]) >= IMAGES_TO_CHOOSE * len(dataset.classes)
         accelerator.print(f"{program.title} on the {weights} weights of {source} ({dataset.name})")
         for line in estimate_lines(
-            source,
+            None if moves else source,  # a shifted network's features lie nowhere yet
             network,
             dataset,
             input,
@@ -205,9 +223,16 @@ def open_stage(
         return features_ND, labels_N
 
     features_ND, labels_N = bank("train")
-    judge = Judge(bank(watched) if watched else None, bank(test.name), dataset.train_counts)
+    made_of = (home / BANK / "train" / "bank.json").read_text(encoding="utf-8")
+    ids: dict[str, NDArray[np.int64]] = {}
+    banks = {}
+    for split in filter(None, (watched, test.name)):
+        banks[split] = bank(split)
+        ids[split] = bank_ids(home, dataset.splits[split])  # now: another stage may take them anew
+    judge = Judge(banks.get(watched or ""), banks[test.name], dataset.train_counts)
     if not judge.chooses:
-        held = f"val has {judge.images_per_class:.1f} images a class, and a choice needs {IMAGES_TO_CHOOSE}"
+        each = math.floor(10 * judge.images_per_class) / 10  # 9.99 are not 10
+        held = f"val has {each:.1f} images a class, and a choice needs {IMAGES_TO_CHOOSE}"
         if not watched:
             held = "results are reported on val, for lack of a test split" if held_out else "there is no val split"
         remedy = "--test-fraction" if held_out and not watched else "a larger --val-fraction"
@@ -234,6 +259,8 @@ def open_stage(
         weights,
         input,
         home,
+        ids,
+        made_of,
     )
 
 
@@ -286,9 +313,9 @@ def make_families(
         chunk=chunk,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        views=max(1, stage.config.input.views),
     )
-    bank = (stage.home / BANK / "train" / "bank.json").read_text()
-    salt = [lam, k, gamma, chunk, head_above, stage.config.input.branch, bank]
+    salt = [lam, k, gamma, chunk, head_above, stage.config.input.branch, stage.made_of]
     trainer = passes.Passes(
         stage.network.classifier,
         mixture,
