@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _calibrate_run(run: Path, reject: float | None, per_class: bool) -> None:
-    model = open_model(run)
+    model = open_model(run, device="cpu")
     kinds = dict.fromkeys(["last", choose_weights(run, None)])
     found = {}
     for weights in kinds:

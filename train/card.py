@@ -129,9 +129,24 @@ def card(models: Sequence[Model]) -> str:
         honest = f"Probabilities are calibrated on val: temperature {calibration.temperature:.2f}, prior adjustment"
         honest += f" {calibration.tau:.2f}, made for the class shares of val."
     error = (
-        "" if figures.get("ece") is None else f" Expected calibration error of the network's own: {figures['ece']:.3f}."
+        ""
+        if figures.get("ece") is None
+        else f" The network's own have an expected calibration error of {figures['ece']:.3f}."
     )
-    chosen = "the epoch that did best on val" if model.weights == "selected" else "the last epoch"
+    epoch = about.weights[model.weights]["epoch"]
+    chosen = f"the last epoch, epoch {epoch}" if epoch else "nothing was trained"
+    if model.weights == "selected":
+        chosen = f"the epoch that did best on val, epoch {epoch}"
+        if "name" in figures:  # of a second stage
+            chosen = f"{plain(figures['name'])}, the classifier that did best on val"
+    unsure = "Every image gets one of the classes below, also one that shows none of them."
+    least_C = model.calibrated.thresholds()
+    if least_C.any():
+        to = f" to {least_C.max():.3f}, by class," if least_C.min() < least_C.max() else ""
+        unsure = (
+            f"Predictions of a probability below {least_C.min():.3f}{to} get no label; above it, an image that shows"
+            " none of the classes gets one of them all the same."
+        )
     recipe = f"centre square of {100 * (about.crop_share or 1):g} % of the shorter side, {about.interpolation}"
     named = [f"{plain(one)} ({count:,})" for one, count in zip(about.classes, counts, strict=True)][:MOST_CLASSES]
     more = "" if len(named) == len(counts) else f", and {len(counts) - len(named):,} more in model.json"
@@ -161,7 +176,7 @@ def card(models: Sequence[Model]) -> str:
         f"- **Data:** {dataset}, {sum(counts):,} images of {len(counts):,} classes, {max(counts):,} to {min(counts):,}"
         f" a class; fingerprint {code(about.dataset['fingerprint'] or 'unknown')}",
         f"- **Method:** {plain(about.method)}; network {code(json.dumps(model.network.spec))}",
-        f"- **Weights:** {chosen}, epoch {about.weights[model.weights]['epoch']}",
+        f"- **Weights:** {chosen}",
         f"- **Code:** tailstream, commit {code(about.commit or 'unknown')}",
         *_how(model),
         "",
@@ -171,7 +186,7 @@ def card(models: Sequence[Model]) -> str:
         "",
         "## Limits",
         "",
-        "- Every image gets one of the classes below, also one that shows none of them.",
+        f"- {unsure}",
         "- Classes with few training images are recognised less often, and few images may have measured that.",
         "- The class shares where it is used may differ from those above: see `--prior` of tailstream predict.",
         "- *Fill in: where the images come from, whom or what they leave out, known mistakes.*",
@@ -196,6 +211,20 @@ def _how(model: Model) -> list[str]:
     return lines
 
 
+def _shared(model: Model) -> list[Any]:
+    """Return what runs of other seeds have in common."""
+    about = model.description
+    data = [about.classes, about.train_counts, about.image_size, about.evaluated_on]
+    return [*data, about.method, model.weights, model.network.spec]
+
+
+def _seed(model: Model) -> Any:
+    if not (model.run / "summary.json").exists():
+        return model.run.resolve()
+    summary = runs.read_summary(model.run)
+    return summary["seed"], summary["from"]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write a card as the command line says; a user's mistake exits with status 2."""
     program = program_name("python -m train.card", "card")
@@ -207,15 +236,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path | None, metavar="FILE", help="default: README.md in the run")
     asked = parser.parse_args(argv)
     with user_errors_exit_2(program):
+        models = [open_model(Path(run), device="cpu") for run in (asked.run, *(asked.seed_run or []))]
         out = asked.out or asked.run / "README.md"
         check_new(out)
-        models = [open_model(Path(run)) for run in (asked.run, *(asked.seed_run or []))]
         for model in models[1:]:
-            if (model.description.classes, model.description.method) != (
-                models[0].description.classes,
-                models[0].description.method,
-            ):
-                raise UserError(f"{model.run} has other classes or another method than {models[0].run}; leave it out")
+            if _shared(model) != _shared(models[0]):
+                raise UserError(f"{model.run} is another experiment than {models[0].run}; leave it out")
+        if len({_seed(model) for model in models}) < len(models):
+            raise UserError("two of the runs have the same seed, which says nothing about others; leave one out")
         write_text(out, card(models))
         print(f"wrote {printable(out)}; fill in the lines in italics")
 

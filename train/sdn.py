@@ -93,7 +93,7 @@ class SDN(Method):
 
         settings = config.method
         self._settings, weighting = settings, make_weighting(settings.weights)
-        if settings.defer >= 1:
+        if weighting is not None and settings.defer >= 1:
             raise UserError(
                 f"method.defer={settings.defer:g} defers to after the last epoch; give a share of the epochs below 1,"
                 " or --method.weights none"

@@ -133,7 +133,8 @@ def test_thresholds_keep_the_share_that_is_right():
     assert reject_threshold(scores_N, right_N, 0.0) == 0
     assert reject_threshold(scores_N, right_N, 0.7) == 0.5
     assert reject_threshold(scores_N, right_N, 0.9) == 0.9
-    assert reject_threshold(scores_N, ~right_N, 0.9) == 1.0
+    assert reject_threshold(scores_N, ~right_N, 0.9) > 1.0
+    assert reject_threshold(np.array([1.0, 1.0, 0.5]), np.array([False, True, True]), 1.0) > 1.0
     assert reject_threshold(scores_N[:0], right_N[:0], 0.9) == 0
 
 

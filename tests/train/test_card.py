@@ -9,6 +9,7 @@ import yaml
 from untrained import make_run
 
 from train.card import main
+from train.engine.calibration import Calibration, write_calibration
 from train.engine.predictions import Collector, write_predictions
 
 FIGURES = {"top1": 0.5, "balanced_accuracy": 0.4, "many": None, "medium": 0.7, "few": 0.1, "ece": 0.05}
@@ -71,5 +72,41 @@ def test_the_spread_over_seeds(tmp_path, capsys):
     other = make_run(tmp_path / "other")
     with pytest.raises(SystemExit, match="2"):
         main(["--run", str(runs[0]), "--seed-run", str(other), "--out", str(tmp_path / "b.md")])
-    assert "has other classes" in capsys.readouterr().err
+    assert "is another experiment than" in capsys.readouterr().err
     assert json.loads((runs[0] / "model.json").read_text())["classes"] == HOSTILE
+
+
+def test_of_a_second_stage_it_names_the_classifier_that_val_chose(tmp_path):
+    last = {"file": "model.safetensors", "epoch": 10, "figures": FIGURES}
+    chosen = {"file": "model-selected.safetensors", "epoch": 10, "figures": FIGURES | {"name": "cRT"}}
+    run = make_run(tmp_path / "run", selected=True, weights={"last": last, "selected": chosen})
+    main(["--run", str(run)])
+    text = (run / "README.md").read_text()
+    assert "**Weights:** cRT, the classifier that did best on val" in text
+    assert "the epoch that did best" not in text
+
+
+def test_a_run_that_is_not_there_is_what_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--run", str(tmp_path / "typo")])
+    error = capsys.readouterr().err
+    assert "holds no trained model" in error
+    assert "--out" not in error
+
+
+@pytest.mark.parametrize("changes", [{"kind": "bilateral"}, {"train_counts": [60, 30, 6]}, {"image_size": 24}])
+def test_another_experiment_and_the_run_itself_are_no_seeds(tmp_path, capsys, changes):
+    run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other", seed=1, **changes)
+    for seed in (other, run):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--run", str(run), "--seed-run", str(seed), "--out", str(tmp_path / "card.md")])
+        assert "error: " in capsys.readouterr().err
+
+
+def test_it_says_below_what_predictions_have_no_label(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_calibration(run, {"last": (Calibration(1.0, 0.0, [1 / 3] * 3, 0.4), {})})
+    main(["--run", str(run)])
+    text = (run / "README.md").read_text()
+    assert "below 0.400 get no label" in text
+    assert "Every image gets" not in text

@@ -74,7 +74,10 @@ def test_when_all_are_damaged_the_remedy_is_reported(tmp_path):
 def test_a_checkpoint_of_another_network_is_not_taken_for_damaged(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)
-    with pytest.raises(UserError, match=r"step-00000002/model\.safetensors is of another model"):
+    with pytest.raises(
+        UserError,
+        match=r"step-00000002/model\.safetensors is of another model: .*; resume with the settings in .*config\.yaml",
+    ):
         load_checkpoint(tmp_path, nn.Linear(3, 1))
 
 

@@ -104,3 +104,18 @@ def test_mistakes_leave_nothing(tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, name, None)
     assert "pip install 'tailstream[export]'" in fails_with(capsys, "--run", run, "--format", "onnx")
     assert sorted(path.name for path in run.iterdir()) == ["model.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("output", ["probabilities", "logits"])
+@pytest.mark.parametrize("wrong", [np.nan, 7.0])
+def test_a_file_that_says_something_else_is_not_kept(tmp_path, capsys, monkeypatch, output, wrong):
+    run, out = make_run(tmp_path / "run"), tmp_path / "model.pt2"
+
+    def written(program, path, facts):
+        path.write_bytes(b"")
+        return lambda images_BHWC: np.tile(np.float32([wrong, 0, 0]), (len(images_BHWC), 1))
+
+    monkeypatch.setattr("train.export._write_pt2", written)
+    asked = ["--run", run, "--format", "pt2", "--out", out, "--input", "network", "--output", output]
+    assert "the file differs from the network" in fails_with(capsys, *asked)
+    assert not out.exists()

@@ -183,3 +183,20 @@ def test_weights_of_the_preset_that_are_out_of_reach_are_done_without_and_those_
     assert stopped.value.code == 2
     assert "resnet32" in capsys.readouterr().err
     assert not (workplace / "runs/b").exists()
+
+
+def test_one_image_with_maps_of_one_pixel_is_one_line(workplace, capsys):
+    argv = [
+        "--model.backbone",
+        "resnet18",
+        "--input.image_size",
+        "32",
+        "--input.batch_size",
+        "1",
+        "--optim.epochs",
+        "1",
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        run(ERM, argv)
+    assert stopped.value.code == 2
+    assert "has no variance to normalise by" in capsys.readouterr().err

@@ -450,7 +450,7 @@ def test_pretrained_files_that_do_not_fit(resnet18_state, tmp_path):
     with pytest.raises(UserError, match="holds no plain state dict"):
         build_network("plain", "resnet18", 10, str(path))
     torch.save(nn.Linear(1, 1), path)  # a pickled module could run anything
-    with pytest.raises(UserError, match=r"cannot be read \(UnpicklingError\)"):
+    with pytest.raises(UserError, match="cannot be read: it is damaged, or holds more than weights"):
         build_network("plain", "resnet18", 10, str(path))
     for content in (b"", b"not a checkpoint"):
         path.write_bytes(content)

@@ -356,3 +356,15 @@ def test_the_end_of_a_files_name_says_its_format(tmp_path, capsys, photo_folder,
     monkeypatch.chdir(photo_folder)
     main(["--run", str(run), "both/00.jpg", "--out", str(tmp_path / name), *options])
     assert (tmp_path / name).read_text().startswith(begins)
+
+
+def test_it_computes_on_the_cores_that_it_may_use(tmp_path, monkeypatch):
+    run, before = make_run(tmp_path / "run"), torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("train.engine.inference.cores", lambda: 1)
+    try:
+        torch.set_num_threads(2)
+        open_model(run)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -169,3 +169,7 @@ def test_settings_that_make_no_sense_together(workplace, capsys, settings, messa
 def test_it_needs_nothing_that_bbns_network_has_not(make_method):
     ours, bbns = (make_method(method, COUNTS).network for method in (SDN, BBN))
     assert type(ours) is type(bbns)
+
+
+def test_what_is_not_weighted_need_not_be_deferred(make_method):
+    make_method(SDN, COUNTS, weights="none", defer=1.0)

@@ -1,5 +1,6 @@
 """Backbones from timm: cut before the last block, the same features as timm's own, through every command."""
 
+import argparse
 import json
 import re
 
@@ -282,9 +283,13 @@ def test_files_of_training_programs(files, tmp_path):
     expected = network_of("resnet", files).state_dict()
     state = load_file(files["resnet"])
     path = tmp_path / "checkpoint.pth.tar"
-    torch.save({"epoch": 3, "arch": "x", "state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
-    found = build_network("plain", "timm/test_resnet", 10, str(path), image_size=SIZE).state_dict()
-    assert all(torch.equal(found[key], expected[key]) for key in expected if key.startswith("trunk"))
+    inside = {f"module.{key}": value for key, value in state.items()}
+    torch.save({"epoch": 3, "arch": "x", "args": argparse.Namespace(lr=0.1), "state_dict": inside}, path)
+    compiled = tmp_path / "compiled.safetensors"
+    save_file({f"_orig_mod.{key}": value for key, value in state.items()}, compiled)
+    for file in (path, compiled):
+        found = build_network("plain", "timm/test_resnet", 10, str(file), image_size=SIZE).state_dict()
+        assert all(torch.equal(found[key], expected[key]) for key in expected if key.startswith("trunk"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -405,7 +410,7 @@ def test_low_rank_changes_are_those_of_the_weights(files):
 
 def test_adapters_are_for_vision_transformers():
     with pytest.raises(
-        UserError, match=r"model\.adapt=lora is for vision transformers .* model\.backbone=resnet32 is none"
+        UserError, match=r"model\.adapt=lora fits the blocks of vision transformers .* none of model\.backbone=resnet32"
     ):
         build_network("plain", "resnet32", 3, adapt={"kind": "lora"})
 
@@ -536,3 +541,28 @@ def test_two_ranks_learn_what_one_does(family, files, workplace):
             assert (value - two[name]).norm() <= 0.1 * moved + 1e-6, name
             compared += bool(moved > 1e-4)
     assert compared > 10
+
+
+@pytest.mark.parametrize("name", ["test_nfnet", "resmlp_12_224"])
+def test_gains_that_begin_as_a_constant_keep_it(name):
+    torch.manual_seed(0)
+    network = build_network("plain", f"timm/{name}", 3, image_size=32).eval()
+    assert network.features(images(2)).std() > 0
+    gains = [p for n, p in network.branch.named_parameters() if n.endswith((".gain", ".alpha"))]
+    assert any((gain == 1).all() for gain in gains)
+
+
+def test_what_goes_with_the_blocks_before_it_has_their_depth():
+    depths = build_network("plain", "timm/densenet121", 3, image_size=32).parameter_depths()
+    features = "branch.model.features."
+    transition = depths[f"{features}transition1.conv.weight"]
+    assert transition == depths[f"{features}denseblock1.denselayer6.conv1.weight"]
+    assert transition == depths[f"{features}denseblock2.denselayer1.conv1.weight"] - 1
+    assert depths[f"{features}norm5.weight"] == max(depths.values()) - 1
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_stochastic_depth_is_what_the_settings_say(rate):
+    network = build_network("bilateral", "timm/swin_tiny_patch4_window7_224", 3, image_size=224, drop_path=rate)
+    rates = [module.drop_prob for module in network.modules() if isinstance(module, timm.layers.DropPath)]
+    assert max(rates, default=0.0) == pytest.approx(rate)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from shards.errors import UserError
 from train.networks.depths import part_of
-from train.networks.networks import build_network
+from train.networks.networks import HiddenMix, build_network
 
 KINDS = ["plain", "bilateral"]
 BLOCKS = {"resnet32": 14, "resnet10": 3, "resnet50": 15}  # of the trunk
@@ -157,3 +157,22 @@ def test_a_block_that_is_dropped_is_its_shortcut():
     torch.manual_seed(0)
     kept_B = (network.branch(maps) != maps).flatten(1).any(1)
     assert 0 < kept_B.sum() < 6  # image by image
+
+
+def test_a_network_without_a_trunk_keeps_its_maps_and_says_so():
+    network = build_network("plain", "timm/test_mambaout", 3, image_size=64)
+    with pytest.raises(UserError, match=r"loop\.grad_checkpointing: timm/test_mambaout is not cut"):
+        network.set_grad_checkpointing()
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_checkpointing_and_mixed_maps(depth):
+    network = made("plain")
+    network.set_grad_checkpointing()
+    blocks = [block for name, stage in network.trunk.named_children() if name.startswith("layer") for block in stage]
+    calls = []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    mix = HiddenMix(depth, torch.tensor([1, 0, 3, 2]), torch.full((4,), 0.5))
+    network(pictures(), mix).sum().backward()
+    assert len(calls) == 2 * len(blocks)  # each once more in the backward pass

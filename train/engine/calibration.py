@@ -155,8 +155,9 @@ def _blocks(logits_NC: NDArray[Any]) -> Iterator[tuple[slice, NDArray[np.float64
 
 
 def reject_threshold(scores_N: NDArray[np.float64], right_N: NDArray[np.bool_], accuracy: float) -> float:
-    """Return the lowest score from which on at least this share of the predictions is right; 1 where there is none.
+    """Return the lowest score from which on at least this share of the predictions is right.
 
+    Just above 1 where there is none, so that nothing reaches it.
     Equal scores stand or fall together. No predictions at all need no threshold: 0.
     """
     if not len(scores_N):
@@ -167,7 +168,7 @@ def reject_threshold(scores_N: NDArray[np.float64], right_N: NDArray[np.bool_], 
     last_of_equals = np.append(scores[1:] != scores[:-1], True)
     passed = np.flatnonzero(enough & last_of_equals)
     if not passed.size:
-        return 1.0
+        return float(np.nextafter(1.0, 2.0))  # above every probability
     return 0.0 if passed[-1] == len(order) - 1 else float(scores[passed[-1]])
 
 

@@ -95,7 +95,8 @@ def load_checkpoint(run: Path, network: torch.nn.Module) -> tuple[dict[str, Any]
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
             print(f"warning: {path} is damaged ({' '.join(str(error).split())[:120]}); skipped", file=sys.stderr)
             continue
-        load_weights(network, path / "model.safetensors")
+        remedy = f"resume with the settings in {run / 'config.yaml'}, or begin another run"
+        load_weights(network, path / "model.safetensors", remedy)
         return states, counters
     if found:
         raise UserError(f"every checkpoint of {run} is damaged; remove {run / FOLDER} to start the run again")

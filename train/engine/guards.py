@@ -166,6 +166,13 @@ def errors_in_one_line(run_folder: Path | None = None) -> Iterator[None]:
             f"cannot write {error.filename or run_folder} ({error.strerror}); when that is solved, resume with"
             f" {runs.resuming(run_folder)}"
         ) from error
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # of torch's batch norm; see train/networks/batch_norm.py
+            raise
+        raise UserError(
+            "a part of one image with maps of 1x1 has no variance to normalise by; use a larger input.batch_size or"
+            " input.image_size, fewer processes, or a smaller optim.accumulate"
+        ) from error
     except RuntimeError as error:
         said = " ".join(str(error).split())
         if "not enough memory" in said or "can't allocate memory" in said:

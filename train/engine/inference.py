@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from pipeline.augment import find_recipe
 from pipeline.budget import keep_freed_memory
 from pipeline.pictures import FILTER_NAMES, FILTERS
+from shards.cores import cores
 from shards.encode import EXTENSIONS, UNREAD_EXTENSIONS, BadImageError, decode, unread
 from shards.errors import UserError
 from shards.progress import say
@@ -116,12 +117,13 @@ class Model:
         return probabilities(logits_BC, self.calibrated, self.description.train_counts, prior_C)
 
 
-def open_model(run: Path, weights: str | None = None) -> Model:
-    """Open a run's model, on a GPU where there is one.
+def open_model(run: Path, weights: str | None = None, device: str | None = None) -> Model:
+    """Open a run's model.
 
     Args:
         run: a run's folder; of a run that has a description in its model.json, the model files alone will do.
         weights: "last", "selected", or None: those that val chose, where it chose an epoch.
+        device: where it computes; None: on a GPU that there is and that has room for it, else on the CPU.
 
     Raises:
         UserError: no model, a damaged one, one of a newer format, or one that evaluates on random windows.
@@ -134,7 +136,14 @@ def open_model(run: Path, weights: str | None = None) -> Model:
         )
     weights = choose_weights(run, weights)
     keep_freed_memory()
-    network = load_model(run, weights).to("cuda" if torch.cuda.is_available() else "cpu")
+    if "OMP_NUM_THREADS" not in os.environ and cores() < torch.get_num_threads():
+        torch.set_num_threads(cores())  # in a container torch sees all of the machine's
+    network = load_model(run, weights)
+    try:
+        network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except torch.OutOfMemoryError:
+        say("note: the GPU has no room for the network; the CPU computes")
+        network.to("cpu")
     if len(description.classes) != network.classifier.out_features:
         raise UserError(
             f"{run}/model.json names {len(description.classes)} classes, and its network has"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.stream import Stream
+from shards.errors import UserError
 
 if TYPE_CHECKING:  # launchable files import this, and torch takes seconds: see train/engine/launch.py
     import numpy as np
@@ -126,4 +127,9 @@ def make_method(method_class: type[Method], config: Any, train_counts_C: NDArray
         method.model.freeze_trunk()
     if config.loop.grad_checkpointing:
         method.model.set_grad_checkpointing()
+    if config.optim.lr_scale_trunk != 1 and not method.model.is_cut:
+        raise UserError(
+            f"optim.lr_scale_trunk={config.optim.lr_scale_trunk:g}: {method.model.spec['backbone']} is not cut, and has"
+            " no trunk; use optim.layer_decay or optim.lr_scale_branches"
+        )
     return method

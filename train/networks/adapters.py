@@ -142,8 +142,8 @@ def adapt(network: nn.Module, backbone: str, num_classes: int, settings: Mapping
     inside = {name: [b for b in _blocks(part) if adapter.fits(b)] for name, part in network.named_children()}
     if not inside["trunk"]:
         raise UserError(
-            f"model.adapt={adapter.kind} is for vision transformers such as timm/vit_small_patch16_224, and"
-            f" model.backbone={backbone} is none; leave model.adapt out"
+            f"model.adapt={adapter.kind} fits the blocks of vision transformers such as timm/vit_small_patch16_224, and"
+            f" none of model.backbone={backbone}; choose another of {', '.join(KINDS)}, or leave model.adapt out"
         )
     adapter = adapter.resolved(num_classes, len(inside["trunk"]) + 1)
     network.requires_grad_(False)

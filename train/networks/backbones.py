@@ -187,6 +187,15 @@ def _started_from(backbone: Backbone, state: dict[str, Tensor], source: str) -> 
             f"{source} trained adapters (model.adapt), which are no part of {backbone.name}; name the weights that it"
             " started from"
         )
+    shown = _inside(state, "normalize.")
+    if any(
+        key in shown and not torch.allclose(shown[key], value.to(shown[key]))
+        for key, value in backbone.normalize.state_dict().items()
+    ):
+        raise UserError(
+            f"{source} was shown pictures that are normalised otherwise than {backbone.name}'s; name the backbone that"
+            " it began with, tag included"
+        )
     load_state(backbone.trunk, trunk, f"{source} (its trunk)", remedy)
     block = backbone.make_branch()
     load_state(block, last_block or _inside(state, "conventional."), f"{source} (its last block)", remedy)

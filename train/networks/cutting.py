@@ -130,9 +130,12 @@ def last_block(model: Any) -> list[str]:
 
 
 def drawn_anew(branch: nn.Module) -> nn.Module:
-    """Draw every matrix and kernel again, with the spread that it has: timm's initialisation, on the branch's own."""
+    """Draw every matrix and kernel again, with the spread that it has: timm's initialisation, on the branch's own.
+
+    Gains and scales, which begin as a constant, keep it.
+    """
     with torch.no_grad():
         for parameter in branch.parameters():
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 and parameter.min() < parameter.max():
                 parameter.normal_(std=parameter.std().item())
     return branch

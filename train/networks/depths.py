@@ -6,6 +6,8 @@ from typing import Any, Literal
 Part = Literal["trunk", "branch", "classifier"]
 # What `depth_key` gives for what no pattern fits, such as the last norm, which belongs to the last block.
 LAST = (float("inf"),)
+# timm's number for what goes with the group before it, such as the norm after the last block.
+WITH_BEFORE = 99999
 
 
 def part_of(parameter: str) -> Part:
@@ -21,6 +23,5 @@ def depth_key(groups: Any, name: str) -> tuple[float, ...]:
             found = re.match(pattern, name)
             if found is not None:
                 places = (*map(float, filter(None, found.groups())), *(numbers or ()))
-                # timm's number for what goes with the group before it, such as the norm after the last block.
-                return LAST if places[-1:] == (99999,) else (float(ordinal), *places)
+                return LAST if places == (WITH_BEFORE,) else (float(ordinal), *places)
     return LAST

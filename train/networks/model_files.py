@@ -147,14 +147,14 @@ def choose_weights(folder: Path | str, asked: str | None) -> str:
     return asked or ("selected" if has_selected else "last")
 
 
-def load_weights(network: nn.Module, path: Path | str) -> None:
+def load_weights(network: nn.Module, path: Path | str, remedy: str | None = None) -> None:
     """Load a file that `save_model` wrote into a network of the same architecture, in place.
 
     Raises:
         UserError: the file is missing or damaged, or belongs to another architecture; `network` is
             unchanged then.
     """
-    remedy = f"build the network that the {SPEC_FILE} beside it names"
+    remedy = remedy or f"build the network that the {SPEC_FILE} beside it names"
     load_state(network, read_state(Path(path)), path, remedy)
 
 

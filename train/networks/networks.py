@@ -33,7 +33,7 @@ from train.networks.batch_norm import (
 )
 from train.networks.cosine import SCALE, CosineClassifier, plain_weight
 from train.networks.cutting import Trunk
-from train.networks.depths import LAST, depth_key, part_of
+from train.networks.depths import LAST, WITH_BEFORE, depth_key, part_of
 
 # Weights of the trunk for each value in a stream's images. One pass reads the weights once; two keep smaller maps in
 # a CPU's caches. The first counts for ResNet-50 on a few images (200 weights a value: 1.1 to 1.2 times as fast), the
@@ -126,7 +126,15 @@ class Network(nn.Module):
 
         Memory for time: about a third of the maps' memory for a third more time. What is learnt is the same: batch norm
         leaves its running statistics alone when it computes again.
+
+        Raises:
+            UserError: no trunk, or blocks that cannot be computed again.
         """
+        if not self.is_cut:
+            raise UserError(
+                f"loop.grad_checkpointing: {self.spec['backbone']} is not cut, and has no trunk whose maps could be"
+                " left out; leave it out"
+            )
         self._recomputes = on
         use_stream_batch_norm(self.trunk)
         for module in self.trunk.modules():
@@ -148,7 +156,9 @@ class Network(nn.Module):
             for name, _ in self.named_parameters()
             if part_of(name) != "classifier"
         }
-        order = {key: depth for depth, key in enumerate(sorted(set(keys.values()) - {LAST}))}
+        order: dict[tuple[float, ...], int] = {}
+        for key in sorted(set(keys.values()) - {LAST}):
+            order[key] = max(order.values(), default=-1) + (key[-1] != WITH_BEFORE or not order)
         last = max(order.values(), default=0)
         return {name: order.get(keys[name], last) if name in keys else last + 1 for name, _ in self.named_parameters()}
 
@@ -233,7 +243,9 @@ class PlainNetwork(Network):
             return nn.Identity(), self.trunk
         names = [name for name, _ in self.trunk.named_children()]
         cut, stages = names.index(f"layer{depth}") + 1, cast(Stages, self.trunk)
-        return stages[:cut], stages[cut:]
+        below, above = stages[:cut], stages[cut:]
+        below.recomputes = above.recomputes = stages.recomputes  # slices are new modules
+        return below, above
 
 
 class BilateralNetwork(Network):

@@ -100,7 +100,8 @@ def make_parts(name: str, weights: str | None, image_size: int | None, drop_path
 
     def make_branch() -> nn.Module:
         made = copy.deepcopy(branch)
-        return made if weights else drawn_anew(made)
+        # A model that is not cut has one branch, which is random as it is.
+        return made if weights or not is_cut else drawn_anew(made)
 
     return Parts(trunk, make_branch, feature_dim, view, groups, is_cut)
 
@@ -172,6 +173,10 @@ def _build(name: str, config: Any, weights: str | None, size: int, drop_path: fl
             f"{name} cannot be built for pictures of {size}×{size} pixels ({_line(error)}); give"
             f" --input.image_size {config.input_size[-1]}, its own"
         ) from None
+    if not drop_path:
+        for module in model.modules():
+            if isinstance(module, timm.layers.DropPath):
+                module.drop_prob = 0.0  # some of timm's models have a rate of their own
     if weights is not None and not default:
         _load(name, config, model, weights)
     return model

@@ -1,5 +1,6 @@
 """State dicts out of files, checked against the network that they are for."""
 
+import argparse
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,11 +30,19 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_file(path)
+        else:
+            # Training programs keep their command line beside the weights.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give the file of a trained model") from None
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} cannot be read: it is damaged, or holds more than weights; save model.state_dict() and give that"
+            " file"
+        ) from None
+    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}); replace the damaged file") from None
     if isinstance(state, dict):
         state = next((state[key] for key in INSIDE if isinstance(state.get(key), dict)), state)
