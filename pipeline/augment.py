@@ -162,6 +162,16 @@ RECIPES = {
 }
 
 
+def check_fixed(text: str) -> None:
+    """Raise a UserError for a recipe of evaluation that does not show each image in one way."""
+    recipe = find_recipe(text)
+    if recipe.centre_share is None or recipe.distortions:
+        raise UserError(
+            f"input.eval_augment={text} shows an image another way each time; use none, eval or centre(share), which"
+            f" +{BICUBIC} may follow"
+        )
+
+
 @cache
 def find_recipe(text: str) -> Recipe:
     """Return the recipe that a configuration asks for: a name of `RECIPES`, and distortions that follow it.

@@ -30,7 +30,11 @@ def free_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     assert available is not None
-    return min([1024 * int(available[1]), *group_rooms(GROUPS.read_text(), MOUNTED)])
+    try:
+        rooms = group_rooms(GROUPS.read_text(), MOUNTED)
+    except FileNotFoundError:  # no control groups here
+        rooms = []
+    return min([1024 * int(available[1]), *rooms])
 
 
 def group_rooms(groups: str, root: Path) -> list[int]:

@@ -180,12 +180,16 @@ class _Stream:
             (outputs,) = self._pipeline.share_outputs(cuda_stream=stream)
         except RuntimeError as error:  # DALI does not say which image; its dynamic executor loses this batch alone
             return self._rescue(drawn, fed, error)
-        if self._device.type == "cuda":
-            # The dynamic executor counts references: the tensor keeps its buffer after the release.
-            images_BHWC = torch.from_dlpack(outputs.as_tensor())
-        else:
-            images_BHWC = self._show(fed, outputs)
-        self._pipeline.release_outputs()
+        try:
+            if self._device.type == "cuda":
+                # The dynamic executor counts references: the tensor keeps its buffer after the release.
+                images_BHWC = torch.from_dlpack(outputs.as_tensor())
+            else:
+                images_BHWC = self._show(fed, outputs)
+        except RuntimeError as error:  # a picture of another size than the index says
+            return self._rescue(drawn, fed, error)
+        finally:
+            self._pipeline.release_outputs()
         return images_BHWC if fed.distortions_B is None else distort(images_BHWC, fed.distortions_B), fed
 
     def _rescue(self, drawn: Draw, fed: Draw, error: RuntimeError) -> tuple[torch.Tensor, Draw]:

@@ -59,6 +59,9 @@ class Distortion(ABC):
             image_size: their height and width.
         """
 
+    def check(self, image_size: int) -> None:  # noqa: B027  (most take any)
+        """Raise a UserError where pictures of so many pixels are too small for it."""
+
     @abstractmethod
     def apply(self, images_BHWC: torch.Tensor, rows_B: NDArray[Any]) -> torch.Tensor:
         """Return distorted pictures, uint8; those given, uint8 on any device, stay as they are.
@@ -95,7 +98,9 @@ def find_distortion(text: str) -> Distortion:
     parameters = _parameters(kind)
     given = match[2].split(",") if match[2] and match[2].strip() else []
     if len(given) != len(parameters):
-        raise UserError(f"the distortion {text!r} is written {kind.usage()}; it has {len(given)} arguments")
+        raise UserError(
+            f"the distortion {text!r} has {len(given)} argument{'s' * (len(given) != 1)} and is written {kind.usage()}"
+        )
     arguments = {}
     for parameter, value in zip(parameters, given, strict=True):
         try:

@@ -6,7 +6,9 @@
 
 What takes a bad image's place is a pure function of the draw and of which images are bad: the same in every loader,
 on any number of ranks, and after resuming. (Only where no image of a class decodes it is the next sample of the
-rank's batch.) It shows the part of itself that the bad one would have shown: the window is scaled to its size.
+rank's batch. DALI's window decoding does not see damage below the window: there an image counts as bad from the first
+draw on that reaches it.) It shows the part of itself that the bad one would have shown: the window is scaled to its
+size.
 """
 
 import sys
@@ -115,7 +117,7 @@ class Faults:
         # A plain dict: where a DataLoader pins memory it copies what workers send and calls `update` on the copy with
         # the same items, which in a Counter adds them once more.
         times, self.times = dict(self.times), Counter()
-        return self.bad, times
+        return dict(self.bad), times  # a worker's is pickled by a thread, while the next step may add to it
 
     def merge(self, bad: dict[int, BadImage], times: dict[int, int]) -> None:
         """Add what a worker process's record took."""
@@ -153,7 +155,8 @@ class Faults:
     def _stop_above_limit(self) -> None:
         if len(self.bad) > self.limit:
             raise UserError(
-                f"{len(self.bad)} images do not decode and input.fault_limit is {self.limit}:"
+                f"{len(self.bad)} image{'s do' if len(self.bad) > 1 else ' does'} not decode and input.fault_limit is"
+                f" {self.limit}:"
                 f" {self._remedy(sorted(self.bad))}"
             )
 

@@ -18,7 +18,7 @@ from pipeline.faults import faults_of
 from pipeline.kinds import ChosenLoader, Decode, LoaderKind
 from pipeline.plan import Plan, Stream
 from pipeline.reader import ShardReader
-from pipeline.resident_loader import ResidentLoader, room_for, set_aside
+from pipeline.resident_loader import ResidentLoader, check_room, room_for, set_aside
 from shards.errors import UserError
 from shards.index import Split
 
@@ -109,6 +109,18 @@ def choose_loader(
     elif size <= room:
         return chosen, "what another process of this run must use"
     return chosen, decoded
+
+
+def keep_resident(splits: Iterable[Split], device: torch.device | str, resident_gb: float | None = None) -> None:
+    """Set memory aside for the images of all splits of a run, before the run takes it; arguments as `choose_loader`'s.
+
+    Raises:
+        TooLargeError: they do not fit together.
+    """
+    device, splits = torch.empty(0, device=device).device, list(splits)
+    check_room(splits, device, resident_gb)
+    for split in splits:
+        set_aside(split, device)
 
 
 def windowed(streams: Sequence[Stream], split: Split, shard_window: int | None) -> tuple[Stream, ...]:

@@ -11,6 +11,9 @@ from pipeline.distort import distort
 from pipeline.plan import Draw
 from pipeline.reader import ShardReader
 from shards.index import Split
+from shards.strict import check_chunks
+
+STORED = ("JPEG", "PNG")
 
 FILTERS: dict[Interpolation, Image.Resampling] = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -42,16 +45,20 @@ def decode(split: Split, reader: ShardReader, sample: int) -> Image.Image:
     row = split.samples[sample]
     expected = (int(row["width"]), int(row["height"]))
     try:
-        with Image.open(io.BytesIO(file.data)) as opened:
+        with Image.open(io.BytesIO(file.data), formats=STORED) as opened:
             # Before any pixel is decoded: damaged bytes may speak of a huge picture.
             if opened.size != expected:
                 raise ValueError(f"{opened.size[0]}x{opened.size[1]} pixels, not {expected[0]}x{expected[1]}")
+            if opened.format == "PNG":
+                check_chunks(file.data)  # PIL fills what is lacking with black
             return opened.convert("RGB")
+    except MemoryError:  # it says nothing about the image
+        raise
     # PIL's plugins meet damaged bytes with whatever their code runs into: OSError, SyntaxError, struct.error…
     except Exception as error:
         # PIL names the buffer, whose address says nothing.
         reason = " ".join(str(error).split(" <_io")[0].split())
-        raise UndecodableError(sample, reason) from error
+        raise UndecodableError(sample, reason or type(error).__name__) from error
 
 
 def show_windows(split: Split, reader: ShardReader, draw: Draw, image_size: int) -> torch.Tensor:

@@ -134,7 +134,8 @@ class TrainPlan:
             raise UserError(f"the split {self.split.name!r} has no images")
         assert len(set(self.streams)) == len(self.specs), "stream names must differ"
         for spec in self.specs:
-            find_recipe(spec.augment)
+            for distortion in find_recipe(spec.augment).distortions:
+                distortion.check(self.image_size)
             if self._drawn_by(spec).repeats is not None:
                 raise UserError(
                     f"stream {spec.name!r} repeats {spec.repeats!r}, which has no sampler of its own; name another"

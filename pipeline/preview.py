@@ -21,6 +21,7 @@ from pipeline.batch import Batch
 from pipeline.kinds import LoaderKind
 from pipeline.loader import open_loader
 from pipeline.plan import Stream, TrainPlan
+from shards.atomic import partial_file
 from shards.cli import Parser, program_name
 from shards.errors import UserError, user_errors_exit_2
 from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups
@@ -73,7 +74,7 @@ def preview(
         UserError: no dataset, split, recipe or step of that name or number, or a file that cannot be written.
     """
     if out.suffix.lower() != ".png":
-        raise UserError(f"{out} is no name of a PNG file; end it with .png")
+        raise UserError(f"{out} is not the name of a PNG file; end it with .png")
     dataset = open_dataset(root)
     if split not in dataset.splits:
         raise UserError(f"{dataset.place} has no split {split!r}; choose one of: {', '.join(dataset.splits)}")
@@ -152,12 +153,10 @@ def _readable_names(classes: Sequence[str]) -> list[str]:
 
 
 def _write(figure: Figure, out: Path) -> None:
-    part = out.with_name(f".{out.name}.part")
     try:
-        figure.savefig(part, format="png")
-        part.replace(out)
+        with partial_file(out) as part:
+            figure.savefig(part, format="png")
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise UserError(f"{out} cannot be written ({error.strerror}); choose another --out") from None
 
 

@@ -162,14 +162,20 @@ def decoded_of(split: Split, device: torch.device, gigabytes: float | None) -> D
     Raises:
         TooLargeError: they would take more.
     """
-    size, room = room_for([split], device, gigabytes)
+    check_room([split], device, gigabytes)
+    return set_aside(split, device)
+
+
+def check_room(splits: Sequence[Split], device: torch.device, gigabytes: float | None) -> None:
+    """Raise a TooLargeError where the images of splits do not fit; arguments as for `room_for`."""
+    size, room = room_for(splits, device, gigabytes)
     if size > room:
         raise TooLargeError(
-            f"the images of {split.name} take {size / 1e9:.3g} GB decoded and the resident loader may use"
+            f"the images of {', '.join(split.name for split in splits)} take {size / 1e9:.3g} GB decoded and the"
+            f" resident loader may use"
             f" {max(0, room) / 1e9:.3g} GB on {device}; give it more with --input.resident_gb, or use"
             " --input.loader dali"
         )
-    return set_aside(split, device)
 
 
 def room_for(splits: Sequence[Split], device: torch.device, gigabytes: float | None) -> tuple[int, float]:
@@ -288,8 +294,9 @@ class ResidentLoader(Loader):
         """Stop the threads. The decoded images stay with the split."""
         self._steps = iter(())
         self._coming.clear()
+        self._reader.close()  # else the threads would wait for shards that nobody needs
         self._pool.shutdown(cancel_futures=True)
-        self._reader.close()
+        self._reader.close()  # what they opened meanwhile
 
 
 def resize_on_gpu(

@@ -57,7 +57,13 @@ def check_png(data: bytes) -> None:
     raise ValueError("it has no end")
 
 
-def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+def check_chunks(data: bytes | memoryview) -> None:
+    """Raise a ValueError where a PNG that once was whole is not any more: a wrong checksum, or no end."""
+    if not any(name == b"IEND" for name, _ in _chunks(data)):
+        raise ValueError("it has no end")
+
+
+def _chunks(data: bytes | memoryview) -> Iterator[tuple[bytes, bytes | memoryview]]:
     """Names and contents, as far as they are whole."""
     at = PNG_START
     while at + 12 <= len(data):

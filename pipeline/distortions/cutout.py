@@ -31,6 +31,12 @@ class Cutout(Distortion):
         if self.side < 2:
             raise UserError(f"{self} hides nothing; its side must be at least 2 pixels")
 
+    def check(self, image_size: int) -> None:  # noqa: D102
+        if self.side // 2 >= image_size:
+            raise UserError(
+                f"{self} hides all of a picture of {image_size} pixels; its side must be below {2 * image_size}"
+            )
+
     def draw(self, generator: np.random.Generator, count: int, image_size: int) -> NDArray[np.int32]:
         """Draw the boxes (top, left, bottom, right): shape (count, 4)."""
         return boxes_around(generator.integers(image_size, size=(count, 2)), np.full(count, self.side), image_size)

@@ -6,7 +6,7 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
-from pipeline.augment import RECIPES, find_recipe
+from pipeline.augment import RECIPES, check_fixed, find_recipe
 from pipeline.distort import DISTORTIONS, Distortion
 from pipeline.distortions import AutoAugment, Cutout, RandAugment, Strong
 from pipeline.loader import open_loader
@@ -174,9 +174,9 @@ def test_each_distortion_has_parameters_of_its_own_after_the_same_crops():
         ("cifar+", "no distortion is called ''; choose one of: autoaugment"),
         ("cifar+imagenet", "no distortion is called 'imagenet'; choose one of:"),
         ("cifar+rand(2,9", "no distortion is called 'rand(2,9'; choose one of:"),
-        ("cifar+rand(2)", "the distortion 'rand(2)' is written rand(n,m); it has 1 arguments"),
-        ("cifar+rand", "the distortion 'rand' is written rand(n,m); it has 0 arguments"),
-        ("cifar+trivial(3)", "the distortion 'trivial(3)' is written trivial; it has 1 arguments"),
+        ("cifar+rand(2)", "the distortion 'rand(2)' has 1 argument and is written rand(n,m)"),
+        ("cifar+rand", "the distortion 'rand' has 0 arguments and is written rand(n,m)"),
+        ("cifar+trivial(3)", "the distortion 'trivial(3)' has 1 argument and is written trivial"),
         (
             "cifar+rand(2,9.5)",
             "the distortion 'rand(2,9.5)' is written rand(n,m), and m='9.5' is not a whole number",
@@ -230,3 +230,11 @@ def test_a_distortion_from_outside_is_one_class(digits, darken, kind):
     for image, box in zip(expected, dark.distortions_B["cutout(4)"], strict=True):
         image[box[0] : box[2], box[1] : box[3]] = 128
     assert torch.equal(shown, expected)
+
+
+@pytest.mark.parametrize("recipe", ["cifar", "imagenet", "none+cutout(4)", "strong"])
+def test_an_evaluation_shows_each_image_in_one_way(recipe):
+    with pytest.raises(UserError, match=r"input\.eval_augment="):
+        check_fixed(recipe)
+    for fixed in ("none", "eval", "centre(0.95)+bicubic"):
+        check_fixed(fixed)

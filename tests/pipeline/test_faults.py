@@ -1,4 +1,5 @@
 import gc
+import io
 import shutil
 import weakref
 from dataclasses import replace
@@ -7,6 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from pipeline.faults import Faults, faults_of
@@ -15,6 +17,7 @@ from pipeline.mix import Mixup, Remix
 from pipeline.pictures import UndecodableError, decode, show_windows
 from pipeline.plan import Draw, EvalPlan, Stream, TrainPlan
 from pipeline.reader import ShardReader
+from shards.build import build
 from shards.errors import UserError
 from shards.index import Split, open_dataset
 
@@ -322,3 +325,51 @@ def test_too_many_bad_images_end_the_run(dataset, loading):
     with open_loader(plan, **loading) as loader, pytest.raises(UserError, match=r"^11 images do not decode") as raised:
         list(islice(loader, 20))
     assert "\n" not in str(raised.value)
+
+
+def test_what_was_taken_does_not_change_while_a_thread_sends_it(photos):
+    faults = marked(photos.splits["train"], 1)
+    bad, _ = faults.take()
+    faults.add(photos.splits["train"], UndecodableError(2, "zeroed"))
+    assert list(bad) == [1]
+
+
+def test_too_little_memory_says_nothing_about_an_image(photos, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("pipeline.pictures.Image.open", fail)
+    with pytest.raises(MemoryError):
+        decode(photos.splits["train"], ShardReader(photos.splits["train"]), 0)
+
+
+def test_a_png_without_its_tail_is_replaced(tmp_path, loading):
+    generator = np.random.default_rng(0)
+    for i in range(8):
+        path = tmp_path / "source" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels_HWC = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels_HWC).save(path)
+    options = {"test_fraction": 0, "val_fraction": 0, "workers": 1}
+    split = open_dataset(build("folder", source=tmp_path / "source", out=tmp_path / "out", **options)).splits["train"]
+    row = split.samples[0]
+    half = int(row["size"]) // 2
+    with split.shard_paths[0].open("r+b") as shard:
+        shard.seek(row["offset"] + half)
+        shard.write(bytes(int(row["size"]) - half))
+    plan = TrainPlan(split, (Stream("only", augment="none"),), 8, 32, seed=3, epochs=1)
+    with open_loader(plan, **loading) as loader:
+        assert 0 not in next(loader)["only"].ids_B
+        assert [bad["sample"] for bad in loader.faults.rows()] == [0]
+
+
+def test_a_stored_image_of_another_format_is_bad(photos, tmp_path):
+    split = open_dataset(shutil.copytree(photos.root, tmp_path / "copy")).splits["train"]
+    row, buffer = split.samples[0], io.BytesIO()
+    Image.new("L", (int(row["width"]), int(row["height"]))).save(buffer, "GIF")
+    assert len(buffer.getvalue()) <= row["size"]
+    with split.shard_paths[row["shard"]].open("r+b") as shard:
+        shard.seek(row["offset"])
+        shard.write(buffer.getvalue().ljust(int(row["size"]), b"\0"))
+    with pytest.raises(UndecodableError):
+        decode(split, ShardReader(split), 0)

@@ -340,3 +340,9 @@ def test_deferral_of_every_sampler():
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(UserError, match=r"stream 'train' has from_share=.*; it must be at least 0, and below 1"):
         Stream("train", 0.0, from_share=share)
+
+
+def test_a_cutout_that_hides_whole_pictures_is_refused():
+    with pytest.raises(UserError, match=r"cutout\(16\) hides all of a picture of 8 pixels"):
+        make_plan(Stream("s", augment="shift+cutout(16)"), image_size=8)
+    make_plan(Stream("s", augment="shift+cutout(15)"), image_size=8)

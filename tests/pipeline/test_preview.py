@@ -120,3 +120,11 @@ def test_no_dataset_is_reported(tmp_path, capsys):
         main([str(tmp_path)])
     assert exited.value.code == 2
     assert "has no dataset.json, so it is not a dataset" in capsys.readouterr().err
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(digits, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exited:
+        main([str(digits.root), "--loader", "torch", "--out", str(tmp_path / "file" / "p.png")])
+    assert exited.value.code == 2
+    assert "cannot be written (Not a directory); choose another --out" in capsys.readouterr().err

@@ -13,14 +13,14 @@ from PIL import Image
 from pipeline import resident_loader
 from pipeline.budget import free_memory, group_rooms
 from pipeline.dali_loader import DaliLoader
-from pipeline.loader import choose_loader, open_loader
+from pipeline.loader import choose_loader, keep_resident, open_loader
 from pipeline.pictures import decode
 from pipeline.plan import EvalPlan, Stream, TrainPlan
 from pipeline.reader import ShardReader
 from pipeline.resident_loader import Decoded, ResidentLoader, TooLargeError, decoded_of, resize_on_gpu, room_for
 from pipeline.windows import resize_windows
 from shards.errors import UserError
-from shards.index import Split
+from shards.index import Split, open_dataset
 
 CPU = torch.device("cpu")
 
@@ -264,3 +264,20 @@ def test_limits_of_control_groups_are_minded(tmp_path):
 
 def test_some_memory_is_free_here():
     assert 1e6 < free_memory(CPU) < 1e15
+
+
+def test_memory_is_known_where_there_are_no_control_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.budget.GROUPS", tmp_path / "none")
+    assert 1e6 < free_memory(CPU) < 1e15
+
+
+def test_a_resident_loader_that_is_asked_for_is_settled_for_all_splits_before_the_run(digits, monkeypatch):
+    monkeypatch.setattr(resident_loader, "_alive", weakref.WeakSet())
+    dataset = open_dataset(digits.root)
+    size, _ = room_for(list(dataset.splits.values()), CPU, None)
+    monkeypatch.setattr(resident_loader, "free_memory", lambda device: 5 * size)
+    keep_resident(dataset.splits.values(), CPU)
+    monkeypatch.setattr(resident_loader, "free_memory", lambda device: 0)  # what training leaves
+    for split in dataset.splits.values():
+        with open_loader(EvalPlan(split, 4, 16), "resident") as loader:
+            next(loader)

@@ -488,6 +488,32 @@ def test_an_unknown_dataset_copies_nothing(pets, memory, cache):
     assert not cache.exists()
 
 
+def test_a_resident_loader_is_closed_while_a_shard_comes(remote, cache, monkeypatch):
+    split, begun, go_on = open_dataset(remote).splits["train"], threading.Event(), threading.Event()
+    fetch = shards.remote._fetch
+
+    def slow(url, name, path):
+        begun.set()
+        assert go_on.wait(20)
+        fetch(url, name, path)
+
+    monkeypatch.setattr(shards.remote, "_fetch", slow)
+    monkeypatch.setattr("pipeline.loader._fetch_first", lambda plan, start_step: None)
+    loader = open_loader(TrainPlan(split, (Stream("s"),), 4, 16, seed=0, epochs=1), "resident", threads=1)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, loader)
+        assert begun.wait(20)
+        closing = threading.Thread(target=loader.close)
+        closing.start()
+        closing.join(5)
+        hung = closing.is_alive()
+        go_on.set()
+        closing.join(20)
+        assert not hung
+        with pytest.raises(CancelledError):
+            waiting.result(20)
+
+
 def test_an_unknown_kind_of_url():
     with pytest.raises(UserError, match=r"nothing://x cannot be opened: Protocol not known"):
         open_dataset("nothing://x")

@@ -57,7 +57,7 @@ class Input:
         augment: the recipe of the training streams: a crop (none, shift, cifar, imagenet, eval) and what follows it,
             such as imagenet+rand(2,9) or cifar+autoaugment+cutout(16).
         eval_augment: the recipe of evaluation: none (whole image) or eval (centre crop of 7/8).
-        threads: decoding threads per stream.
+        threads: decoding threads per stream, or the torch loader's worker processes.
         decode: what DALI decodes of an image: the window that is shown, the whole, or auto: the window on a CPU, the
             whole on a GPU, where decoding windows has crashed with some versions of nvImageCodec.
         resident_gb: how many gigabytes decoded images may take in each process; by default a quarter of what is free.
@@ -81,11 +81,14 @@ class Input:
 
     def settle_loader(self, dataset: Dataset, accelerator: "Accelerator") -> None:
         """Decide what the loader `auto` is, once for all splits and all processes, and say so."""
-        if self.loader != "auto":
-            return
         from accelerate.utils import gather_object
 
-        from pipeline.loader import choose_loader
+        from pipeline.loader import choose_loader, keep_resident
+
+        if self.loader == "resident":
+            keep_resident(dataset.splits.values(), accelerator.device, self.resident_gb)
+        if self.loader != "auto":
+            return
 
         def agree(mine: ChosenLoader) -> ChosenLoader:
             return min(gather_object([mine]), key=("torch", "dali", "resident").index)  # what all of them can

@@ -69,7 +69,9 @@ def evaluate(
     was_training = network.training
     network.eval()
     rank, input = accelerator.process_index, config.input
-    plan = EvalPlan(split, input.batch_size, input.image_size, input.eval_augment, rank, accelerator.num_processes)
+    # As many images at once as a training step computes with, which is known to fit.
+    at_once = max(1, input.batch_size // accelerator.num_processes // config.optim.accumulate)
+    plan = EvalPlan(split, at_once, input.image_size, input.eval_augment, rank, accelerator.num_processes)
     total = Tally.zeros(len(split.class_counts))
     with (
         input.open_loader(plan, accelerator.device) as loader,

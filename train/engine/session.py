@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from jsonargparse import ArgumentParser, Namespace
 
+from pipeline.augment import check_fixed
 from pipeline.budget import keep_freed_memory
 from pipeline.loader import windowed
 from pipeline.plan import TrainPlan
@@ -148,6 +149,7 @@ def _train_and_finish(
         config = replace(config, model=replace(config.model, weights=None))
     method, plan = _make(method_class, config, dataset, accelerator)
     test_split(dataset)  # refused early where there is none
+    check_fixed(config.input.eval_augment)
     tracking = Tracking(config.loop.track)
     # Whatever can fail comes before the folder is made or touched.
     restored = load_checkpoint(resumed, method.network) if resumed else None
