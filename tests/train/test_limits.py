@@ -122,6 +122,14 @@ def test_a_budget_lowers_the_epochs_and_the_schedule_with_them():
         within_budget(setting(budget="22s"), plan, dataset, BIG)
 
 
+@pytest.mark.parametrize("epochs", [3, 4])
+def test_a_budget_that_holds_all_epochs_leaves_them(workplace, monkeypatch, epochs):
+    monkeypatch.setattr(limits, "measure", lambda *_: replace(BIG, step_seconds=1e-3, predict_seconds=0.0))
+    run(ERM, [*SHORT[:-1], str(epochs), "--loop.budget", "1h", "--run", "runs/a"])
+    optim = yaml.safe_load((workplace / "runs/a/config.yaml").read_text())["optim"]
+    assert (optim["epochs"], optim["warmup_epochs"]) == (epochs, 0)
+
+
 def test_a_resumed_run_keeps_the_epochs_of_its_budget(workplace, monkeypatch, capsys):
     monkeypatch.setattr(limits, "measure", lambda *_: replace(BIG, step_seconds=1.0, predict_seconds=0.0))
     run(ERM, [*SHORT[:-1], "50", "--loop.budget", "15s", "--run", "runs/a"])  # 6 steps an epoch

@@ -156,14 +156,15 @@ def within_budget(config: Config, plan: TrainPlan, dataset: Dataset, estimate: E
             f"loop.budget={config.loop.budget} is too short for one epoch, which takes about {said_time(first)};"
             " a smaller --input.image_size or --model.backbone takes less"
         )
-    epochs = min(optim.epochs, 1 + int((budget - first) / another))
+    # Plain numbers: the run's config.yaml holds them, and YAML does not know the command line's own types.
+    epochs = int(min(optim.epochs, 1 + int((budget - first) / another)))
     share = epochs / optim.epochs
     # One epoch of warm-up is none; see `train.engine.optimisers.warnings_about`.
     least = min(2, optim.warmup_epochs) if epochs >= 4 else 0
     shorter = replace(
         optim,
         epochs=epochs,
-        warmup_epochs=max(least, round(optim.warmup_epochs * share)),
+        warmup_epochs=int(max(least, round(optim.warmup_epochs * share))),
         warmup_steps=None if optim.warmup_steps is None else round(optim.warmup_steps * share),
     )
     return replace(config, optim=shorter)
