@@ -111,6 +111,15 @@ def test_a_signal_before_the_first_step_or_after_the_last_one_stops_cleanly_too(
     assert_alike(workplace / "runs/whole", workplace / "runs/cut")
 
 
+def test_a_signal_while_pretrained_weights_come_starts_nothing_from_random_ones(workplace, photos, monkeypatch, capsys):
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    settings = ["--data", str(photos.root), "--model.backbone", "timm/resnet18", "--optim.epochs", "1"]
+    with pytest.raises(SystemExit, match="75"):
+        run(ERM, [*settings, "--run", "runs/a"])
+    assert "stopped by SIGTERM before the first step" in capsys.readouterr().out
+    assert not (workplace / "runs").exists()
+
+
 def test_a_damaged_newest_checkpoint_costs_its_steps_only(workplace, monkeypatch, capsys):
     settings = [*SHORT, "--loop.checkpoint_steps", "2", "--run"]
     run(ERM, [*settings, "runs/whole"])

@@ -23,8 +23,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 OUTPUTS = (1, 2)  # descriptors
 
 
-class Interrupted(Exception):  # noqa: N818
+class Interrupted(BaseException):
     """The run was asked to stop, and has shut down cleanly.
+
+    Like KeyboardInterrupt, it is no Exception: whoever catches those, such as a tracker or a download that fails, must
+    not take it for one of theirs.
 
     Attributes:
         signal: the name of the signal that asked.
