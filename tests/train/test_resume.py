@@ -120,6 +120,16 @@ def test_a_signal_while_pretrained_weights_come_starts_nothing_from_random_ones(
     assert not (workplace / "runs").exists()
 
 
+@pytest.mark.parametrize(("before", "after"), [("hard", "ce"), ("ce", "hard")])
+def test_a_run_is_not_resumed_with_a_method_that_its_checkpoint_does_not_fit(workplace, capsys, before, after):
+    run(ERM, [*SHORT, "--method.objective", before, "--run", "runs/a"])
+    left = {path: path.read_bytes() for path in Path("runs/a").rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="2"):
+        run(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "3", "--method.objective", after])
+    assert "error: runs/a cannot be resumed with these settings of its method" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path("runs/a").rglob("*") if path.is_file()} == left
+
+
 def test_a_damaged_newest_checkpoint_costs_its_steps_only(workplace, monkeypatch, capsys):
     settings = [*SHORT, "--loop.checkpoint_steps", "2", "--run"]
     run(ERM, [*settings, "runs/whole"])

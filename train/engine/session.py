@@ -181,6 +181,8 @@ def _train_and_finish(
             f"process {accelerator.process_index} finds a checkpoint of step {counters.step} in {resumed}, the first"
             f" process one of step {first_step}; put the run on a file system that all machines share"
         )
+    if restored:
+        _check_state(method, restored[0]["method"], resumed)
     config.input.settle_loader(dataset, accelerator)
     if note := enlarged(dataset, config.input.image_size):
         accelerator.print(note)
@@ -261,6 +263,17 @@ def _make(
             " each process; choose a divisor"
         )
     return method, plan
+
+
+def _check_state(method: Method, state: dict[str, Any], run: Path | None) -> None:
+    """Refuse a method whose settings are now others than those that a checkpoint's state was kept under."""
+    try:
+        method.load_state_dict(state)
+    except (AssertionError, KeyError, TypeError, RuntimeError):
+        raise UserError(
+            f"{run} cannot be resumed with these settings of its method: what its checkpoint keeps of the method does"
+            " not fit them; give those of its config.yaml, or begin another run"
+        ) from None
 
 
 def _wait_to_see(run_folder: Path, rank: int) -> None:
