@@ -188,7 +188,7 @@ def newest_run(stages: set[int], dataset: str | None = None, method: str | None 
         finished: whether to look for finished runs, or for unfinished ones (then stages is not looked at).
     """
     found: list[tuple[float, Path]] = []
-    for config in RUNS.glob("**/config.yaml"):
+    for config in {*RUNS.glob("*/config.yaml"), *RUNS.glob("**/config.yaml")}:  # "**" passes links by
         run = config.parent
         summary_path = run / "summary.json"
         if summary_path.exists() != finished:
