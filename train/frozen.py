@@ -114,7 +114,7 @@ def run(argv: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="resume --run, or the newest unfinished run")
     parser.add_argument("--dry-run", action="store_true", help="say what the run takes, write nothing, and end")
     begun: list[Path] = []
-    with user_errors_exit_2(program):
+    with user_errors_exit_2(program, each_line=True):
         asked = peek(parser, argv)
         from train.engine.guards import errors_in_one_line
         from train.engine.interrupts import EXIT_STATUS, Interrupted, Stops
@@ -135,7 +135,8 @@ def run(argv: list[str] | None = None) -> None:
 def _run(parser: ArgumentParser, argv: list[str] | None, asked: Namespace, begun: list[Path]) -> None:
     resumed = None
     if asked.resume:
-        resumed = Path(asked.run) if asked.run else runs.newest_run({1}, method=Frozen.name, finished=False)
+        wanted = find_dataset(asked.data).name if asked.data and not asked.run else None
+        resumed = Path(asked.run) if asked.run else runs.newest_run({1}, wanted, Frozen.name, finished=False)
     if resumed is not None and (resumed / "config.yaml").exists():
         saved, about = runs.read_begun(resumed, Frozen.name)
         if (resumed / "summary.json").exists():

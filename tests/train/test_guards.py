@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import signal
 import time
 
 import numpy as np
@@ -14,7 +15,7 @@ from pipeline.batch import Batch
 from pipeline.faults import Faults
 from pipeline.plan import EvalPlan
 from shards.errors import UserError
-from train.engine import guards
+from train.engine import guards, runs
 from train.engine.guards import LossGuard, StallGuard, check_devices, errors_in_one_line
 from train.engine.launch import run
 from train.engine.loop import Training
@@ -44,7 +45,7 @@ def test_a_loss_that_is_not_finite_stops_one_step_later_and_names_its_own_images
     guard.seen(torch.tensor(1.0), WHERE, step_of(0))
     guard.seen(torch.tensor(value), WHERE, step_of(4, 2))
     with pytest.raises(
-        UserError, match=r"the loss is -?(nan|inf) in epoch 2, step 9 \(optim\.lr=0\.1\); lower optim\.lr"
+        UserError, match=r"the loss is -?(nan|inf) in epoch 2, step 9, at a rate of 0\.1; lower optim\.lr"
     ):
         guard.seen(torch.tensor(1.0), WHERE | {"step": 10}, step_of(1))
     reported = json.loads((tmp_path / "nonfinite-loss-rank-3.json").read_text())
@@ -67,25 +68,29 @@ def test_a_diverging_run_never_saves_its_weights(workplace, capsys, monkeypatch)
 
     monkeypatch.setattr(Training, "_step", diverge)
     message = fails_with(capsys, "--run", "runs/a", "--loop.checkpoint_steps", "3")
-    assert "the loss is nan in epoch 1, step 3 (optim.lr=" in message
+    assert "the loss is nan in epoch 1, step 3, at a rate of " in message
     assert "runs/a/nonfinite-loss-rank-0.json names the step's images" in message
     assert len(json.loads((workplace / "runs/a/nonfinite-loss-rank-0.json").read_text())["samples"]["train"]) == 64
     assert not (workplace / "runs/a/checkpoints").exists()
 
 
-def test_weights_that_are_not_finite_are_never_saved(workplace, capsys, monkeypatch):
+@pytest.mark.parametrize("steps", [3, 6])  # in mid-epoch, and at the end of one
+def test_weights_that_are_not_finite_are_never_saved(workplace, capsys, monkeypatch, steps):
     step = Training._step
 
     def break_the_weights(self, batch, progress, lr):
         loss = step(self, batch, progress, lr)
-        if progress.step == 2:
+        if progress.step == steps - 1:
             with torch.no_grad():
                 self._network.classifier.bias.fill_(math.inf)
         return loss
 
     monkeypatch.setattr(Training, "_step", break_the_weights)
-    message = fails_with(capsys, "--run", "runs/a", "--loop.checkpoint_steps", "3")
-    assert "classifier.bias is not finite in epoch 1, after step 3, and no checkpoint of it is written" in message
+    every = ["--loop.checkpoint_steps", str(steps), "--optim.epochs", "2", "--loop.eval_every", "2"]
+    message = fails_with(capsys, "--run", "runs/a", *every)
+    assert (
+        f"classifier.bias is not finite in epoch 1, after step {steps}, and no checkpoint of it is written" in message
+    )
     assert not (workplace / "runs/a/checkpoints").exists()
 
 
@@ -230,6 +235,17 @@ def test_a_run_folder_that_cannot_be_made(workplace, capsys):
     assert "cannot make the run folder /proc/run" in fails_with(capsys, "--run", "/proc/run")
 
 
+def test_a_runs_folder_that_is_a_link_to_nowhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to("/nowhere/at all")
+    signal.alarm(60)  # ends a search for a free name that would not end
+    try:
+        with pytest.raises(UserError, match="runs is a link to /nowhere/at all, which is not there; make that folder"):
+            runs.new_run("x")
+    finally:
+        signal.alarm(0)
+
+
 def test_a_port_in_use_and_a_lost_process(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")
     with (
@@ -246,6 +262,20 @@ def test_a_port_in_use_and_a_lost_process(monkeypatch):
         errors_in_one_line(),
     ):
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3333")
+
+
+def test_a_failure_of_nccl_itself_keeps_its_reason():
+    said = (
+        "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled system error (run with"
+        " NCCL_DEBUG=INFO for details), NCCL version 2.27.5\nncclSystemError: System call (e.g. socket, malloc) or"
+        " external library call failed or device error.\nLast error:\nError while creating shared memory segment"
+        " /dev/shm/nccl-AbCdEf, error: No space left on device (28)"
+    )
+    with (
+        pytest.raises(UserError, match=r"^the processes of this run cannot exchange data \(.*No space left on device"),
+        errors_in_one_line(),
+    ):
+        raise RuntimeError(said)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), FileNotFoundError(2, "no such file"), KeyError("x")])

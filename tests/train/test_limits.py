@@ -19,7 +19,16 @@ from train.engine import limits
 from train.engine.config import Config, Input, Loop, Model, Optim
 from train.engine.estimate import Estimate, measure
 from train.engine.launch import run
-from train.engine.limits import check_memory, enlarged, said, said_time, seconds_in, within_budget
+from train.engine.limits import (
+    check_memory,
+    enlarged,
+    said,
+    said_bytes,
+    said_parameters,
+    said_time,
+    seconds_in,
+    within_budget,
+)
 from train.engine.machine import make_accelerator
 from train.erm import ERM
 
@@ -87,6 +96,8 @@ def test_what_does_not_fit_the_memory_is_refused_with_what_does(workplace):
         "a step needs about 13.8 GB of memory, and 5.0 GB are free; settings that fit: --optim.accumulate 4 (4.2 GB),"
         " --input.batch_size 32 (4.2 GB), --input.image_size 96 (3.4 GB); --loop.estimate false tries it all the same"
     )
+    with pytest.raises(UserError, match=r"--input.batch_size 24 "):  # three processes can share it
+        check_memory(BIG, setting(), replace(plan, batch_size=384, world_size=3), int(2.2 * 10**9))
     with pytest.raises(UserError, match=r"; choose a smaller --model.backbone; "):
         check_memory(BIG, setting(), plan, 10**9)
 
@@ -122,20 +133,61 @@ def test_a_budget_lowers_the_epochs_and_the_schedule_with_them():
         within_budget(setting(budget="22s"), plan, dataset, BIG)
 
 
+@pytest.mark.parametrize("epochs", [3, 4])
+def test_a_budget_that_holds_all_epochs_leaves_them(workplace, monkeypatch, epochs):
+    monkeypatch.setattr(limits, "measure", lambda *_: replace(BIG, step_seconds=1e-3, predict_seconds=0.0))
+    run(ERM, [*SHORT[:-1], str(epochs), "--loop.budget", "1h", "--run", "runs/a"])
+    optim = yaml.safe_load((workplace / "runs/a/config.yaml").read_text())["optim"]
+    assert (optim["epochs"], optim["warmup_epochs"]) == (epochs, 0)
+
+
 def test_a_resumed_run_keeps_the_epochs_of_its_budget(workplace, monkeypatch, capsys):
     monkeypatch.setattr(limits, "measure", lambda *_: replace(BIG, step_seconds=1.0, predict_seconds=0.0))
-    run(ERM, [*SHORT[:-1], "50", "--loop.budget", "15s", "--run", "runs/a"])  # 6 steps an epoch
+    run(ERM, [*SHORT[:-2], "--loop.budget", "15s", "--run", "runs/a"])  # 6 steps an epoch
     config = yaml.safe_load((workplace / "runs/a/config.yaml").read_text())
     assert (config["optim"]["epochs"], config["loop"]["budget"]) == (2, "15s")
-    assert "loop.budget=15s: 2 of 50 epochs fit it" in capsys.readouterr().out
+    assert "loop.budget=15s: 2 of 60 epochs fit it" in capsys.readouterr().out
     assert "optim.epochs" in config["about"]["changed"]
     monkeypatch.setattr(limits, "measure", lambda *_: BIG)
     (workplace / "runs/a/summary.json").unlink()
     run(ERM, ["--resume", "--run", "runs/a"])
     assert json.loads((workplace / "runs/a/summary.json").read_text())["epochs"] == 2
+    assert yaml.safe_load((workplace / "runs/a/config.yaml").read_text())["about"] == config["about"]
     with pytest.raises(SystemExit):
         run(ERM, ["--resume", "--run", "runs/a", "--loop.budget", "1h"])
     assert "loop.budget=1h fits the epochs of a run that begins, and runs/a has begun" in capsys.readouterr().err
+
+
+def test_the_command_of_a_budget_given_again_keeps_its_epochs(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(limits, "measure", lambda *_: replace(BIG, step_seconds=1.0, predict_seconds=0.0))
+    command = [*SHORT[:-1], "50", "--loop.budget", "15s", "--run", "runs/a", "--resume"]
+    run(ERM, command)
+    run(ERM, command)
+    assert "runs/a is finished: it has its 2 epochs" in capsys.readouterr().out
+    (workplace / "runs/a/summary.json").unlink()
+    run(ERM, command)
+    assert "the 2 epochs that fitted loop.budget=15s are kept; for others give --optim.epochs without" in (
+        capsys.readouterr().out
+    )
+    assert yaml.safe_load((workplace / "runs/a/config.yaml").read_text())["optim"]["epochs"] == 2
+    run(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "3"])
+    assert json.loads((workplace / "runs/a/summary.json").read_text())["epochs"] == 3
+
+
+def test_measuring_that_takes_too_long_gives_what_it_has(workplace, monkeypatch, capsys):
+    monkeypatch.setattr("train.engine.estimate.LONGEST", 1e-9)
+    monkeypatch.setattr("train.engine.estimate.SHORT", 0.0)
+    run(ERM, [*SHORT, "--run", "runs/a"])
+    assert "(measured: 1 step of " in capsys.readouterr().out
+
+
+def test_images_that_are_to_be_kept_in_memory_are_counted(workplace, capsys, monkeypatch):
+    monkeypatch.setattr(limits, "measure", lambda *_: BIG)
+    monkeypatch.setattr(limits, "free_memory", lambda device: BIG.memory(64) + 1000)  # the digits take 863 kB
+    with pytest.raises(SystemExit, match="2"):
+        run(BBN, [*SHORT, "--run", "runs/a"])
+    assert "a step needs about 7.4 GB of memory" in capsys.readouterr().err
+    run(BBN, [*SHORT, "--run", "runs/a", "--input.loader", "torch", "--dry-run"])
 
 
 def test_images_that_are_enlarged_are_named():
@@ -144,6 +196,11 @@ def test_images_that_are_enlarged_are_named():
         enlarged(dataset, 224) or ""
     )
     assert enlarged(dataset, 100) is None
+
+
+def test_numbers_as_they_are_said():
+    assert [said_bytes(size) for size in (123_456, 2e8, 999_600_000, 1e9)] == ["0.123 MB", "200 MB", "1.0 GB", "1.0 GB"]
+    assert [said_parameters(count) for count in (463_914, 3e7, 1_136_480_000)] == ["0.464 M", "30 M", "1,136 M"]
 
 
 def test_times_as_they_are_given_and_said():

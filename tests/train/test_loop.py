@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import pipeline.loader
@@ -21,6 +22,7 @@ from train.engine import runs as runs_module
 from train.engine import session
 from train.engine.config import PRESETS, Optim, preset
 from train.engine.launch import run
+from train.engine.loop import Sums
 from train.engine.optimisers import lr_factor
 from train.erm import ERM
 from train.networks.model_files import load_model
@@ -134,6 +136,44 @@ def test_resume_without_a_name_takes_the_newest_unfinished_run(workplace, monkey
     assert "no unfinished bbn run" in fails_with(capsys, BBN, "--resume")
 
 
+def test_the_commit_is_the_codes_own(tmp_path, monkeypatch):
+    """Installed in an environment that lies in another repository, it has none."""
+    commit = ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x"]
+    for words in (["init", "-q"], commit):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    monkeypatch.setattr(runs_module, "__file__", str(tmp_path / "lib/train/engine/runs.py"))
+    (tmp_path / "lib").mkdir()
+    assert runs_module.environment("cpu", 1)["commit"] is None
+
+
+def test_a_run_that_is_a_link_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs", "elsewhere/big"):
+        Path(folder).mkdir(parents=True)
+    Path("elsewhere/big/config.yaml").write_text("about: {method: bbn, dataset: digits}\n")
+    Path("runs/big").symlink_to("../elsewhere/big")
+    assert runs_module.newest_run({1}, method="bbn", finished=False) == Path("runs/big")
+
+
+def test_resume_takes_the_newest_unfinished_run_on_the_dataset_that_is_named(workplace, capsys):
+    for number, name in enumerate(("digits", "photos")):
+        folder = Path("runs") / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(f"about: {{method: bbn, dataset: {name}, data: data/{name}}}\n")
+        os.utime(folder / "config.yaml", (number, number))
+    assert "photos" in fails_with(capsys, BBN, "--resume")
+    run(BBN, [*SHORT, "--data", "data/digits", "--resume"])
+    assert "-> runs/digits" in capsys.readouterr().out
+
+
+def test_what_steps_add_up_is_kept_as_exactly_as_they_have_it():
+    sums = Sums(torch.device("cpu"))
+    for _ in range(2):
+        sums.add({"alpha": 0.9, "loss": torch.tensor(0.5)})
+    sums.gather(Accelerator(cpu=True))
+    assert sums.totals()["alpha"].item() == 1.8
+
+
 def test_resume_of_a_run_without_a_checkpoint_starts_it(workplace):
     run(ERM, [*SHORT, "--run", "runs/new", "--resume"])
     assert (workplace / "runs/new/summary.json").exists()
@@ -146,9 +186,11 @@ def test_a_checkpoint_of_another_model_is_named(workplace, capsys):
     message = fails_with(capsys, BBN, "--run", "runs/a", "--resume", "--model.backbone", "resnet18")
     assert "runs/a/checkpoints/step-" in message
     assert "is of another model" in message
-    assert "resume with the dataset and input.batch_size" in fails_with(
-        capsys, BBN, "--run", "runs/a", "--resume", "--input.batch_size", "32"
-    )
+    # Of 6 steps an epoch; 4 would fit the 12 that were taken, too.
+    for size in ("32", "96"):
+        assert f"runs/a was begun with input.batch_size=64 and cannot be resumed with {size}; begin" in fails_with(
+            capsys, BBN, "--run", "runs/a", "--resume", "--input.batch_size", size
+        )
     assert "a run of bbn, not of erm" in fails_with(capsys, ERM, "--run", "runs/a", "--resume")
     for state in (workplace / "runs/a/checkpoints").glob("step-*/state.pt"):
         state.write_bytes(state.read_bytes()[:1000])
@@ -178,6 +220,12 @@ def test_a_checkpoint_of_another_model_is_named(workplace, capsys):
         (["--data", "."], "has no dataset.json"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--config", "wrong-key.yaml"], "option 'epoch'; did you mean optim.epochs?"),
+        (["--config", "no-section.yaml"], "Option 'seed' is not accepted; did you mean loop.seed?"),
+        (["--config", "wrong-section.yaml"], "Option 'optm.lr' is not accepted; did you mean optim.lr?"),
+        (
+            ["--config", "of-a-run.yaml"],
+            "is not accepted; the section about is what a run says of itself: leave it out",
+        ),
         (["--config", "wrong-type.yaml"], "optim.epochs"),
         (["--config", "broken.yaml"], "broken.yaml"),
         (["--loop.seed", str(2**32)], "loop.seed=4294967296 must be below 2**32"),
@@ -189,6 +237,9 @@ def test_a_checkpoint_of_another_model_is_named(workplace, capsys):
 )
 def test_mistakes_are_reported_in_one_line_and_leave_nothing(workplace, capsys, arguments, expected):
     (workplace / "wrong-key.yaml").write_text("optim: {epoch: 3}\n")
+    (workplace / "no-section.yaml").write_text("seed: 3\n")
+    (workplace / "wrong-section.yaml").write_text("optm: {lr: 0.2}\n")
+    (workplace / "of-a-run.yaml").write_text("about: {method: bbn}\noptim: {lr: 0.2}\n")
     (workplace / "wrong-type.yaml").write_text("optim: {epochs: many}\n")
     (workplace / "broken.yaml").write_text("optim: {epochs: [\n")
     (workplace / "file").write_text("")
@@ -217,7 +268,7 @@ def test_data_must_be_one_or_named(workplace, capsys, photos):
 def test_a_diverging_run_stops_and_says_where(workplace, capsys):
     message = fails_with(capsys, ERM, *SHORT[2:], "--optim.epochs", "3", "--optim.lr", "1e30")
     assert "the loss is" in message
-    assert "optim.lr=" in message
+    assert "; lower optim.lr" in message
     assert "epoch" in message
 
 
@@ -338,6 +389,25 @@ def test_a_variant_belongs_to_a_new_run(workplace, monkeypatch, capsys):
     assert "runs/a was begun with --variant long; begin another run for --variant none" in fails_with(
         capsys, ERM, *slurm, "--variant", "none"
     )
+
+
+@pytest.mark.parametrize("method", [BBN, ERM])
+def test_what_print_config_prints_can_be_given_back(workplace, capsys, method):
+    with pytest.raises(SystemExit, match="0"):
+        run(method, [*SHORT, "--print_config"])
+    Path("my.yaml").write_text(capsys.readouterr().out)
+    # It has run: null, which the flag comes over although it stands before.
+    run(method, ["--run", "runs/a", "--optim.epochs", "1", "--config", "my.yaml", "--optim.lr=0.01"])
+    config = yaml.safe_load(Path("runs/a/config.yaml").read_text())
+    assert (config["optim"]["epochs"], config["optim"]["lr"], config["input"]["batch_size"]) == (1, 0.01, 64)
+
+
+def test_a_resumed_run_does_not_say_that_it_began_with_other_weights(workplace, capsys):
+    run(ERM, [*SHORT, "--optim.epochs", "1", "--run", "runs/a"])
+    resume = ["--resume", "--run", "runs/a", "--optim.epochs", "2", "--model.weights"]
+    message = fails_with(capsys, ERM, *resume, "nowhere.safetensors")
+    assert "runs/a was begun with model.weights=None and cannot be resumed with nowhere.safetensors" in message
+    run(ERM, [*resume, "null"])
 
 
 def test_an_unknown_variant_is_reported(workplace, capsys):

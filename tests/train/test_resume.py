@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from shards.errors import UserError
@@ -111,6 +112,54 @@ def test_a_signal_before_the_first_step_or_after_the_last_one_stops_cleanly_too(
     assert_alike(workplace / "runs/whole", workplace / "runs/cut")
 
 
+def test_a_signal_before_the_first_step_of_a_run_that_has_its_folder_says_how_to_resume(workplace, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "_wait_to_see", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit, match="75"):
+            run(ERM, [*SHORT[2:], "--optim.epochs", "1"])
+    said = capsys.readouterr().out
+    assert "stopped by SIGTERM after step 0; resume with: " in said
+    assert said.endswith(" --run runs/digits-erm-1 --resume\n")
+    run(ERM, ["--resume"])
+    assert len(rows(workplace / "runs/digits-erm-1")) == 1
+
+
+def test_a_signal_while_pretrained_weights_come_starts_nothing_from_random_ones(workplace, photos, monkeypatch, capsys):
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    settings = ["--data", str(photos.root), "--model.backbone", "timm/resnet18", "--optim.epochs", "1"]
+    with pytest.raises(SystemExit, match="75"):
+        run(ERM, [*settings, "--run", "runs/a"])
+    assert "stopped by SIGTERM before the first step" in capsys.readouterr().out
+    assert not (workplace / "runs").exists()
+
+
+@pytest.mark.parametrize(("before", "after"), [("hard", "ce"), ("ce", "hard")])
+def test_a_run_is_not_resumed_with_a_method_that_its_checkpoint_does_not_fit(workplace, capsys, before, after):
+    run(ERM, [*SHORT, "--method.objective", before, "--run", "runs/a"])
+    left = {path: path.read_bytes() for path in Path("runs/a").rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="2"):
+        run(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "3", "--method.objective", after])
+    assert "error: runs/a cannot be resumed with these settings of its method" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path("runs/a").rglob("*") if path.is_file()} == left
+
+
+def test_a_resumed_run_reads_as_many_shards_at_a_time_wherever_its_dataset_lies(workplace, monkeypatch):
+    windows = []
+
+    def windowed(streams, split, window):
+        windows.append(window)
+        return original(streams, split, 1 if window is None else window)  # None is some for a remote dataset
+
+    original = session.windowed
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "windowed", windowed)
+        run(ERM, [*SHORT[2:], "--optim.epochs", "1", "--run", "runs/a"])
+        run(ERM, ["--run", "runs/a", "--resume", "--optim.epochs", "2"])
+    assert windows == [None, 1]
+    config = yaml.safe_load(Path("runs/a/config.yaml").read_text())
+    assert (config["about"]["shard_window"], config["input"]["shard_window"]) == (1, None)
+
+
 def test_a_damaged_newest_checkpoint_costs_its_steps_only(workplace, monkeypatch, capsys):
     settings = [*SHORT, "--loop.checkpoint_steps", "2", "--run"]
     run(ERM, [*settings, "runs/whole"])
@@ -158,8 +207,9 @@ class LateConsensus(Consensus):
         previous, self.said = self.said, numbers
         return list(previous or [0] * len(numbers))
 
-    def wait(self) -> None:
-        self.said = None
+    def wait(self) -> list[int] | None:
+        previous, self.said = self.said, None
+        return list(previous) if previous else None
 
 
 def test_signals_to_every_process_of_a_job_stop_no_worker_of_the_torch_loader(workplace, signalled):
@@ -172,6 +222,22 @@ def test_signals_to_every_process_of_a_job_stop_no_worker_of_the_torch_loader(wo
     status, said = signalled(["-c", program], begun, numbers)
     assert status == EXIT_STATUS, said
     assert "after step" in said
+
+
+@pytest.mark.parametrize("consensus", [Consensus, LateConsensus])
+@pytest.mark.parametrize("during", ["evaluate", "save_checkpoint"])
+def test_a_signal_at_the_end_of_the_last_epoch_is_heard(workplace, monkeypatch, capsys, consensus, during):
+    original = getattr(loop, during)
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "Consensus", consensus)
+    monkeypatch.setattr(loop, during, signalled)
+    with pytest.raises(SystemExit, match="75"):
+        run(ERM, [*SHORT[2:], "--optim.epochs", "1", "--run", "runs/a"])
+    assert f"stopped by SIGTERM after step {STEPS}, with a checkpoint" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("due", [7, 8])
@@ -247,6 +313,21 @@ def test_a_terminal_that_closes_stops_cleanly_unless_nohup_was_asked_for(ignored
     os.close(terminal)
     process.join(60)
     assert process.exitcode == (0 if ignored else signal.SIGHUP)
+
+
+def test_a_pipe_whose_reader_hung_up_is_left_too():
+    reader, writer = os.pipe()
+    output = os.dup(1)
+    os.dup2(writer, 1)
+    try:
+        with Interrupts():
+            os.close(reader)
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.write(1, b"stopped")  # an OSError where it still goes into the pipe
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
+        os.close(writer)
 
 
 def _hold(run_folder: str, begun) -> None:

@@ -1,7 +1,10 @@
 """Curves in TensorBoard, W&B, MLflow and Trackio, by stand-ins for their packages."""
 
 import json
+import os
+import signal
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -152,6 +155,32 @@ def test_one_that_does_not_start_is_a_line_and_leaves_no_run(workplace, packages
     error = capsys.readouterr().err
     assert "loop.track=wandb does not start (ConnectionError: not logged in, run wandb login); follow" in error
     assert list((workplace / "runs/a").iterdir()) == []
+
+
+def test_what_one_that_did_not_start_left_is_in_nobodys_way(workplace, packages, monkeypatch):
+    def refuse(dir, **_):
+        (Path(dir) / "wandb").mkdir()
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
+    with pytest.raises(SystemExit, match="2"):
+        run(ERM, [*SHORT, "--loop.track", "wandb", "--run", "runs/a"])
+    run(ERM, [*SHORT, "--run", "runs/a"])
+    assert (workplace / "runs/a/summary.json").exists()
+
+
+def test_a_signal_while_one_starts_or_ends_is_no_failure_of_it(workplace, packages, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    for package, function, says in (
+        ("wandb", "init", "before the first step; give the same command again"),
+        ("mlflow", "end_run", "after step 6, with a checkpoint; resume with: "),
+    ):
+        monkeypatch.setattr(sys.modules[package], function, interrupt)
+        with pytest.raises(SystemExit, match="75"):
+            run(ERM, [*SHORT, "--loop.track", package])
+        assert f"stopped by SIGTERM {says}" in capsys.readouterr().out
 
 
 def test_one_that_fails_later_costs_its_curve_and_not_the_run(tmp_path, packages, monkeypatch, capsys):

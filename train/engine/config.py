@@ -8,7 +8,9 @@ A resumed run takes the `config.yaml` of its folder in the preset's place. The r
 import difflib
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -56,7 +58,8 @@ class Input:
             fit, else DALI where it is installed.
         augment: the recipe of the training streams: a crop (none, shift, cifar, imagenet, eval) and what follows it,
             such as imagenet+rand(2,9) or cifar+autoaugment+cutout(16).
-        eval_augment: the recipe of evaluation: none (whole image) or eval (centre crop of 7/8).
+        eval_augment: the recipe of evaluation: none (the largest centre square), eval (a centre square of 7/8 of the
+            shorter side), or centre(share).
         threads: decoding threads per stream, or the torch loader's worker processes.
         decode: what DALI decodes of an image: the window that is shown, the whole, or auto: the window on a CPU, the
             whole on a GPU, where decoding windows has crashed with some versions of nvImageCodec.
@@ -122,7 +125,7 @@ class Loop:
         sync_batch_norm: whether batch norm's statistics are those of all processes' images.
         eval_every: evaluate after every so many epochs, and after the last.
         select: keep the weights of the epoch that did best on the val split, where the dataset has one of at least
-            100 images.
+            100 images, and a test split beside it.
         checkpoint_every: write a checkpoint after every so many epochs, and after the last.
         checkpoint_steps: also after every so many steps.
         checkpoint_minutes: also after so many minutes without one.
@@ -180,9 +183,24 @@ class _ConfigFile(ActionConfigFile):
             raise TypeError(error if str(values) in str(error) else f"{values}: {error}") from error
 
 
+class _Parser(ArgumentParser):
+    """One whose flags come over its --config, wherever they stand."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *arguments: Any, **options: Any) -> Namespace:
+        words = iter(sys.argv[1:] if args is None else args)
+        files: list[str] = []
+        others: list[str] = []
+        for word in words:
+            if word == "--config":
+                files += [word, *islice(words, 1)]
+            else:
+                (files if word.startswith("--config=") else others).append(word)
+        return super().parse_args(files + others, *arguments, **options)
+
+
 def make_parser(program: str, description: str, **sections: type) -> ArgumentParser:
     """Make the parser of a launchable file: what all of them share, and the sections named."""
-    parser = ArgumentParser(
+    parser = _Parser(
         prog=program,
         description=description,
         exit_on_error=False,
@@ -225,7 +243,7 @@ def preset(dataset: Dataset, *parts: str, variant: str | None = None) -> dict[st
     Args:
         dataset: whose manifest names the preset.
         parts: such as "training" and then a method's name.
-        variant: the same parts of one of the file's variants, such as "2x", come over them.
+        variant: of the file, such as "2x": each of its parts comes over the file's own.
     """
     name = dataset.manifest["preset"]
     path = PRESETS / f"{name}.yaml"
@@ -238,8 +256,8 @@ def preset(dataset: Dataset, *parts: str, variant: str | None = None) -> dict[st
         known = ", ".join(variants) or "none"
         raise UserError(f"--variant {variant}: the preset {name} has no such variant; it has: {known}")
     merged: dict[str, Any] = {}
-    for source in (content, variants.get(variant, {})):
-        for part in parts:
+    for part in parts:
+        for source in (content, variants.get(variant, {})):
             for section, values in source.get(part, {}).items():
                 merged[section] = merged.get(section, {}) | values
     return merged
@@ -298,9 +316,12 @@ def _one_line(error: Exception, parser: ArgumentParser) -> UserError:
     said = " ".join(str(error).split())
     flag = re.search(r"unrecognized arguments: --([\w.-]+)", said)
     key = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", said)  # of a YAML file
-    unknown = flag[1] if flag else ".".join(key.groups()) if key else None
+    lone = re.search(r"Option '([\w.]+)' is not accepted", said)  # of one, in no section that there is
+    unknown = flag[1] if flag else ".".join(key.groups()) if key else lone[1] if lone else None
     near = [f"{'--' * bool(flag)}{name}" for name in _near(unknown, parser)] if unknown else []
     guess = f"; did you mean {' or '.join(near)}?" if near else ""
+    if lone and lone[1].startswith("about."):
+        guess = "; the section about is what a run says of itself: leave it out"
     return UserError(f"{said}{guess} (--help lists every setting)")
 
 

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -61,7 +61,7 @@ class LossGuard:
         samples = {name: [names[i] for i in ids_B.tolist()] for name, ids_B in ids.items()}
         write_json(self._path, {"loss": str(value), **where, "samples": samples})
         raise UserError(
-            f"the loss is {value} in epoch {where['epoch']}, step {where['step']} (optim.lr={where['lr']:g}); lower"
+            f"the loss is {value} in epoch {where['epoch']}, step {where['step']}, at a rate of {where['lr']:g}; lower"
             f" optim.lr, set --optim.clip_norm 1, or use --loop.precision no; {self._path} names the step's images"
         )
 
@@ -120,12 +120,14 @@ class StallGuard:
             of, before = since, now
             if since is not None and waited > self._limit_s:
                 stream = self._loader.waiting_for or " or ".join(self._streams)
-                print(
-                    f"error: rank {self._rank} has waited {self._limit_s:g} s for a batch of the stream {stream}: look"
-                    " at the storage of its shards, then resume with --resume (or a longer --loop.stall_minutes)",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                with suppress(OSError):  # nobody may read it
+                    print(
+                        f"error: rank {self._rank} has waited {self._limit_s:g} s for a batch of the stream {stream}:"
+                        " look at the storage of its shards, then resume with --resume (or a longer"
+                        " --loop.stall_minutes)",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 os._exit(STALLED_STATUS)
 
 
@@ -182,9 +184,15 @@ def errors_in_one_line(run_folder: Path | None = None) -> Iterator[None]:
             raise UserError(
                 f"port {port} is in use on this machine; choose another with --main_process_port (or MASTER_PORT)"
             ) from error
-        if re.search(r"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe", said):
+        if re.search(
+            r"Connection (closed|reset) by peer|Broken pipe|(gloo|NCCL).*(remote process exit|[Tt]imed? ?out)", said
+        ):
             raise UserError(
                 f"lost another process of this run ({said[:160]}); its own message says why; resume with --resume"
+            ) from error
+        if re.search(r"gloo|NCCL", said):
+            raise UserError(
+                f"the processes of this run cannot exchange data ({said[-320:]}); NCCL_DEBUG=INFO makes NCCL say more"
             ) from error
         raise
 

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 
 from pipeline.budget import free_memory
 from pipeline.plan import TrainPlan
+from pipeline.resident_loader import bytes_to_come
 from shards.errors import UserError
 from shards.index import Dataset
 from train.engine.config import Config
@@ -50,6 +51,7 @@ def estimate_run(
     """
     device = accelerator.device
     free = free_memory(device) // (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1)
+    free -= bytes_to_come(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         method = make_method(method_class, config, dataset.train_counts)
         estimate = measure(
@@ -74,7 +76,8 @@ def said(
         f"{estimate.steps} step{'s' * (estimate.steps > 1)} of {estimate.images} of {plan.rank_batch} images per stream"
     )
     lines = [
-        f"{estimate.parameters / 1e6:.3g} M parameters, about {said_bytes(estimate.peak(images, device))} of memory,"
+        f"{said_parameters(estimate.parameters)} parameters,"
+        f" about {said_bytes(estimate.peak(images, device))} of memory,"
         f" {said_time(estimate.step_seconds)} a step: about {said_time(seconds)} for {steps:,} steps and evaluations"
         f" (measured: {measured})"
     ]
@@ -132,9 +135,10 @@ def _smaller(estimate: Estimate, config: Config, plan: TrainPlan, free: int) -> 
             yield f"--optim.accumulate {more}", estimate.memory(batch // more)
             break
     share = min(most, batch // parts) * parts * plan.world_size
-    power = 1 << (share.bit_length() - 1)
-    if power >= 2 * plan.world_size * parts:
-        yield f"--input.batch_size {power}", estimate.memory(power // plan.world_size // parts)
+    unit = 2 * plan.world_size * parts
+    if share >= unit:
+        size = unit << ((share // unit).bit_length() - 1)  # a power of two, where processes and parts are
+        yield f"--input.batch_size {size}", estimate.memory(size // plan.world_size // parts)
     size = int(config.input.image_size * math.sqrt(most / (batch // parts))) // 32 * 32
     if size >= 64:
         smaller = replace(estimate, image_bytes=estimate.image_bytes * (size / config.input.image_size) ** 2)
@@ -156,14 +160,15 @@ def within_budget(config: Config, plan: TrainPlan, dataset: Dataset, estimate: E
             f"loop.budget={config.loop.budget} is too short for one epoch, which takes about {said_time(first)};"
             " a smaller --input.image_size or --model.backbone takes less"
         )
-    epochs = min(optim.epochs, 1 + int((budget - first) / another))
+    # Plain numbers: the run's config.yaml holds them, and YAML does not know the command line's own types.
+    epochs = int(min(optim.epochs, 1 + int((budget - first) / another)))
     share = epochs / optim.epochs
     # One epoch of warm-up is none; see `train.engine.optimisers.warnings_about`.
     least = min(2, optim.warmup_epochs) if epochs >= 4 else 0
     shorter = replace(
         optim,
         epochs=epochs,
-        warmup_epochs=max(least, round(optim.warmup_epochs * share)),
+        warmup_epochs=int(max(least, round(optim.warmup_epochs * share))),
         warmup_steps=None if optim.warmup_steps is None else round(optim.warmup_steps * share),
     )
     return replace(config, optim=shorter)
@@ -188,4 +193,9 @@ def said_time(seconds: float) -> str:
 
 def said_bytes(size: float) -> str:
     """Return bytes as GB, or MB where there are few."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+    return f"{size / 1e9:.1f} GB" if size >= 999.5e6 else f"{size / 1e6:.3g} MB"
+
+
+def said_parameters(count: int) -> str:
+    """Return a network's parameters in millions, such as 0.464 M, 25.6 M, 1,136 M."""
+    return f"{count / 1e6:.3g} M" if count < 999.5e6 else f"{count / 1e6:,.0f} M"

@@ -136,7 +136,11 @@ class Training:
             while counters.epochs < config.optim.epochs:
                 self._epoch(stalls)
                 self._end_of_epoch()
-            self._consensus.wait()
+            # A signal that came after the last epoch had asked.
+            heard = self._consensus(self._interrupts.received)
+            (signal,) = self._consensus.wait() or heard
+            if signal:
+                raise Interrupted(signal)
 
     def _epoch(self, batches: StallGuard) -> None:
         """Take the steps of an epoch that are left."""
@@ -252,7 +256,8 @@ class Training:
     def _save(self) -> None:
         """Write a checkpoint; every rank returns when it is there."""
         self._counters.seconds = time.perf_counter() - self._started
-        check_weights(self._network, self._counters.epochs + 1, self._counters.step)
+        step = self._counters.step
+        check_weights(self._network, -(-step // self._plan.steps_per_epoch), step)
         if self._accelerator.is_main_process:
             keep = self._config.loop.keep_checkpoints
             save_checkpoint(self._run_folder, self._network, self._states(), self._counters, keep)
@@ -303,7 +308,8 @@ class Sums:
     def add(self, values: Mapping[str, torch.Tensor | float]) -> None:
         """Add to the sums of these names, which begin at 0; nothing waits for a GPU here."""
         for name, value in values.items():
-            part = torch.as_tensor(value).detach().to(self._device, torch.float64)
+            exact = torch.float64 if isinstance(value, float) else None  # torch's own of a float is float32
+            part = torch.as_tensor(value, dtype=exact).detach().to(self._device, torch.float64)
             self._sums[name] = self._sums[name] + part if name in self._sums else part.clone()
 
     def gather(self, accelerator: Accelerator) -> None:

@@ -36,6 +36,9 @@ RUNS = Path("runs")
 CALIBRATION = "calibration.json"  # of its probabilities; it fits no other weights
 LOCK = ".lock"
 
+# What trackers make before config.yaml is there; see `train.engine.tracking`.
+OF_TRACKERS = {"tracking.json", "tensorboard", "wandb"}
+
 _held: dict[Path, TextIO] = {}
 
 
@@ -140,6 +143,10 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 def new_run(stem: str) -> Path:
     """Make and lock the next free folder runs/STEM-1, runs/STEM-2, …"""
+    if RUNS.is_symlink() and not RUNS.exists():  # every folder under it would seem to be there already
+        raise UserError(
+            f"{RUNS} is a link to {os.readlink(RUNS)}, which is not there; make that folder, or name one with --run"
+        )
     number = 1
     while True:
         try:
@@ -155,8 +162,10 @@ def new_run(stem: str) -> Path:
 
 def use_run(path: Path, resume: bool) -> Path:
     """Make and lock the folder of a run that was named, or accept the one that is there when resuming."""
-    # A kill may have left the beginnings of a file there.
-    taken = path.exists() and (not path.is_dir() or any(not name.startswith(".") for name in os.listdir(path)))
+    # A kill may have left the beginnings of a file there, and so may a tracker that did not start.
+    taken = path.exists() and (
+        not path.is_dir() or any(not name.startswith(".") and name not in OF_TRACKERS for name in os.listdir(path))
+    )
     if taken and not (path / "config.yaml").exists():
         raise UserError(f"{path} already exists and is no run of ours; name another folder with --run")
     if taken and not resume:
@@ -179,7 +188,7 @@ def newest_run(stages: set[int], dataset: str | None = None, method: str | None 
         finished: whether to look for finished runs, or for unfinished ones (then stages is not looked at).
     """
     found: list[tuple[float, Path]] = []
-    for config in RUNS.glob("**/config.yaml"):
+    for config in {*RUNS.glob("*/config.yaml"), *RUNS.glob("**/config.yaml")}:  # "**" passes links by
         run = config.parent
         summary_path = run / "summary.json"
         if summary_path.exists() != finished:
@@ -208,6 +217,8 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     """Return the commit of the code, marked where files differ from it; None outside a checkout."""
     here = Path(__file__).parents[2]
+    if not (here / ".git").exists():  # git would take a repository above for it, such as the one an environment lies in
+        return None
     try:
         said = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

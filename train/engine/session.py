@@ -4,6 +4,7 @@ import shlex
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from train.engine.method import Method, make_method
 from train.engine.model import make_adapter
 from train.engine.optimisers import check_resumed, check_settings
 from train.engine.predictions import FILES as PREDICTIONS
-from train.engine.recipes import choose, given_settings, resumed_choice
+from train.engine.recipes import Choice, choose, given_settings, resumed_choice
 from train.engine.tracking import Tracking
 from train.networks.backbones import make_backbone
 
@@ -57,7 +58,8 @@ def train(
     """
     resumed = None
     if asked.resume:
-        resumed = Path(asked.run) if asked.run else runs.newest_run({1}, method=method_class.name, finished=False)
+        wanted = find_dataset(asked.data).name if asked.data and not asked.run else None
+        resumed = Path(asked.run) if asked.run else runs.newest_run({1}, wanted, method_class.name, finished=False)
     if resumed is not None and (resumed / "config.yaml").exists():
         saved, about = runs.read_begun(resumed, method_class.name)
         begun_with = about.get("variant")
@@ -72,11 +74,15 @@ def train(
                 f"loop.budget={choice.settings.loop.budget} fits the epochs of a run that begins, and {resumed} has"
                 " begun; leave it out, or set --optim.epochs"
             )
+        if choice.settings.loop.budget and "loop.budget" in given_settings(parser, argv):
+            _keep_fitted(choice, saved.get("optim", {}))
     else:
         dataset = find_dataset(asked.data)
         gpu = usable_gpu(asked.loop.device)
         choice = choose(parser, argv, dataset, method_class.name, asked.variant, gpu=gpu)
     config = _config(parser, choice.settings)
+    if resumed is not None and (resumed / "config.yaml").exists() and config.input.shard_window is None:
+        config.input.shard_window = about.get("shard_window")  # of a dataset that was remote, and may not be now
 
     accelerator = make_accelerator(config.loop.precision, config.loop.device, config.loop.threads)
     if accelerator.device.type == "cpu":
@@ -89,13 +95,41 @@ def train(
             accelerator.print(note)
         sections = plain_sections(parser, choice.settings)
         usual = choice.usual(dataset, asked.variant)
-        asked.changed = changed_settings(parser, sections, usual, method_class.in_title)
-        check_settings(config.optim, config.model, config.loop.grad_checkpointing, given_settings(parser, argv))
+        asked.changed = partial(changed_settings, parser, sections, usual, method_class.in_title)
+        given = given_settings(parser, argv).keys()
+        # A file that --print_config made gives all of them, most as they are anyway.
+        check_settings(config.optim, config.model, config.loop.grad_checkpointing, given & set(asked.changed()))
         if resumed is not None and (resumed / "config.yaml").exists():
             check_resumed(config.optim, saved.get("optim", {}), resumed)
+            if has_checkpoint(resumed):
+                _check_begun(resumed, saved, sections)
         asked.preset = {"parts": choice.parts, "fitted": choice.fitted}
         command = shlex.join([*launched_by(words[0]), *words])
         _train_and_finish(method_class, config, dataset, resumed, asked, sections, accelerator, command)
+
+
+def _check_begun(run: Path, saved: dict[str, Any], sections: dict[str, Any]) -> None:
+    """Refuse what a checkpoint's steps do not fit, or what it makes a lie of."""
+    for section, name in (("input", "batch_size"), ("model", "weights")):
+        now = sections[section][name]
+        before = saved.get(section, {}).get(name, now)
+        if now != before:
+            raise UserError(
+                f"{run} was begun with {section}.{name}={before} and cannot be resumed with {now}; begin another run"
+            )
+
+
+def _keep_fitted(choice: Choice, saved: dict[str, Any]) -> None:
+    """Keep the schedule that a budget made, where a command is given again, as by a queue, whose own is longer."""
+    settings, asked = choice.settings, choice.settings.optim.epochs
+    for key in SCHEDULE:
+        if key in saved:
+            settings[f"optim.{key}"] = saved[key]
+    if settings.optim.epochs != asked:
+        choice.notes.append(
+            f"the {settings.optim.epochs} epochs that fitted loop.budget={settings.loop.budget} are kept; for others"
+            " give --optim.epochs without it"
+        )
 
 
 def _config(parser: ArgumentParser, settings: Namespace) -> Config:
@@ -175,6 +209,8 @@ def _train_and_finish(
             f"process {accelerator.process_index} finds a checkpoint of step {counters.step} in {resumed}, the first"
             f" process one of step {first_step}; put the run on a file system that all machines share"
         )
+    if restored:
+        _check_state(method, restored[0]["method"], resumed)
     config.input.settle_loader(dataset, accelerator)
     if note := enlarged(dataset, config.input.image_size):
         accelerator.print(note)
@@ -189,6 +225,7 @@ def _train_and_finish(
             left = config.optim.epochs * plan.steps_per_epoch
         for line in said(estimate, config, plan, dataset, left, accelerator.device):
             accelerator.print(line)
+    changed = asked.changed()  # now that a budget has set the epochs
     if asked.dry_run:
         accelerator.print("nothing was written (--dry-run)")
         return
@@ -203,30 +240,33 @@ def _train_and_finish(
     assert run_folder is not None
     if accelerator.is_main_process:
         tracking.open(run_folder, counters.step, dataset.name, sections)  # first: it may not start
-        about = {"method": method.name, "dataset": dataset.name, "data": dataset.place, "changed": asked.changed}
+        about = {"method": method.name, "dataset": dataset.name, "data": dataset.place, "changed": changed}
+        windows = [spec.shard_window or 0 for spec in plan.specs if spec.permutes and spec.repeats is None]
+        about["shard_window"] = min(windows, default=0)
         about |= {"fingerprint": dataset.fingerprint, "variant": asked.variant, "preset": asked.preset}
         runs.write_config(run_folder, {"about": about, **sections})
         runs.truncate_rows(run_folder, counters.epochs)
         (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
-    accelerator.wait_for_everyone()
-    _wait_to_see(run_folder, accelerator.process_index)
-    if restored:
-        within = counters.step - counters.epochs * plan.steps_per_epoch
-        where = f" and {within} of {plan.steps_per_epoch} steps" if within else ""
-        accelerator.print(f"resuming {run_folder} after epoch {counters.epochs}{where}")
     with loader, errors_in_one_line(run_folder):
-        training = Training(method, config, dataset, plan, run_folder, accelerator, counters, tracking)
-        if restored:
-            training.restore(restored[0])
         try:
+            accelerator.wait_for_everyone()
+            _wait_to_see(run_folder, accelerator.process_index)
+            if restored:
+                within = counters.step - counters.epochs * plan.steps_per_epoch
+                where = f" and {within} of {plan.steps_per_epoch} steps" if within else ""
+                accelerator.print(f"resuming {run_folder} after epoch {counters.epochs}{where}")
+            training = Training(method, config, dataset, plan, run_folder, accelerator, counters, tracking)
+            if restored:
+                training.restore(restored[0])
             try:
                 training.run(loader)
             finally:
                 tracking.close()
             finish(training.evaluated, config, dataset, run_folder, accelerator, counters)
         except Interrupted as interrupted:
+            kept = ", with a checkpoint" if has_checkpoint(run_folder) else ""
             accelerator.print(
-                f"stopped by {interrupted.signal} after step {counters.step}, with a checkpoint; resume with:"
+                f"stopped by {interrupted.signal} after step {counters.step}{kept}; resume with:"
                 f" {command} {runs.resuming(run_folder, asked.data)}",
                 flush=True,
             )
@@ -255,6 +295,17 @@ def _make(
             " each process; choose a divisor"
         )
     return method, plan
+
+
+def _check_state(method: Method, state: dict[str, Any], run: Path | None) -> None:
+    """Refuse a method whose settings are now others than those that a checkpoint's state was kept under."""
+    try:
+        method.load_state_dict(state)
+    except (AssertionError, KeyError, TypeError, RuntimeError):
+        raise UserError(
+            f"{run} cannot be resumed with these settings of its method: what its checkpoint keeps of the method does"
+            " not fit them; give those of its config.yaml, or begin another run"
+        ) from None
 
 
 def _wait_to_see(run_folder: Path, rank: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from shards.atomic import partial_folder
@@ -166,7 +166,8 @@ class Passes:
         try:
             path.parent.mkdir(exist_ok=True)
             with partial_folder(path.parent / ".partial") as temporary:
-                save_file(tensors, temporary / path.name, {"rows": json.dumps([one.rows for one in trained])})
+                content = save(tensors, {"rows": json.dumps([one.rows for one in trained])})
+                (temporary / path.name).write_bytes(content)
                 (temporary / path.name).rename(path)
-        except (OSError, SafetensorError) as error:  # it would only save time
+        except OSError as error:  # it would only save time
             self.say(f"note: this pass is not kept for a run that is resumed ({error})")
