@@ -15,7 +15,7 @@ from shards.groups import imbalance_factor
 from shards.index import FORMAT, MANIFEST, SAMPLE, image_sizes
 from shards.sources import Source
 from shards.staging import PLAN, REJECTED, Staging
-from shards.writer import sha256
+from shards.writer import is_of, sha256
 
 ENCODER = f"Pillow {PIL.__version__}"
 SMALL_PIXELS = 64
@@ -28,6 +28,7 @@ def assemble(
     options: dict[str, Any],
     shards: dict[str, list[str]],
     findings: Findings,
+    build: str = "",
 ) -> dict[str, Any]:
     """Write what a dataset has besides its shards, the manifest last; return the manifest.
 
@@ -38,6 +39,7 @@ def assemble(
         options: what it was built with.
         shards: for each split, the names of its shards without their ends, in order.
         findings: what was found out about the images before.
+        build: what identifies the build, in the records of its shards.
 
     Raises:
         UserError: a split or a class of the training split has no image left, though it had one before; or shards have
@@ -45,13 +47,15 @@ def assemble(
     """
     splits = {}
     sizes = []
+    lying = staging.sizes()
     reasons: Counter[str] = Counter()
     with staging.writing(REJECTED) as (rejected_path,), rejected_path.open("w", encoding="utf-8") as rejected_file:
         _write_lines(rejected_file, findings.rejected)
         reasons.update(image["reason"] for image in findings.rejected)
         for split, split_shards in shards.items():
             records = [staging.read_json(f"{shard}.json") for shard in split_shards]
-            if None in records:  # behind a URL there are no locks
+            # Behind a URL there are no locks, and a cluster's workers may end a shard when their builder is gone.
+            if not all(is_of(record, build, lying) for record in records):
                 raise UserError("another build was at work in the same place; give the same command again")
             rejected = [image for record in records for image in record["rejected"]]
             _write_lines(rejected_file, [{"split": split, "class": source.classes[i["label"]], **i} for i in rejected])

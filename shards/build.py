@@ -5,6 +5,8 @@ are done. The same source and options give the same bytes in every file, whateve
 interruptions.
 """
 
+import hashlib
+import json
 import math
 import shlex
 import sys
@@ -225,6 +227,8 @@ def _build(
             " give --overwrite to start over, or another --out"
         )
     remembered = staging.read_json(FINDINGS) if begun == wanted else None
+    if strict and remembered is not None and remembered["rejected"]:
+        remembered = None  # they may have been fixed since
     if remembered is not None:
         findings = Findings(**remembered)
         plan = _plan(images, options, findings.copies)
@@ -242,8 +246,10 @@ def _build(
         staging.write_json(PLAN, wanted, as_of=listed)
     images, plan = findings.applied(images, plan)
     encoding = partial(encoding, grey_bits=findings.grey_bits)
+    identity = json.dumps([wanted, asdict(findings)], sort_keys=True, ensure_ascii=True)
+    build_id = hashlib.sha256(identity.encode()).hexdigest()
     jobs = {
-        split: _shard_jobs(staging, split, images, plan, encoding, options["shard_samples"])
+        split: _shard_jobs(staging, split, images, plan, encoding, options["shard_samples"], build_id)
         for split in SPLITS
         if split in plan.splits
     }
@@ -251,7 +257,7 @@ def _build(
     name = printable(Path(out).resolve().name) if options["dataset"] in OWN_NAMES else options["dataset"]
     shards = {split: [job.name for job in split_jobs] for split, split_jobs in jobs.items()}
     try:
-        manifest = assemble(staging, name, images, options, shards, findings)
+        manifest = assemble(staging, name, images, options, shards, findings, build_id)
     except UserError:
         staging.clear()  # these images would fail again
         raise
@@ -315,8 +321,8 @@ def _write_shards(
     waiting = []
     done = 0
     for job in jobs:
-        written = read_written(staging, job.name, sizes)
-        if written is None:
+        written = read_written(staging, job.name, sizes, job.build)
+        if written is None or (strict and written.rejected):  # which may have been fixed since
             waiting.append(job)
         else:
             done += count(written)
@@ -334,6 +340,7 @@ def _shard_jobs(
     plan: Plan,
     encoding: Callable[[bytes], Encoded],
     most_samples: int,
+    build_id: str,
 ) -> list[ShardJob]:
     """Cut a split into shards of nearly equal length."""
     listing = plan.splits[split]
@@ -346,6 +353,7 @@ def _shard_jobs(
             images=listing[ids],
             read=images.read,
             encode=encoding,
+            build=build_id,
         )
         for i, ids in enumerate(np.array_split(np.arange(len(listing)), n_shards))
     ]

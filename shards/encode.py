@@ -217,7 +217,8 @@ def depth(data: bytes) -> Depth:
             warnings.simplefilter("ignore")
             with Image.open(BytesIO(data), formats=OPENED) as image:
                 if image.mode.startswith("I"):
-                    return Depth(grey=int(np.asarray(image).max()))
+                    largest = int(np.asarray(image).max())  # what has more than 16 bits is rejected
+                    return Depth(grey=largest if largest < 1 << max(GREY_BITS) else -1)
                 # PIL unpacks 16-bit colour as 8 bits: what it reads tells.
                 if image.mode.startswith("RGB") and any(";16" in str(tile) for tile in image.tile):
                     return Depth(colour=int(np.asarray(image)[..., :3].max()))

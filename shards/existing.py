@@ -82,9 +82,15 @@ def already_built(
                 f" --out {shlex.quote(str(place_for(Path(out))))}"
             )
         raise UserError(f"{out} exists and is not a dataset; give another --out")
-    manifest = parse_manifest(store.read(MANIFEST), f"{out}/{MANIFEST}")
+    try:
+        manifest = parse_manifest(store.read(MANIFEST), f"{out}/{MANIFEST}")
+    except UserError as error:  # nobody knows what belongs to it, so nothing is deleted here
+        why = str(error).removesuffix("; build the dataset again")
+        raise UserError(f"{why}; remove {out}, or give another --out") from None
     if overwrite:
-        if foreign := names - {STAGING} - file_names(manifest):
+        # NFS keeps files that are deleted while somebody reads them under such names.
+        foreign = {name for name in names - {STAGING} - file_names(manifest) if not name.startswith(".nfs")}
+        if foreign:
             raise UserError(f"{out} also holds {min(foreign)!r}, which no build put there; move it away")
         return False
     if lost := file_names(manifest) - names:

@@ -6,8 +6,8 @@
     grey bits   how many bits 16-bit grey images use: one scale for all, so that dark ones stay dark
     colour      whether there is 16-bit colour, of which only the upper byte is stored
 
-For the second, one image of each class and split is decoded, and the others where that fails. The third costs
-something only where one of these is of 16-bit grey: then all of the images are looked at.
+For the second, one image of each class and split is decoded, and the others where that fails. For the third and the
+fourth every file that is no JPEG is opened, and decoded where it is of 16 bits; JPEGs too where one of the former was.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +28,7 @@ from shards.writer import read_image
 
 AT_ONCE = 100  # images of a job
 HELD_OUT = {"val", "test"}
+JPEG_ENDS = (".jpg", ".jpeg", ".jpe", ".jfif")
 LEFT_OUT = "its class is left out"  # the reason of images that nobody looked at
 
 
@@ -151,11 +152,22 @@ def find_out(
             f"classes with a training image that can be read: {len(trained) - len(lost)}; a dataset needs at least two"
             f" (class {line['class']!r}: {line['source']}: {line['reason']})"
         )
+    # One scale for all: whatever may be of 16 bits is looked at, of which most is told by its first bytes.
+    for listing in plan.splits.values():
+        images = listing if deepest.grey >= 0 else _maybe_deep(listing)
+        if len(images):
+            deepest = _larger(deepest, look("look for 16-bit images", images, encode=None).depth)
     bits = max(GREY_BITS)
     if deepest.grey >= 0:
-        grey = max(look("look at 16-bit grey", images, encode=None).depth.grey for images in plan.splits.values())
-        bits = next((bits for bits in GREY_BITS if grey < 1 << bits), bits)
+        bits = next((bits for bits in GREY_BITS if deepest.grey < 1 << bits), bits)
     return Findings(copies, lost, lost_splits, rejected, bits, deepest.colour)
+
+
+def _maybe_deep(images: Listing) -> Listing:
+    """Return the files that are no JPEGs, which have 8 bits; none of images that are no files."""
+    if images.sizes is None:
+        return images[np.zeros(0, np.int64)]
+    return images[np.flatnonzero([not name.lower().endswith(JPEG_ENDS) for name in images.names])]
 
 
 def _until_one_is_good(images: Listing, look: Callable[[Listing], _Looked]) -> _Looked:

@@ -85,8 +85,12 @@ class RemoteStore:
 
     def move(self, names: Iterable[tuple[str, str]]) -> None:  # noqa: D102
         def move(old: str, new: str) -> None:
-            files.cp_file(f"{root}/{old}", f"{root}/{new}")
-            files.rm_file(f"{root}/{old}")
+            try:
+                files.cp_file(f"{root}/{old}", f"{root}/{new}")
+            except NotImplementedError:  # file servers rename
+                files.mv(f"{root}/{old}", f"{root}/{new}")
+            else:
+                files.rm_file(f"{root}/{old}")
 
         with _remote(self.url) as (files, root), ThreadPoolExecutor(TRANSFERS) as pool:
             for future in [pool.submit(move, *pair) for pair in names]:
@@ -349,4 +353,4 @@ def _remote(url: str) -> Iterator[tuple[Any, str]]:
     except (OSError, UserError):
         raise
     except Exception as error:  # such as botocore's own
-        raise OSError(0, " ".join(str(error).split())) from error
+        raise OSError(0, " ".join(str(error).split()) or type(error).__name__) from error

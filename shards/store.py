@@ -4,7 +4,6 @@ import errno
 import fcntl
 import os
 import secrets
-import shutil
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -114,10 +113,13 @@ class LocalStore:
         try:
             yield
         finally:
-            if set(os.listdir(self.root / folder)) <= {LOCK}:
-                shutil.rmtree(self.root / folder)
-                _remove_empty(made)
-            os.close(lock)
+            place = self.root / folder
+            nothing_left = set(os.listdir(place)) <= {LOCK}
+            if nothing_left:
+                (place / LOCK).unlink(missing_ok=True)
+            os.close(lock)  # before its folder goes: NFS keeps a deleted file there until it is closed
+            if nothing_left:
+                _remove_empty([place, *made])  # stays where another builder came meanwhile
 
 
 def _lock(root: Path, folder: Path) -> int:

@@ -21,6 +21,8 @@ from shards.sources import Listing
 from shards.sources.files import FileReader, printable
 from shards.staging import Staging
 
+MOST_BYTES = 1 << 30  # of a file: it would take that much memory, and could not be stored
+
 
 @dataclass(frozen=True)
 class ShardJob:
@@ -33,6 +35,7 @@ class ShardJob:
         images: what to write.
         read: gives an image's bytes by its name.
         encode: gives what to store for these bytes.
+        build: what identifies the build: a shard that another one left is not taken for this one's.
     """
 
     staging: Staging
@@ -41,6 +44,7 @@ class ShardJob:
     images: Listing
     read: Callable[[str], bytes]
     encode: Callable[[bytes], Encoded]
+    build: str = ""
 
 
 class Written(NamedTuple):
@@ -92,17 +96,24 @@ def write_shard(job: ShardJob) -> Written:
             "sha256": sha256(tar_path),
             "index_sha256": sha256(index_path),
         }
-    record = {"entry": entry, "rejected": rejected}
+    record = {"build": job.build, "entry": entry, "rejected": rejected}
     job.staging.write_json(f"{job.name}.json", record)
     return _written(record)
 
 
-def read_written(staging: Staging, name: str, sizes: Mapping[str, int]) -> Written | None:
+def read_written(staging: Staging, name: str, sizes: Mapping[str, int], build: str = "") -> Written | None:
     """Return what a shard that an earlier builder wrote came to; None if it is not among the files of these `sizes`."""
     record = staging.read_json(f"{name}.json") if f"{name}.json" in sizes else None
-    if record is None or sizes.get(f"{name}.tar") != record["entry"]["bytes"] or f"{name}.pictures" not in sizes:
+    if not is_of(record, build, sizes) or f"{name}.pictures" not in sizes:
         return None
     return _written(record)
+
+
+def is_of(record: Any, build: str, sizes: Mapping[str, int]) -> bool:
+    """Whether a shard's record, None where there is none, is of this build and of the shard that lies there."""
+    if record is None or record.get("build") != build:
+        return False
+    return bool(sizes.get(record["entry"]["file"]) == record["entry"]["bytes"])
 
 
 def _written(record: dict[str, Any]) -> Written:
@@ -118,6 +129,8 @@ def read_image(images: Listing, i: int, read: Callable[[str], bytes]) -> bytes:
         BadImageError: it cannot be read, or has changed since it was listed.
         UserError: its whole folder is gone, as when a disk is unplugged: not the image's fault, and not to be recorded.
     """
+    if images.sizes is not None and images.sizes[i] > MOST_BYTES:
+        raise BadImageError("more than a gigabyte")
     try:
         data = read(images.names[i])
     except PermissionError:

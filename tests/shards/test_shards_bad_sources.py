@@ -115,3 +115,13 @@ def test_keep_bytes_stores_originals_or_nothing(tmp_path, listing):
         built(source, root)
     with pytest.raises(UserError, match="--keep-bytes and --shorter-side 9 exclude each other; leave one of them out"):
         built(source, tmp_path / "other", keep_bytes=True, shorter_side=9)
+
+
+def test_a_huge_file_is_named_and_not_read(tmp_path, image_folder):
+    source = image_folder(tmp_path / "source", {"a": 4, "b": 4})
+    huge = source / "a" / "huge.png"
+    huge.touch()
+    os.truncate(huge, 1 << 40)  # a hole
+    out = build("folder", source=source, out=tmp_path / "out", workers=1, test_fraction=0, val_fraction=0)
+    (line,) = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert (line["source"], line["reason"]) == ("a/huge.png", "more than a gigabyte")

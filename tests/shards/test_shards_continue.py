@@ -300,3 +300,54 @@ def test_classes_that_look_the_same_are_reported(tmp_path, image_folder, capsys)
     assert (
         "note: classes whose names differ only in case, spaces or how accents are written: 2 ('Cat' and 'cat', "
     ) in capsys.readouterr().err
+
+
+def test_a_late_shard_of_another_build_is_not_taken(tmp_path, pets, monkeypatch):
+    """A worker of a cluster ends its shard when its builder is gone."""
+    options = {"dataset": "folder", "source": pets, "workers": 1, "shard_samples": 4}
+    write_shards, late = shards.build._write_shards, []
+
+    def interrupted(staging, jobs, *others):
+        late.append(jobs[0])
+        raise KeyboardInterrupt
+
+    def late_one(staging, jobs, *others):
+        write_shard(late[0])
+        write_shards(staging, jobs, *others)
+
+    monkeypatch.setattr(shards.build, "_write_shards", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(**options, out=tmp_path / "out", seed=1)
+    monkeypatch.setattr(shards.build, "_write_shards", late_one)
+    build(**options, out=tmp_path / "out", seed=0, overwrite=True)
+    monkeypatch.undo()
+    assert contents(tmp_path / "out") == contents(build(**options, out=tmp_path / "undisturbed" / "out", seed=0))
+
+
+def test_strict_looks_again_at_an_image_that_was_fixed(tmp_path, image_folder):
+    source = image_folder(tmp_path / "source", {"a": 6, "b": 6})
+    options = {"source": source, "out": tmp_path / "out", "workers": 1, "shard_samples": 2, "strict": True}
+    image = sorted((source / "a").iterdir())[3]
+    good = image.read_bytes()
+    image.write_bytes(bytes(len(good)))
+    with pytest.raises(UserError, match="not an image; fix or remove it"):
+        build("folder", **options)
+    image.write_bytes(good)
+    assert open_dataset(build("folder", **options)).manifest["rejected"]["total"] == 0
+
+
+def test_the_lock_is_closed_before_its_folder_goes(tmp_path, monkeypatch):
+    """NFS keeps a file that is deleted while it is open, under another name, in its folder."""
+    rmdir = os.rmdir
+
+    def as_nfs(path, *args, **options):
+        links = [f"/proc/self/fd/{n}" for n in os.listdir("/proc/self/fd")]
+        opened = {os.readlink(link) for link in links if os.path.lexists(link)}
+        if any(name.removesuffix(" (deleted)").endswith(f"{STAGING}/lock") for name in opened):
+            raise OSError(39, "Directory not empty")
+        rmdir(path, *args, **options)
+
+    monkeypatch.setattr(os, "rmdir", as_nfs)
+    with staged(LocalStore(tmp_path / "new" / "out")):
+        pass
+    assert os.listdir(tmp_path) == []

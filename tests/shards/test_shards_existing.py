@@ -238,3 +238,12 @@ def test_an_interrupt_while_files_are_compared_says_nothing_of_an_unfinished_bui
     with pytest.raises(KeyboardInterrupt):
         build("folder", source=pets, out=out, workers=1)
     assert "unfinished" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", '{"format": "tailstream-shards/0"}', '{"format": "tailstream-shards/1"}'])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_manifest_that_cannot_be_read_says_what_to_remove(tmp_path, pets, text, overwrite):
+    out = build("folder", source=pets, out=tmp_path / "out", workers=1)
+    (out / "dataset.json").write_text(text)
+    with pytest.raises(UserError, match=f"; remove {out}, or give another --out$"):
+        build("folder", source=pets, out=out, workers=1, overwrite=overwrite)

@@ -146,3 +146,22 @@ def test_16_bit_colour_loses_its_lower_byte_and_that_is_told(tmp_path, image_fol
     assert "note: of 16-bit colour the upper byte is stored" in err
     assert ("; the brightest that was looked at is then 15 of 255: scale them first\n" in err) == (brightest == 15)
     assert verify(out, workers=1) == []
+
+
+def test_a_few_16_bit_images_among_others_are_seen(tmp_path, image_folder):
+    source = image_folder(tmp_path / "source", {"a": 9, "b": 9})
+    grey(source / "a", [4000, 2000])
+    for seed in range(3):
+        options = {"workers": 1, "seed": seed, "test_fraction": 0, "val_fraction": 0}
+        out = build("folder", source=source, out=tmp_path / str(seed), **options)
+        assert open_dataset(out).manifest["grey_bits"] == 12
+
+
+def test_one_32_bit_image_does_not_darken_the_others(tmp_path):
+    for name in ("a", "b"):
+        grey(tmp_path / "source" / name, [4000, 2000])
+    mask = Image.fromarray(np.full((4, 4), 70000, np.int32))
+    (tmp_path / "source" / "b" / "mask.tif").write_bytes(encoded(mask, "TIFF"))
+    options = {"workers": 1, "test_fraction": 0, "val_fraction": 0}
+    out = build("folder", source=tmp_path / "source", out=tmp_path / "out", **options)
+    assert open_dataset(out).manifest["grey_bits"] == 12

@@ -514,6 +514,20 @@ def test_a_resident_loader_is_closed_while_a_shard_comes(remote, cache, monkeypa
             waiting.result(20)
 
 
+def test_a_file_server_that_renames_and_does_not_copy(pets, memory, monkeypatch):
+    server = type(fsspec.filesystem("memory"))
+
+    def rename(self, old, new, **_):
+        self.store[self._strip_protocol(new)] = self.store.pop(self._strip_protocol(old))
+
+    def lacking(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(server, "cp_file", lacking)
+    monkeypatch.setattr(server, "mv", rename)
+    assert verify(build("folder", source=pets, out=memory, workers=1), workers=1) == []
+
+
 def test_an_unknown_kind_of_url():
     with pytest.raises(UserError, match=r"nothing://x cannot be opened: Protocol not known"):
         open_dataset("nothing://x")
