@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -136,11 +137,18 @@ def alone(figure: Figure, titles: Sequence[str], file_format: str) -> bytes:
     handles = [Line2D([], [], color=LIGHT[f"entry{i}"], linewidth=4) for i in range(len(titles))]
     with styled():
         if len(titles) > 1:
-            columns = min(3, len(titles))
-            legend = figure.legend(handles, titles, loc="outside upper left", ncols=columns, frameon=False, fontsize=8)
-            for text in legend.get_texts():
-                text.set_parse_math(False)  # titles are the user's
             width, height = figure.get_size_inches()
+            for columns in range(min(3, len(titles)), 0, -1):
+                legend = figure.legend(
+                    handles, titles, loc="outside upper left", ncols=columns, frameon=False, fontsize=8
+                )
+                for text in legend.get_texts():
+                    text.set_parse_math(False)  # titles are the user's
+                if columns == 1 or legend.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width <= (
+                    figure.bbox.width
+                ):
+                    break
+                legend.remove()
             figure.set_size_inches(width, height + 0.25 * -(-len(titles) // columns))
         buffer = io.BytesIO()
         # The same file every time: no date, and names that depend on the content alone.

@@ -145,7 +145,7 @@ def read_finished_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 
 def _distinct(paths: Sequence[Path]) -> list[Path]:
-    return list({path.resolve(): path for path in paths}.values())
+    return list({os.path.realpath(path): path for path in paths}.values())
 
 
 def read_run(path: Path) -> Run:
@@ -169,7 +169,7 @@ def read_run(path: Path) -> Run:
         counts, correct, total = (
             np.array(per_class[key], dtype=np.int64) for key in ("train_counts", "correct", "total")
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise _damaged(path / "per_class.json", error) from None
     if not counts.shape == correct.shape == total.shape == (len(per_class["classes"]),):
         raise _damaged(path / "per_class.json", "its lists differ in length")

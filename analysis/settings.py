@@ -179,14 +179,16 @@ def unknown_stage_ones(runs: Sequence[Run]) -> list[str]:
 def _parse(text: str) -> dict[str, Any]:
     try:
         config = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, AttributeError):  # the latter of PyYAML's constructors
         return {}
     return config if isinstance(config, dict) else {}
 
 
 def _flat(config: dict[str, Any], stage: int) -> dict[Key, Hashable]:
     """Return a configuration's settings by dotted name, without those that do not change the result."""
-    ignored = NOT_THE_RESULT | (_NOT_THE_RESULT_OF_STAGE_TWO if stage > 1 else frozenset())
+    ignored = NOT_THE_RESULT
+    if stage > 1 and not _shifts(config):
+        ignored |= _NOT_THE_RESULT_OF_STAGE_TWO
     found: dict[Key, Hashable] = {}
 
     def walk(node: dict[Any, Any], name: str) -> None:
@@ -202,6 +204,13 @@ def _flat(config: dict[str, Any], stage: int) -> dict[Key, Hashable]:
         if isinstance(config.get(name.split(".")[0]), dict):
             found.setdefault((stage, name), value)
     return {key: value for key, value in found.items() if key[1].split(".")[0] not in _SECTIONS_OF_NO_SETTINGS}
+
+
+def _shifts(config: dict[str, Any]) -> bool:
+    """Whether a second stage took batch norm's statistics anew, which are those of its batches."""
+    input, method = (part if isinstance(part := config.get(name), dict) else {} for name in ("input", "method"))
+    asked = input.get("shift_batch_norm")
+    return bool(method.get("classifier") == "mislas" if asked is None else asked)
 
 
 def _hashable(value: Any) -> Hashable:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+from unicodedata import category
 
 from analysis.compare import Entry, Spread
 from analysis.metrics import percent, points
@@ -150,9 +151,13 @@ def _aligned(columns: list[list[str]]) -> str:
     )
 
 
+_ACTED_ON = ("Cc", "Cs", "Zl", "Zp")  # control codes, surrogates, line and paragraph breaks
+_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of what follows
+
+
 def plain(text: str) -> str:
     """Return a name on one line, without what a terminal would act on."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)
+    return "".join("�" if category(letter) in _ACTED_ON or letter in _TURNS else letter for letter in text)
 
 
 def markdown(tables: Sequence[Block]) -> str:

@@ -25,6 +25,7 @@ from abc import ABC, abstractmethod
 from dataclasses import Field, fields
 from difflib import get_close_matches
 from functools import cache
+from importlib import import_module
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -89,6 +90,15 @@ def find_distortion(text: str) -> Distortion:
     """
     match = re.fullmatch(r"([^()]*)(?:\((.*)\))?", text)
     name = match[1].strip() if match else text
+    module, _, short = name.rpartition(".")
+    if match is not None and module:  # somebody's own
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise UserError(
+                f"the distortion {text!r} cannot be imported ({error}); is its folder on PYTHONPATH?"
+            ) from None
+        name = short
     if match is None or name not in DISTORTIONS:
         choices = {name: kind.usage() for name, kind in sorted(DISTORTIONS.items())}
         raise UserError(

@@ -71,7 +71,7 @@ def open_loader(
     if kind == "dali":
         try:
             from pipeline.dali_loader import DaliLoader
-        except ModuleNotFoundError as error:
+        except (ImportError, OSError) as error:  # not there, or its library does not load
             raise UserError(
                 f"the DALI loader needs nvidia-dali-cuda130 ({error}); install it, or use --input.loader torch"
             ) from None

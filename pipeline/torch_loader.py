@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from functools import cache
@@ -23,6 +24,7 @@ from shards.errors import UserError
 
 # Each worker prepares two steps ahead (a DataLoader's prefetch_factor); one more is sent and one is used.
 STEPS_AHEAD, STEPS_UNDER_WAY = 2, 2
+PATIENCE = 2.0  # seconds in which workers end by themselves
 
 
 class _Step(NamedTuple):
@@ -138,5 +140,9 @@ class TorchLoader(Loader):
 
     def close(self) -> None:
         """Stop the worker processes."""
+        # Else the DataLoader waits ten seconds for each that waits for storage: its SIGTERM is blocked.
+        impatient = threading.Timer(PATIENCE, self._end)
+        impatient.start()
         self._steps = iter(())
+        impatient.cancel()
         self._end()

@@ -52,10 +52,11 @@ def launch(program: str, run: Path, options: list[str], threads: int) -> None:
     """Finish a run in a process of its own, whose output goes beside it, unless it is finished."""
     if (run / "summary.json").exists():
         return
-    if program == "train/erm.py" and (run / "config.yaml").exists():
-        options = [*options, "--resume"]
-    else:
-        shutil.rmtree(run, ignore_errors=True)  # a second stage is short: it starts over
+    if (run / "config.yaml").exists():
+        if program == "train/erm.py":
+            options = [*options, "--resume"]
+        else:
+            shutil.rmtree(run)  # a second stage is short: it starts over
     command = [sys.executable, str(ROOT / program), "--run", str(run), *options]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     log = run.with_suffix(".log")

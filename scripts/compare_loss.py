@@ -42,13 +42,16 @@ def losses(path: Path) -> dict[int, float]:
         path = path / "metrics.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {int(row["epoch"]): float(row["loss"]) for row in rows}
+        found = {int(row["epoch"]): float(row["loss"]) for row in rows}
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); name a run's folder or its metrics.jsonl") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} holds no losses by epoch ({error}); name a run's folder or its metrics.jsonl"
         ) from None
+    if not found:
+        raise UserError(f"{path} holds no epoch; name a run that was trained in epochs")
+    return found
 
 
 def alike(ours: dict[int, float], theirs: dict[int, float], tolerance: float) -> bool:

@@ -155,7 +155,10 @@ def measured_rate(config: dict[str, Any], classes: int, threads: int) -> float:
     """Return the images per second of a plain step, forward and backward, from a few of them."""
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    size, batch = config["input"]["image_size"], min(config["input"]["batch_size"], 128)
+    # As many as a step works on at once, and no more than it takes to know the rate.
+    most = 128 if device == "cuda" else 16
+    at_once = config["input"]["batch_size"] // config["optim"]["accumulate"]
+    size, batch = config["input"]["image_size"], max(2, min(at_once, most))
     network = build_network("plain", config["model"]["backbone"], classes, image_size=size).to(device)
     images_BHWC = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
     labels_B = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -202,7 +205,8 @@ def plan(rows: list[Row], asked: argparse.Namespace, dataset: Dataset) -> None:
         config = resolved(row, asked)
         check_finished(row, asked, dataset, config)
         batch, epochs = config["input"]["batch_size"], config["optim"]["epochs"]
-        images = max(1, int(dataset.train_counts.sum()) // batch) * batch * epochs * STREAMS.get(row.words[0], 1)
+        streams = STREAMS.get(row.words[0], 1) + ("partner_q=" in str(config["method"].get("mix")))
+        images = max(1, int(dataset.train_counts.sum()) // batch) * batch * epochs * streams
         rate = rate or (measured_rate(config, len(dataset.classes), asked.threads) if left else None)
         hours = len(left) * images / rate / 3600 if rate else 0.0
         total += hours

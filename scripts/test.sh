@@ -10,7 +10,7 @@ ruff format --check --quiet . || { echo "test: run: .venv/bin/ruff format ." >&2
 ruff check --quiet .
 mypy
 unset PYTHONDONTWRITEBYTECODE # hundreds of processes start, and each would compile what it imports
-cores=$(env -u OMP_NUM_THREADS nproc) # which would heed it
+cores=$(python -c 'from shards.cores import cores; print(cores())') # as many as a container may use
 # A process of a test takes one thread: with more, several at once would wait for each other most of the time.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # One more than there are cores: much of a test's time goes into waiting for processes that it starts. Neighbours stay

@@ -29,17 +29,62 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with status 2."""
-        key = re.search(r'key "([\w.]+)"', message)
-        value = re.search(r"value: (.*)\s*$", message)
-        if key and value:
-            message = f"--{key[1].replace('_', '-')} cannot be {value[1]!r}"
+        message = " ".join(message.split())
+        if wrong := wrong_value(message):
+            message = f"{self._shown(wrong[0])} {wrong[1]}"
         if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
             near = similar(unknown[1], _options(self))
             message += f"; did you mean {' or '.join(near)}?" if near else ""
-        message = re.sub(r"(required: )\w+\.", r"\1", " ".join(message.split())).rstrip(".")
+        if needed := re.search(r"required: (.*)$", message):
+            names = [self._shown(name) for name in needed[1].rstrip(".").split(", ")]
+            message = f"{message[: needed.start(1)]}{', '.join(names)}"
+        message = message.rstrip(".")
         more = " (see --help)" if message.endswith("?") else "; see --help"
         print(f"{self.prog.split(' [')[0]}: error: {message}{more}", file=sys.stderr)
         sys.exit(2)
+
+    def _shown(self, key: str) -> str:
+        """Return an argument as one types it: an option with its dashes, a position as the help calls it."""
+        name = key.replace("_", "-")
+        while name:
+            if f"--{name}" in _options(self):
+                return f"--{name}"
+            name = name.partition(".")[2]
+        return key.rpartition(".")[2].upper()
+
+
+# What jsonargparse says of a type, and what to give.
+WANTED = {
+    "PositiveInt": "a whole number of at least 1",
+    "NonNegativeInt": "a whole number of at least 0",
+    "PositiveFloat": "a number above 0",
+    "NonNegativeFloat": "a number of at least 0",
+    "ClosedUnitInterval": "a number from 0 to 1",
+    "Duration": "a time such as 90m, 2h or 1d12h",
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "<class 'list'>": "a list such as [0.5, 0.75]",
+}
+
+
+def wrong_value(message: str) -> tuple[str, str] | None:
+    """Return the key and a plain sentence where jsonargparse says that a value is not of its type, else None."""
+    key = re.search(r'key "([\w.]+)"', message)
+    value = (
+        re.search(r"value: (.*)\s*$", message)
+        or re.search(r"Not of type \w+: (\S+) does not conform", message)
+        or re.search(r"(?:with base 10|to float): '(.*?)'", message)
+    )
+    if not (key and value):
+        return None
+    literals = " ".join(re.findall(r"Literal\[(.*?)\]", message))
+    choices = list(dict.fromkeys(re.findall(r"'(.*?)'", literals)))
+    wanted = [words for kind, words in WANTED.items() if re.search(rf"(?<![\w']){re.escape(kind)}(?!\w)", message)]
+    near = difflib.get_close_matches(value[1], choices, 1, 0.6)
+    give = " or ".join([*wanted, *([f"one of {', '.join(choices)}"] if choices else [])])
+    guess = f"; did you mean {near[0]}?" if near else ""
+    return key[1], f"cannot be {value[1]!r}" + (f" (give {give}{guess})" if give else "")
 
 
 def similar(unknown: str, options: Iterable[str]) -> list[str]:

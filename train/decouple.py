@@ -142,11 +142,13 @@ def train(stage: "Stage") -> None:
     # λ = 1: no Gaussian is drawn from, and features may be negative.
     families = make_families(stage, lam=1.0, rates=settings.rates, q=settings.q, weights=settings.weights)
     closed = settings.classifier in CLOSED
-    best = stage.judge.best(families.closed(family) if closed else families.on_real_features(family)[family])
+    tried = None if closed else families.on_real_features(family)[family]
+    best = stage.judge.best(families.closed(family) if tried is None else tried)
+    chose = stage.watched if tried is None or len(tried) > 1 else None  # a single one is not chosen
     title += title_of(settings, stage.config.input)
     chosen = ", ".join(f"{name} {value}" for name, value in best.setting.items())
-    stage.accelerator.print(f"{title}: {chosen}" + (" chosen on val" if stage.watched else ""))
-    close_stage(stage, title, best, setting=best.setting, setting_selected_on=stage.watched)
+    stage.accelerator.print(f"{title}: {chosen}" + (" chosen on val" if chose else ""))
+    close_stage(stage, title, best, setting=best.setting, setting_selected_on=chose)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ import xml.etree.ElementTree as ET
 from typing import get_args
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from analysis.__main__ import FigureName, main
-from analysis.gallery import NAMES, write_figure
+from analysis.compare import group_runs
+from analysis.drawing import alone
+from analysis.gallery import NAMES, groups, write_figure
 from analysis.runs import read_runs
 from shards.errors import UserError
 
@@ -93,3 +96,24 @@ def test_a_misspelt_figure_exits_2(two, capsys):
         main(["figure", "confusoin", str(two[0]), "--out", "x.svg"])
     assert caught.value.code == 2
     assert "confusoin" in capsys.readouterr().err
+
+
+def test_mistakes_name_what_one_types(make_run, tmp_path, capsys):
+    run = str(make_run("a"))
+    for words, message in (
+        (["figure", "confusoin", run, "--out", "x.svg"], "NAME cannot be 'confusoin'"),
+        (["figure", "confusoin", run, "--out", "x.svg"], "did you mean confusion?"),
+        (["figure", "groups", run], "required: --out"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(words)
+        assert message in capsys.readouterr().err
+
+
+def test_a_legend_stays_inside_its_picture(make_run):
+    names = ["CE, q=progressive", "BBN, adaptor=linear_decay", "BBN + AFG, beta=0.6", "manifold mixup, two samplers"]
+    figure = groups(group_runs(read_runs([make_run(f"{i}", title=name) for i, name in enumerate(names)])))
+    alone(figure, names, "svg")
+    (legend,) = figure.legends
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    assert legend.get_window_extent(renderer).width <= figure.bbox.width

@@ -174,3 +174,7 @@ def test_n_of_a_baseline_is_that_of_the_seeds_that_measured_it(make_run):
     ]
     (block,) = blocks(group_runs(read_runs(runs)), baselines=True)
     assert [row.n for row in block.rows] == [2, 1]
+
+
+def test_names_keep_their_own_spaces(make_run):
+    assert "東京　タワー" in table(blocks(group_runs(read_runs([make_run("a", title="東京　タワー")]))))

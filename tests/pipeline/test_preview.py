@@ -88,7 +88,7 @@ def test_class_names_of_any_letters(photo_folder, tmp_path, recwarn):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--out", "p.jpg"], "p.jpg is no name of a PNG file; end it with .png"),
+        (["--out", "p.jpg"], "p.jpg is not the name of a PNG file; end it with .png"),
         (
             ["--out", "nowhere/p.png"],
             "nowhere/p.png cannot be written (No such file or directory); choose another --out",
@@ -100,8 +100,8 @@ def test_class_names_of_any_letters(photo_folder, tmp_path, recwarn):
             "no distortion is called 'cutuot'; choose one of: autoaugment, cutout(side)",
         ),
         (["--step", "51", "--batch-size", "8"], "--step 51 is beyond the epoch's last, 50"),
-        (["--seed", "-1"], "-1 does not conform"),
-        (["--epoch", "0"], "0 does not conform"),
+        (["--seed", "-1"], "--seed cannot be '-1' (give a whole number of at least 0)"),
+        (["--epoch", "0"], "--epoch cannot be '0' (give a whole number of at least 1)"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_status_2(digits, tmp_path, monkeypatch, capsys, options, message):

@@ -85,7 +85,7 @@ def test_a_slurm_job_that_stopped_for_its_time_is_queued_again(tmp_path, status,
     stand_ins = {
         "scontrol": 'if [ "$1" = show ]; then printf "first\\nsecond\\n"; else echo "$@" >> calls; fi',
         "srun": SRUN,
-        "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT: $@" >> calls;'
+        "python": 'echo "$RANK $LOCAL_RANK $LOCAL_WORLD_SIZE $WORLD_SIZE $MASTER_ADDR $MASTER_PORT: $@" >> calls;'
         ' if [ "$RANK" = 1 ]; then sleep 0.3; fi; exit $STATUS',
     }
     for name, body in stand_ins.items():
@@ -93,7 +93,12 @@ def test_a_slurm_job_that_stopped_for_its_time_is_queued_again(tmp_path, status,
         path.write_text(f"#!/usr/bin/env bash\n{body}\n")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STATUS": str(status)}
-    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "6"}
+    environment |= {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_CPUS_PER_TASK": "6",
+        "SLURM_NTASKS_PER_NODE": "8",
+    }
     done = subprocess.run(
         ["bash", LAUNCH / "slurm.sbatch", "train/bbn.py", "--run", "runs/a b"],
         cwd=tmp_path,
@@ -104,7 +109,7 @@ def test_a_slurm_job_that_stopped_for_its_time_is_queued_again(tmp_path, status,
     )
     assert done.returncode == (0 if requeued else status), done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
-    ranks = [f"{rank} {rank} 2 first 20007: train/bbn.py --run runs/a b --resume" for rank in range(2)]
+    ranks = [f"{rank} {rank} 8 2 first 20007: train/bbn.py --run runs/a b --resume" for rank in range(2)]
     assert sorted(calls[:2]) == ranks
     assert "--cpus-per-task=6" in (tmp_path / "options").read_text().split()
     assert calls[2:] == (["requeue 7"] if requeued else [])

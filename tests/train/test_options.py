@@ -190,3 +190,24 @@ def test_options_together_train_and_resume(workplace):
     losses = [json.loads(line)["loss"] for line in (workplace / "runs/a/metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 2
     assert np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--loop.budget", "2x"], "--loop.budget cannot be '2x' (give a time such as 90m, 2h or 1d12h)"),
+        (["--method.q", "abc"], "--method.q cannot be 'abc' (give a number or one of progressive)"),
+        (["--method.adaptor", "seperate"], "separate; did you mean separate?)"),
+        (["--optim.epochs", "0"], "--optim.epochs cannot be '0' (give a whole number of at least 1)"),
+        (["--optim.milestones", "0.5"], "--optim.milestones cannot be '0.5' (give a list such as [0.5, 0.75])"),
+        (["--optim.lr", "-1"], "--optim.lr cannot be '-1' (give a number above 0)"),
+        (["--input.batch_size", "1.5"], "--input.batch_size cannot be '1.5' (give a whole number of at least 1)"),
+        (["--loop.select", "maybe"], "--loop.select cannot be 'maybe' (give true or false)"),
+    ],
+)
+def test_a_wrong_value_is_told_plainly(capsys, words, message):
+    with pytest.raises(SystemExit, match="2"):
+        run(BBN, words)
+    error = capsys.readouterr().err
+    assert message in error
+    assert not [inner for inner in ("typing.", "<class", "Parser key") if inner in error]

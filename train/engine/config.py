@@ -25,6 +25,7 @@ from jsonargparse.typing import (
 )
 
 from pipeline.kinds import ChosenLoader, Decode, LoaderKind
+from shards.cli import wrong_value
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
 from train.engine.model import Model
@@ -322,6 +323,8 @@ def _one_line(error: Exception, parser: ArgumentParser) -> UserError:
     guess = f"; did you mean {' or '.join(near)}?" if near else ""
     if lone and lone[1].startswith("about."):
         guess = "; the section about is what a run says of itself: leave it out"
+    if wrong := wrong_value(said):
+        said = f"{said[: said.find('Parser key')]}--{wrong[0]} {wrong[1]}"  # behind the name of a file
     return UserError(f"{said}{guess} (--help lists every setting)")
 
 

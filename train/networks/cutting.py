@@ -81,9 +81,10 @@ class Branch(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return features_BD, float32: pooling, and a norm that follows it, are float32 also under autocast."""
-        hidden = self.model.forward_features(hidden)
+        maps = self.model.forward_features(hidden)
         with torch.autocast("cuda" if hidden.is_cuda else "cpu", enabled=False):
-            features_BD: Tensor = self.model.forward_head(hidden.float(), pre_logits=True)
+            whole = maps.float() if isinstance(maps, Tensor) else [one.float() for one in maps]  # some have several
+            features_BD: Tensor = self.model.forward_head(whole, pre_logits=True)
         return features_BD
 
 

@@ -25,3 +25,11 @@ def depth_key(groups: Any, name: str) -> tuple[float, ...]:
                 places = (*map(float, filter(None, found.groups())), *(numbers or ()))
                 return LAST if places == (WITH_BEFORE,) else (float(ordinal), *places)
     return LAST
+
+
+def numbered(keys: set[tuple[float, ...]]) -> dict[tuple[float, ...], int]:
+    """Return how deep each of `depth_key`'s lies, from 0; `LAST` is left out."""
+    order: dict[tuple[float, ...], int] = {}
+    for key in sorted(keys - {LAST}):
+        order[key] = max(order.values(), default=-1) + (key[-1] != WITH_BEFORE or not order)
+    return order

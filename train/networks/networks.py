@@ -33,7 +33,7 @@ from train.networks.batch_norm import (
 )
 from train.networks.cosine import SCALE, CosineClassifier, plain_weight
 from train.networks.cutting import Trunk
-from train.networks.depths import LAST, WITH_BEFORE, depth_key, part_of
+from train.networks.depths import depth_key, numbered, part_of
 
 # Weights of the trunk for each value in a stream's images. One pass reads the weights once; two keep smaller maps in
 # a CPU's caches. The first counts for ResNet-50 on a few images (200 weights a value: 1.1 to 1.2 times as fast), the
@@ -107,10 +107,13 @@ class Network(nn.Module):
         """Stages of the trunk after which maps can be mixed: depths are 0 … `depths`; 0 of timm's models."""
         return sum(name.startswith("layer") for name, _ in self.trunk.named_children())
 
+    def _need_trunk(self, setting: str) -> None:
+        if not self.is_cut:
+            raise UserError(f"{setting}: {self.spec['backbone']} is not cut, and has no trunk; leave it out")
+
     def freeze_trunk(self) -> None:
         """Keep the trunk as it is from now on: no gradients, no maps kept for them, batch norm as in evaluation."""
-        if not self.is_cut:
-            raise UserError(f"optim.freeze=trunk: {self.spec['backbone']} is not cut, and has no trunk; leave it out")
+        self._need_trunk("optim.freeze=trunk")
         self.trunk_is_frozen = True
         self.trunk.requires_grad_(False).eval()
 
@@ -130,11 +133,7 @@ class Network(nn.Module):
         Raises:
             UserError: no trunk, or blocks that cannot be computed again.
         """
-        if not self.is_cut:
-            raise UserError(
-                f"loop.grad_checkpointing: {self.spec['backbone']} is not cut, and has no trunk whose maps could be"
-                " left out; leave it out"
-            )
+        self._need_trunk("loop.grad_checkpointing")
         self._recomputes = on
         use_stream_batch_norm(self.trunk)
         for module in self.trunk.modules():
@@ -156,9 +155,7 @@ class Network(nn.Module):
             for name, _ in self.named_parameters()
             if part_of(name) != "classifier"
         }
-        order: dict[tuple[float, ...], int] = {}
-        for key in sorted(set(keys.values()) - {LAST}):
-            order[key] = max(order.values(), default=-1) + (key[-1] != WITH_BEFORE or not order)
+        order = numbered(set(keys.values()))
         last = max(order.values(), default=0)
         return {name: order.get(keys[name], last) if name in keys else last + 1 for name, _ in self.named_parameters()}
 

@@ -229,8 +229,9 @@ def _load(name: str, config: Any, model: nn.Module, weights: str) -> None:
             state = convert(state, model) if convert else state
     named = config.classifier or ()
     classifiers = {*CLASSIFIERS, *((named,) if isinstance(named, str) else named)}
-    ends = tuple(f"{classifier}.{end}" for classifier in classifiers for end in ("weight", "bias"))
-    state = {key: value for key, value in state.items() if key in own or key not in ends}
+    # With whatever lies beside the classifier in its module: heads may be several layers.
+    heads = tuple({f"{classifier.partition('.')[0]}." for classifier in classifiers})
+    state = {key: value for key, value in state.items() if key in own or not key.startswith(heads)}
     check_state(own, state, weights, f"give the state dict of timm's {name.removeprefix(PREFIX)}")
     model.load_state_dict(state, strict=False)
 
