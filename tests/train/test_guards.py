@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import signal
 import time
 
 import numpy as np
@@ -14,7 +15,7 @@ from pipeline.batch import Batch
 from pipeline.faults import Faults
 from pipeline.plan import EvalPlan
 from shards.errors import UserError
-from train.engine import guards
+from train.engine import guards, runs
 from train.engine.guards import LossGuard, StallGuard, check_devices, errors_in_one_line
 from train.engine.launch import run
 from train.engine.loop import Training
@@ -226,6 +227,19 @@ def test_a_run_folder_that_cannot_be_written_to(workplace, capsys, monkeypatch, 
 
 def test_a_run_folder_that_cannot_be_made(workplace, capsys):
     assert "cannot make the run folder /proc/run" in fails_with(capsys, "--run", "/proc/run")
+
+
+def test_a_runs_folder_that_is_a_link_to_nowhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to("/nowhere/at all")
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it searches for a free name without end"))
+    signal.alarm(30)
+    try:
+        with pytest.raises(UserError, match="runs is a link to /nowhere/at all, which is not there; make that folder"):
+            runs.new_run("x")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_port_in_use_and_a_lost_process(monkeypatch):

@@ -140,6 +140,10 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 def new_run(stem: str) -> Path:
     """Make and lock the next free folder runs/STEM-1, runs/STEM-2, …"""
+    if RUNS.is_symlink() and not RUNS.exists():  # every folder under it would seem to be there already
+        raise UserError(
+            f"{RUNS} is a link to {os.readlink(RUNS)}, which is not there; make that folder, or name one with --run"
+        )
     number = 1
     while True:
         try:
