@@ -132,15 +132,16 @@ def test_a_budget_that_holds_all_epochs_leaves_them(workplace, monkeypatch, epoc
 
 def test_a_resumed_run_keeps_the_epochs_of_its_budget(workplace, monkeypatch, capsys):
     monkeypatch.setattr(limits, "measure", lambda *_: replace(BIG, step_seconds=1.0, predict_seconds=0.0))
-    run(ERM, [*SHORT[:-1], "50", "--loop.budget", "15s", "--run", "runs/a"])  # 6 steps an epoch
+    run(ERM, [*SHORT[:-2], "--loop.budget", "15s", "--run", "runs/a"])  # 6 steps an epoch
     config = yaml.safe_load((workplace / "runs/a/config.yaml").read_text())
     assert (config["optim"]["epochs"], config["loop"]["budget"]) == (2, "15s")
-    assert "loop.budget=15s: 2 of 50 epochs fit it" in capsys.readouterr().out
+    assert "loop.budget=15s: 2 of 60 epochs fit it" in capsys.readouterr().out
     assert "optim.epochs" in config["about"]["changed"]
     monkeypatch.setattr(limits, "measure", lambda *_: BIG)
     (workplace / "runs/a/summary.json").unlink()
     run(ERM, ["--resume", "--run", "runs/a"])
     assert json.loads((workplace / "runs/a/summary.json").read_text())["epochs"] == 2
+    assert yaml.safe_load((workplace / "runs/a/config.yaml").read_text())["about"] == config["about"]
     with pytest.raises(SystemExit):
         run(ERM, ["--resume", "--run", "runs/a", "--loop.budget", "1h"])
     assert "loop.budget=1h fits the epochs of a run that begins, and runs/a has begun" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def train(
             accelerator.print(note)
         sections = plain_sections(parser, choice.settings)
         usual = choice.usual(dataset, asked.variant)
-        asked.changed = changed_settings(parser, sections, usual, method_class.in_title)
+        asked.changed = partial(changed_settings, parser, sections, usual, method_class.in_title)
         check_settings(config.optim, config.model, config.loop.grad_checkpointing, given_settings(parser, argv))
         if resumed is not None and (resumed / "config.yaml").exists():
             check_resumed(config.optim, saved.get("optim", {}), resumed)
@@ -197,6 +198,7 @@ def _train_and_finish(
             left = config.optim.epochs * plan.steps_per_epoch
         for line in said(estimate, config, plan, dataset, left, accelerator.device):
             accelerator.print(line)
+    changed = asked.changed()  # now that a budget has set the epochs
     if asked.dry_run:
         accelerator.print("nothing was written (--dry-run)")
         return
@@ -211,7 +213,7 @@ def _train_and_finish(
     assert run_folder is not None
     if accelerator.is_main_process:
         tracking.open(run_folder, counters.step, dataset.name, sections)  # first: it may not start
-        about = {"method": method.name, "dataset": dataset.name, "data": dataset.place, "changed": asked.changed}
+        about = {"method": method.name, "dataset": dataset.name, "data": dataset.place, "changed": changed}
         about |= {"fingerprint": _fingerprint(dataset), "variant": asked.variant, "preset": asked.preset}
         runs.write_config(run_folder, {"about": about, **sections})
         runs.truncate_rows(run_folder, counters.epochs)
