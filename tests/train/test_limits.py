@@ -147,6 +147,22 @@ def test_a_resumed_run_keeps_the_epochs_of_its_budget(workplace, monkeypatch, ca
     assert "loop.budget=1h fits the epochs of a run that begins, and runs/a has begun" in capsys.readouterr().err
 
 
+def test_the_command_of_a_budget_given_again_keeps_its_epochs(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(limits, "measure", lambda *_: replace(BIG, step_seconds=1.0, predict_seconds=0.0))
+    command = [*SHORT[:-1], "50", "--loop.budget", "15s", "--run", "runs/a", "--resume"]
+    run(ERM, command)
+    run(ERM, command)
+    assert "runs/a is finished: it has its 2 epochs" in capsys.readouterr().out
+    (workplace / "runs/a/summary.json").unlink()
+    run(ERM, command)
+    assert "the 2 epochs that fitted loop.budget=15s are kept; for others give --optim.epochs without" in (
+        capsys.readouterr().out
+    )
+    assert yaml.safe_load((workplace / "runs/a/config.yaml").read_text())["optim"]["epochs"] == 2
+    run(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "3"])
+    assert json.loads((workplace / "runs/a/summary.json").read_text())["epochs"] == 3
+
+
 def test_images_that_are_enlarged_are_named():
     _, dataset = made(side=100)
     assert "half of the images have at most 100 pixels on their shorter side and are enlarged to 224" in (

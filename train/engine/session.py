@@ -33,7 +33,7 @@ from train.engine.method import Method, make_method
 from train.engine.model import make_adapter
 from train.engine.optimisers import check_resumed, check_settings
 from train.engine.predictions import FILES as PREDICTIONS
-from train.engine.recipes import choose, given_settings, resumed_choice
+from train.engine.recipes import Choice, choose, given_settings, resumed_choice
 from train.engine.tracking import Tracking
 from train.networks.backbones import make_backbone
 
@@ -74,6 +74,8 @@ def train(
                 f"loop.budget={choice.settings.loop.budget} fits the epochs of a run that begins, and {resumed} has"
                 " begun; leave it out, or set --optim.epochs"
             )
+        if choice.settings.loop.budget and "loop.budget" in given_settings(parser, argv):
+            _keep_fitted(choice, saved.get("optim", {}))
     else:
         dataset = find_dataset(asked.data)
         gpu = usable_gpu(asked.loop.device)
@@ -98,6 +100,19 @@ def train(
         asked.preset = {"parts": choice.parts, "fitted": choice.fitted}
         command = shlex.join([*launched_by(words[0]), *words])
         _train_and_finish(method_class, config, dataset, resumed, asked, sections, accelerator, command)
+
+
+def _keep_fitted(choice: Choice, saved: dict[str, Any]) -> None:
+    """Keep the schedule that a budget made, where a command is given again, as by a queue, whose own is longer."""
+    settings, asked = choice.settings, choice.settings.optim.epochs
+    for key in SCHEDULE:
+        if key in saved:
+            settings[f"optim.{key}"] = saved[key]
+    if settings.optim.epochs != asked:
+        choice.notes.append(
+            f"the {settings.optim.epochs} epochs that fitted loop.budget={settings.loop.budget} are kept; for others"
+            " give --optim.epochs without it"
+        )
 
 
 def _config(parser: ArgumentParser, settings: Namespace) -> Config:
