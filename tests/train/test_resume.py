@@ -177,8 +177,9 @@ class LateConsensus(Consensus):
         previous, self.said = self.said, numbers
         return list(previous or [0] * len(numbers))
 
-    def wait(self) -> None:
-        self.said = None
+    def wait(self) -> list[int] | None:
+        previous, self.said = self.said, None
+        return list(previous) if previous else None
 
 
 def test_signals_to_every_process_of_a_job_stop_no_worker_of_the_torch_loader(workplace, signalled):
@@ -191,6 +192,22 @@ def test_signals_to_every_process_of_a_job_stop_no_worker_of_the_torch_loader(wo
     status, said = signalled(["-c", program], begun, numbers)
     assert status == EXIT_STATUS, said
     assert "after step" in said
+
+
+@pytest.mark.parametrize("consensus", [Consensus, LateConsensus])
+@pytest.mark.parametrize("during", ["evaluate", "save_checkpoint"])
+def test_a_signal_at_the_end_of_the_last_epoch_is_heard(workplace, monkeypatch, capsys, consensus, during):
+    original = getattr(loop, during)
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "Consensus", consensus)
+    monkeypatch.setattr(loop, during, signalled)
+    with pytest.raises(SystemExit, match="75"):
+        run(ERM, [*SHORT[2:], "--optim.epochs", "1", "--run", "runs/a"])
+    assert f"stopped by SIGTERM after step {STEPS}, with a checkpoint" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("due", [7, 8])

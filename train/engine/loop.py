@@ -136,7 +136,11 @@ class Training:
             while counters.epochs < config.optim.epochs:
                 self._epoch(stalls)
                 self._end_of_epoch()
-            self._consensus.wait()
+            # A signal that came after the last epoch had asked.
+            heard = self._consensus(self._interrupts.received)
+            (signal,) = self._consensus.wait() or heard
+            if signal:
+                raise Interrupted(signal)
 
     def _epoch(self, batches: StallGuard) -> None:
         """Take the steps of an epoch that are left."""
