@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -154,6 +155,18 @@ def test_one_that_does_not_start_is_a_line_and_leaves_no_run(workplace, packages
     error = capsys.readouterr().err
     assert "loop.track=wandb does not start (ConnectionError: not logged in, run wandb login); follow" in error
     assert list((workplace / "runs/a").iterdir()) == []
+
+
+def test_what_one_that_did_not_start_left_is_in_nobodys_way(workplace, packages, monkeypatch):
+    def refuse(dir, **_):
+        (Path(dir) / "wandb").mkdir()
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
+    with pytest.raises(SystemExit, match="2"):
+        run(ERM, [*SHORT, "--loop.track", "wandb", "--run", "runs/a"])
+    run(ERM, [*SHORT, "--run", "runs/a"])
+    assert (workplace / "runs/a/summary.json").exists()
 
 
 def test_a_signal_while_one_starts_or_ends_is_no_failure_of_it(workplace, packages, monkeypatch, capsys):

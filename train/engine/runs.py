@@ -36,6 +36,9 @@ RUNS = Path("runs")
 CALIBRATION = "calibration.json"  # of its probabilities; it fits no other weights
 LOCK = ".lock"
 
+# What trackers make before config.yaml is there; see `train.engine.tracking`.
+OF_TRACKERS = {"tracking.json", "tensorboard", "wandb"}
+
 _held: dict[Path, TextIO] = {}
 
 
@@ -159,8 +162,10 @@ def new_run(stem: str) -> Path:
 
 def use_run(path: Path, resume: bool) -> Path:
     """Make and lock the folder of a run that was named, or accept the one that is there when resuming."""
-    # A kill may have left the beginnings of a file there.
-    taken = path.exists() and (not path.is_dir() or any(not name.startswith(".") for name in os.listdir(path)))
+    # A kill may have left the beginnings of a file there, and so may a tracker that did not start.
+    taken = path.exists() and (
+        not path.is_dir() or any(not name.startswith(".") and name not in OF_TRACKERS for name in os.listdir(path))
+    )
     if taken and not (path / "config.yaml").exists():
         raise UserError(f"{path} already exists and is no run of ours; name another folder with --run")
     if taken and not resume:
