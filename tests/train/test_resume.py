@@ -111,6 +111,18 @@ def test_a_signal_before_the_first_step_or_after_the_last_one_stops_cleanly_too(
     assert_alike(workplace / "runs/whole", workplace / "runs/cut")
 
 
+def test_a_signal_before_the_first_step_of_a_run_that_has_its_folder_says_how_to_resume(workplace, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "_wait_to_see", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit, match="75"):
+            run(ERM, [*SHORT[2:], "--optim.epochs", "1"])
+    said = capsys.readouterr().out
+    assert "stopped by SIGTERM after step 0; resume with: " in said
+    assert said.endswith(" --run runs/digits-erm-1 --resume\n")
+    run(ERM, ["--resume"])
+    assert len(rows(workplace / "runs/digits-erm-1")) == 1
+
+
 def test_a_signal_while_pretrained_weights_come_starts_nothing_from_random_ones(workplace, photos, monkeypatch, capsys):
     monkeypatch.setattr("timm.create_model", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     settings = ["--data", str(photos.root), "--model.backbone", "timm/resnet18", "--optim.epochs", "1"]

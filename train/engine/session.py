@@ -233,25 +233,26 @@ def _train_and_finish(
         runs.write_config(run_folder, {"about": about, **sections})
         runs.truncate_rows(run_folder, counters.epochs)
         (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
-    accelerator.wait_for_everyone()
-    _wait_to_see(run_folder, accelerator.process_index)
-    if restored:
-        within = counters.step - counters.epochs * plan.steps_per_epoch
-        where = f" and {within} of {plan.steps_per_epoch} steps" if within else ""
-        accelerator.print(f"resuming {run_folder} after epoch {counters.epochs}{where}")
     with loader, errors_in_one_line(run_folder):
-        training = Training(method, config, dataset, plan, run_folder, accelerator, counters, tracking)
-        if restored:
-            training.restore(restored[0])
         try:
+            accelerator.wait_for_everyone()
+            _wait_to_see(run_folder, accelerator.process_index)
+            if restored:
+                within = counters.step - counters.epochs * plan.steps_per_epoch
+                where = f" and {within} of {plan.steps_per_epoch} steps" if within else ""
+                accelerator.print(f"resuming {run_folder} after epoch {counters.epochs}{where}")
+            training = Training(method, config, dataset, plan, run_folder, accelerator, counters, tracking)
+            if restored:
+                training.restore(restored[0])
             try:
                 training.run(loader)
             finally:
                 tracking.close()
             finish(training.evaluated, config, dataset, run_folder, accelerator, counters)
         except Interrupted as interrupted:
+            kept = ", with a checkpoint" if has_checkpoint(run_folder) else ""
             accelerator.print(
-                f"stopped by {interrupted.signal} after step {counters.step}, with a checkpoint; resume with:"
+                f"stopped by {interrupted.signal} after step {counters.step}{kept}; resume with:"
                 f" {command} {runs.resuming(run_folder, asked.data)}",
                 flush=True,
             )
