@@ -74,6 +74,13 @@ def test_what_is_given_wins_and_the_rest_fits_it(digits, tmp_path):
     assert settings.optim.lr == 1e-4
 
 
+def test_a_note_about_the_cpu_names_no_size_that_the_model_sets(digits):
+    choice = chosen(photographs(digits, 1_119), "--model.backbone", "timm/vit_tiny_patch16_224")
+    assert choice.settings.input.image_size == 224
+    assert any("pictures of 224×224 pixels" in note for note in choice.notes)
+    assert not any("image_size 128" in note for note in choice.notes)
+
+
 def test_adapters_have_a_recipe_of_their_own(digits):
     dataset = photographs(digits, 30_000)
     optim = chosen(dataset, "--model.adapt", "lora", "--model.backbone", "timm/vit_small_patch16_224").settings.optim

@@ -98,13 +98,15 @@ def choose(
     # One of timm's models is shown pictures as it was in its pretraining.
     before = choice.usual(dataset, variant).get("input", {})
     view = with_own_view({"input": before}, settings.model.backbone)["input"]
-    if changed := {key: value for key, value in view.items() if value != before.get(key)}:
+    changed = {key: value for key, value in view.items() if value != before.get(key)}
+    if changed:
         choice.fitted["input"] = changed
         choice.notes.append(
             f"{settings.model.backbone} was pretrained on pictures of {view['image_size']}×{view['image_size']} pixels,"
             f" shown as {view['eval_augment']}: so are yours, where the settings say nothing else"
         )
-    if not gpu and (said := _changed_by("cpu", dataset, parts, variant, given)):
+    settled = given | {f"input.{key}": value for key, value in changed.items()}
+    if not gpu and (said := _changed_by("cpu", dataset, parts, variant, settled)):
         choice.notes.append(f"no GPU: {said}")
     if fit:
         recipe = preset(dataset, *(part for part in parts if part != "cpu"), variant=variant)
@@ -136,14 +138,14 @@ def _plain(argv: list[str] | None) -> list[str]:
     return [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--print_config")]
 
 
-def _changed_by(part: str, dataset: Dataset, parts: list[str], variant: str | None, given: dict[str, Any]) -> str:
-    """Say what a part of the preset changes that nobody gave."""
+def _changed_by(part: str, dataset: Dataset, parts: list[str], variant: str | None, settled: dict[str, Any]) -> str:
+    """Say what a part of the preset changes that nothing else settles."""
     without = preset(dataset, *(p for p in parts if p != part), variant=variant)
     changes = [
         f"{section}.{key} {value} instead of {without.get(section, {}).get(key)}"
         for section, values in preset(dataset, *parts, variant=variant).items()
         for key, value in values.items()
-        if section != "fit" and value != without.get(section, {}).get(key) and f"{section}.{key}" not in given
+        if section != "fit" and value != without.get(section, {}).get(key) and f"{section}.{key}" not in settled
     ]
     return ", ".join(changes)
 
