@@ -163,6 +163,13 @@ def test_the_command_of_a_budget_given_again_keeps_its_epochs(workplace, monkeyp
     assert json.loads((workplace / "runs/a/summary.json").read_text())["epochs"] == 3
 
 
+def test_measuring_that_takes_too_long_gives_what_it_has(workplace, monkeypatch, capsys):
+    monkeypatch.setattr("train.engine.estimate.LONGEST", 1e-9)
+    monkeypatch.setattr("train.engine.estimate.SHORT", 0.0)
+    run(ERM, [*SHORT, "--run", "runs/a"])
+    assert "(measured: 1 step of " in capsys.readouterr().out
+
+
 def test_images_that_are_enlarged_are_named():
     _, dataset = made(side=100)
     assert "half of the images have at most 100 pixels on their shorter side and are enlarged to 224" in (

@@ -145,7 +145,7 @@ def measure(
         seconds: list[float] = []
         left = LONGEST if not load else 10 * LONGEST
         of_run = config.optim.epochs * plan.steps_per_epoch * config.optim.accumulate
-        while len(seconds) < steps and left > 0:
+        while not seconds or (len(seconds) < steps and left > 0):
             took = step(images)
             left -= took
             if not load and took * part / images * of_run < SHORT:
@@ -153,7 +153,7 @@ def measure(
                 break
             larger = min(part, 2 * images * max(1, int(LONG_STEP / took / 2)))
             room = fixed + image_bytes * larger < free_memory(device) / 2
-            if took < LONG_STEP and larger > images and room:
+            if took < LONG_STEP and larger > images and room and left > 0:
                 images, seconds = larger, []  # too short for the clock, or not yet the whole
                 left -= step(images)  # the first one of a size finds its kernels
             else:
