@@ -260,6 +260,20 @@ def test_a_port_in_use_and_a_lost_process(monkeypatch):
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3333")
 
 
+def test_a_failure_of_nccl_itself_keeps_its_reason():
+    said = (
+        "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled system error (run with"
+        " NCCL_DEBUG=INFO for details), NCCL version 2.27.5\nncclSystemError: System call (e.g. socket, malloc) or"
+        " external library call failed or device error.\nLast error:\nError while creating shared memory segment"
+        " /dev/shm/nccl-AbCdEf, error: No space left on device (28)"
+    )
+    with (
+        pytest.raises(UserError, match=r"^the processes of this run cannot exchange data \(.*No space left on device"),
+        errors_in_one_line(),
+    ):
+        raise RuntimeError(said)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), FileNotFoundError(2, "no such file"), KeyError("x")])
 def test_our_own_bugs_keep_their_traceback(error, tmp_path):
     with pytest.raises(type(error)), errors_in_one_line(tmp_path):

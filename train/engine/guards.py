@@ -175,9 +175,15 @@ def errors_in_one_line(run_folder: Path | None = None) -> Iterator[None]:
             raise UserError(
                 f"port {port} is in use on this machine; choose another with --main_process_port (or MASTER_PORT)"
             ) from error
-        if re.search(r"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe", said):
+        if re.search(
+            r"Connection (closed|reset) by peer|Broken pipe|(gloo|NCCL).*(remote process exit|[Tt]imed? ?out)", said
+        ):
             raise UserError(
                 f"lost another process of this run ({said[:160]}); its own message says why; resume with --resume"
+            ) from error
+        if re.search(r"gloo|NCCL", said):
+            raise UserError(
+                f"the processes of this run cannot exchange data ({said[-320:]}); NCCL_DEBUG=INFO makes NCCL say more"
             ) from error
         raise
 
