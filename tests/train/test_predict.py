@@ -265,7 +265,9 @@ def test_mistakes_are_reported_in_one_line(tmp_path, capsys, photo_folder):
     (run / "model.json").write_text(json.dumps(content | {"format": 2}))
     assert "is of format 2, this version reads 1" in fails_with(capsys, "--run", run, image)
     (run / "model.json").write_text(json.dumps(content | {"crop_share": None, "eval_augment": "imagenet"}))
-    assert "shows no fixed window" in fails_with(capsys, "--run", run, image)
+    assert "does not show a fixed window as it is" in fails_with(capsys, "--run", run, image)
+    (run / "model.json").write_text(json.dumps(content | {"eval_augment": "eval+cutout(8)"}))
+    assert "does not show a fixed window as it is" in fails_with(capsys, "--run", run, image)
 
 
 def test_a_listed_file_that_is_missing_is_skipped(tmp_path):

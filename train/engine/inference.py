@@ -124,13 +124,14 @@ def open_model(run: Path, weights: str | None = None) -> Model:
         weights: "last", "selected", or None: those that val chose, where it chose an epoch.
 
     Raises:
-        UserError: no model, a damaged one, one of a newer format, or one that evaluates on random windows.
+        UserError: no model, a damaged one, one of a newer format, or one that evaluates on random windows or
+            distorts them.
     """
     description = read_description(run) or _describe_older(run)
-    if description.crop_share is None:
+    if description.crop_share is None or find_recipe(description.eval_augment).distortions:
         raise UserError(
-            f"{run} was evaluated with {description.eval_augment!r}, which shows no fixed window; evaluate it with none"
-            " or eval (--input.eval_augment)"
+            f"{run} was evaluated with {description.eval_augment!r}, which does not show a fixed window as it is;"
+            " evaluate it with none or eval (--input.eval_augment)"
         )
     weights = choose_weights(run, weights)
     keep_freed_memory()
