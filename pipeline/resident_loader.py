@@ -206,6 +206,11 @@ def set_aside(split: Split, device: torch.device) -> Decoded:
     return kept_with(split, (Decoded, device), make)
 
 
+def bytes_to_come(device: torch.device) -> int:
+    """Return how many bytes of those that are set aside on a device its memory still counts as free."""
+    return sum(images.to_come for images in _alive if images.device == device)
+
+
 class _Coming(NamedTuple):
     """A step whose images are being decoded."""
 

@@ -170,6 +170,15 @@ def test_measuring_that_takes_too_long_gives_what_it_has(workplace, monkeypatch,
     assert "(measured: 1 step of " in capsys.readouterr().out
 
 
+def test_images_that_are_to_be_kept_in_memory_are_counted(workplace, capsys, monkeypatch):
+    monkeypatch.setattr(limits, "measure", lambda *_: BIG)
+    monkeypatch.setattr(limits, "free_memory", lambda device: BIG.memory(64) + 1000)  # the digits take 863 kB
+    with pytest.raises(SystemExit, match="2"):
+        run(BBN, [*SHORT, "--run", "runs/a"])
+    assert "a step needs about 7.4 GB of memory" in capsys.readouterr().err
+    run(BBN, [*SHORT, "--run", "runs/a", "--input.loader", "torch", "--dry-run"])
+
+
 def test_images_that_are_enlarged_are_named():
     _, dataset = made(side=100)
     assert "half of the images have at most 100 pixels on their shorter side and are enlarged to 224" in (

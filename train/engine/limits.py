@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 
 from pipeline.budget import free_memory
 from pipeline.plan import TrainPlan
+from pipeline.resident_loader import bytes_to_come
 from shards.errors import UserError
 from shards.index import Dataset
 from train.engine.config import Config
@@ -50,6 +51,7 @@ def estimate_run(
     """
     device = accelerator.device
     free = free_memory(device) // (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1)
+    free -= bytes_to_come(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         method = make_method(method_class, config, dataset.train_counts)
         estimate = measure(
