@@ -56,7 +56,8 @@ class Input:
             fit, else DALI where it is installed.
         augment: the recipe of the training streams: a crop (none, shift, cifar, imagenet, eval) and what follows it,
             such as imagenet+rand(2,9) or cifar+autoaugment+cutout(16).
-        eval_augment: the recipe of evaluation: none (whole image) or eval (centre crop of 7/8).
+        eval_augment: the recipe of evaluation: none (the largest centre square), eval (a centre square of 7/8 of the
+            shorter side), or centre(share).
         threads: decoding threads per stream.
         decode: what DALI decodes of an image: the window that is shown, the whole, or auto: the window on a CPU, the
             whole on a GPU, where decoding windows has crashed with some versions of nvImageCodec.
