@@ -74,19 +74,23 @@ def test_a_diverging_run_never_saves_its_weights(workplace, capsys, monkeypatch)
     assert not (workplace / "runs/a/checkpoints").exists()
 
 
-def test_weights_that_are_not_finite_are_never_saved(workplace, capsys, monkeypatch):
+@pytest.mark.parametrize("steps", [3, 6])  # in mid-epoch, and at the end of one
+def test_weights_that_are_not_finite_are_never_saved(workplace, capsys, monkeypatch, steps):
     step = Training._step
 
     def break_the_weights(self, batch, progress, lr):
         loss = step(self, batch, progress, lr)
-        if progress.step == 2:
+        if progress.step == steps - 1:
             with torch.no_grad():
                 self._network.classifier.bias.fill_(math.inf)
         return loss
 
     monkeypatch.setattr(Training, "_step", break_the_weights)
-    message = fails_with(capsys, "--run", "runs/a", "--loop.checkpoint_steps", "3")
-    assert "classifier.bias is not finite in epoch 1, after step 3, and no checkpoint of it is written" in message
+    every = ["--loop.checkpoint_steps", str(steps), "--optim.epochs", "2", "--loop.eval_every", "2"]
+    message = fails_with(capsys, "--run", "runs/a", *every)
+    assert (
+        f"classifier.bias is not finite in epoch 1, after step {steps}, and no checkpoint of it is written" in message
+    )
     assert not (workplace / "runs/a/checkpoints").exists()
 
 

@@ -256,7 +256,8 @@ class Training:
     def _save(self) -> None:
         """Write a checkpoint; every rank returns when it is there."""
         self._counters.seconds = time.perf_counter() - self._started
-        check_weights(self._network, self._counters.epochs + 1, self._counters.step)
+        step = self._counters.step
+        check_weights(self._network, -(-step // self._plan.steps_per_epoch), step)
         if self._accelerator.is_main_process:
             keep = self._config.loop.keep_checkpoints
             save_checkpoint(self._run_folder, self._network, self._states(), self._counters, keep)
