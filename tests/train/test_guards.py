@@ -45,7 +45,7 @@ def test_a_loss_that_is_not_finite_stops_one_step_later_and_names_its_own_images
     guard.seen(torch.tensor(1.0), WHERE, step_of(0))
     guard.seen(torch.tensor(value), WHERE, step_of(4, 2))
     with pytest.raises(
-        UserError, match=r"the loss is -?(nan|inf) in epoch 2, step 9 \(optim\.lr=0\.1\); lower optim\.lr"
+        UserError, match=r"the loss is -?(nan|inf) in epoch 2, step 9, at a rate of 0\.1; lower optim\.lr"
     ):
         guard.seen(torch.tensor(1.0), WHERE | {"step": 10}, step_of(1))
     reported = json.loads((tmp_path / "nonfinite-loss-rank-3.json").read_text())
@@ -68,7 +68,7 @@ def test_a_diverging_run_never_saves_its_weights(workplace, capsys, monkeypatch)
 
     monkeypatch.setattr(Training, "_step", diverge)
     message = fails_with(capsys, "--run", "runs/a", "--loop.checkpoint_steps", "3")
-    assert "the loss is nan in epoch 1, step 3 (optim.lr=" in message
+    assert "the loss is nan in epoch 1, step 3, at a rate of " in message
     assert "runs/a/nonfinite-loss-rank-0.json names the step's images" in message
     assert len(json.loads((workplace / "runs/a/nonfinite-loss-rank-0.json").read_text())["samples"]["train"]) == 64
     assert not (workplace / "runs/a/checkpoints").exists()

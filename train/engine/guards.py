@@ -61,7 +61,7 @@ class LossGuard:
         samples = {name: [names[i] for i in ids_B.tolist()] for name, ids_B in ids.items()}
         write_json(self._path, {"loss": str(value), **where, "samples": samples})
         raise UserError(
-            f"the loss is {value} in epoch {where['epoch']}, step {where['step']} (optim.lr={where['lr']:g}); lower"
+            f"the loss is {value} in epoch {where['epoch']}, step {where['step']}, at a rate of {where['lr']:g}; lower"
             f" optim.lr, set --optim.clip_norm 1, or use --loop.precision no; {self._path} names the step's images"
         )
 
