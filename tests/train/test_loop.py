@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import pipeline.loader
@@ -21,6 +22,7 @@ from train.engine import runs as runs_module
 from train.engine import session
 from train.engine.config import PRESETS, Optim, preset
 from train.engine.launch import run
+from train.engine.loop import Sums
 from train.engine.optimisers import lr_factor
 from train.erm import ERM
 from train.networks.model_files import load_model
@@ -132,6 +134,14 @@ def test_resume_without_a_name_takes_the_newest_unfinished_run(workplace, monkey
     assert json.loads((workplace / "runs/cut/summary.json").read_text())["epochs"] == 3
     assert [row["epoch"] for row in rows(workplace / "runs/cut")] == [1, 2, 3]
     assert "no unfinished bbn run" in fails_with(capsys, BBN, "--resume")
+
+
+def test_what_steps_add_up_is_kept_as_exactly_as_they_have_it():
+    sums = Sums(torch.device("cpu"))
+    for _ in range(2):
+        sums.add({"alpha": 0.9, "loss": torch.tensor(0.5)})
+    sums.gather(Accelerator(cpu=True))
+    assert sums.totals()["alpha"].item() == 1.8
 
 
 def test_resume_of_a_run_without_a_checkpoint_starts_it(workplace):

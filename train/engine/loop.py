@@ -308,7 +308,8 @@ class Sums:
     def add(self, values: Mapping[str, torch.Tensor | float]) -> None:
         """Add to the sums of these names, which begin at 0; nothing waits for a GPU here."""
         for name, value in values.items():
-            part = torch.as_tensor(value).detach().to(self._device, torch.float64)
+            exact = torch.float64 if isinstance(value, float) else None  # torch's own of a float is float32
+            part = torch.as_tensor(value, dtype=exact).detach().to(self._device, torch.float64)
             self._sums[name] = self._sums[name] + part if name in self._sums else part.clone()
 
     def gather(self, accelerator: Accelerator) -> None:
