@@ -19,7 +19,16 @@ from train.engine import limits
 from train.engine.config import Config, Input, Loop, Model, Optim
 from train.engine.estimate import Estimate, measure
 from train.engine.launch import run
-from train.engine.limits import check_memory, enlarged, said, said_time, seconds_in, within_budget
+from train.engine.limits import (
+    check_memory,
+    enlarged,
+    said,
+    said_bytes,
+    said_parameters,
+    said_time,
+    seconds_in,
+    within_budget,
+)
 from train.engine.machine import make_accelerator
 from train.erm import ERM
 
@@ -185,6 +194,11 @@ def test_images_that_are_enlarged_are_named():
         enlarged(dataset, 224) or ""
     )
     assert enlarged(dataset, 100) is None
+
+
+def test_numbers_as_they_are_said():
+    assert [said_bytes(size) for size in (123_456, 2e8, 999_600_000, 1e9)] == ["0.123 MB", "200 MB", "1.0 GB", "1.0 GB"]
+    assert [said_parameters(count) for count in (463_914, 3e7, 1_136_480_000)] == ["0.464 M", "30 M", "1,136 M"]
 
 
 def test_times_as_they_are_given_and_said():

@@ -76,7 +76,8 @@ def said(
         f"{estimate.steps} step{'s' * (estimate.steps > 1)} of {estimate.images} of {plan.rank_batch} images per stream"
     )
     lines = [
-        f"{estimate.parameters / 1e6:.3g} M parameters, about {said_bytes(estimate.peak(images, device))} of memory,"
+        f"{said_parameters(estimate.parameters)} parameters,"
+        f" about {said_bytes(estimate.peak(images, device))} of memory,"
         f" {said_time(estimate.step_seconds)} a step: about {said_time(seconds)} for {steps:,} steps and evaluations"
         f" (measured: {measured})"
     ]
@@ -191,4 +192,9 @@ def said_time(seconds: float) -> str:
 
 def said_bytes(size: float) -> str:
     """Return bytes as GB, or MB where there are few."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+    return f"{size / 1e9:.1f} GB" if size >= 999.5e6 else f"{size / 1e6:.3g} MB"
+
+
+def said_parameters(count: int) -> str:
+    """Return a network's parameters in millions, such as 0.464 M, 25.6 M, 1,136 M."""
+    return f"{count / 1e6:.3g} M" if count < 999.5e6 else f"{count / 1e6:,.0f} M"

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from shards.index import Dataset
 from train.engine.config import Input
 from train.engine.estimate import resident_bytes
-from train.engine.limits import said_bytes, said_time
+from train.engine.limits import said_bytes, said_parameters, said_time
 from train.features.bank import has_bank
 from train.features.commands import Work
 from train.networks.networks import BilateralNetwork, PlainNetwork
@@ -77,7 +77,8 @@ def estimate_lines(
     bank = sum(images.values()) * linear.in_features * 2
     parameters = sum(p.numel() for p in network.parameters())
     lines = [
-        f"{sum(images.values()):,} images, of which {left:,} have no features yet; {parameters / 1e6:.3g} M parameters,"
+        f"{sum(images.values()):,} images, of which {left:,} have no features yet;"
+        f" {said_parameters(parameters)} parameters,"
         f" of which {linear.weight.numel() + linear.out_features:,} are the classifier's",
         f"{said_bytes(bank)} of features, about {said_bytes(bank + resident_bytes())} of memory;"
         f" about {said_time(extracting)} for the features",
