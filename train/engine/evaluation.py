@@ -233,8 +233,9 @@ def collect_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str,
         found[image] = row
         times[image] += row["times"]
     if found:
+        images = f"{len(found)} images did not decode and were" if len(found) > 1 else "1 image did not decode and was"
         accelerator.print(
-            f"{len(found)} images did not decode and were replaced or left out, {times.total()} times in all:"
+            f"{images} replaced or left out, {times.total()} time{'s' * (times.total() > 1)} in all:"
             f" see summary.json, and run: tailstream verify {dataset.place}"
         )
     return [row | {"times": times[image]} for image, row in sorted(found.items())]
