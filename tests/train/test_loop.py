@@ -136,6 +136,19 @@ def test_resume_without_a_name_takes_the_newest_unfinished_run(workplace, monkey
     assert "no unfinished bbn run" in fails_with(capsys, BBN, "--resume")
 
 
+def test_a_run_that_is_a_link_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs", "elsewhere/big"):
+        Path(folder).mkdir(parents=True)
+    Path("elsewhere/big/config.yaml").write_text("about: {method: bbn, dataset: digits}\n")
+    Path("runs/big").symlink_to("../elsewhere/big")
+    assert runs_module.newest_run({1}, method="bbn", finished=False) == Path("runs/big")
+    Path("runs/folder").mkdir()
+    shutil.copy2("runs/big/config.yaml", "runs/folder/config.yaml")
+    Path("runs/latest").symlink_to("folder")
+    assert runs_module.newest_run({1}, method="bbn", finished=False) == Path("runs/folder")
+
+
 def test_what_steps_add_up_is_kept_as_exactly_as_they_have_it():
     sums = Sums(torch.device("cpu"))
     for _ in range(2):

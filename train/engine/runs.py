@@ -187,8 +187,8 @@ def newest_run(stages: set[int], dataset: str | None = None, method: str | None 
         method: only runs of this method.
         finished: whether to look for finished runs, or for unfinished ones (then stages is not looked at).
     """
-    found: list[tuple[float, Path]] = []
-    for config in RUNS.glob("**/config.yaml"):
+    found: list[tuple[float, bool, Path]] = []  # of a folder and a link to it, such as runs/latest, the folder
+    for config in {*RUNS.glob("*/config.yaml"), *RUNS.glob("**/config.yaml")}:  # "**" passes links by
         run = config.parent
         summary_path = run / "summary.json"
         if summary_path.exists() != finished:
@@ -197,14 +197,14 @@ def newest_run(stages: set[int], dataset: str | None = None, method: str | None 
             content = json.loads(summary_path.read_text(encoding="utf-8")) if finished else read_config(run)["about"]
             fits = dataset in (None, content["dataset"]) and method in (None, content["method"])
             if fits and (not finished or content["stage"] in stages):
-                found.append(((summary_path if finished else config).stat().st_mtime, run))
+                found.append(((summary_path if finished else config).stat().st_mtime, not run.is_symlink(), run))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not a run of ours
     if not found:
         wanted = f"{'finished' if finished else 'unfinished'} {method or 'stage-one'} run"
         where = f" on {dataset}" if dataset else ""
         raise UserError(f"there is no {wanted}{where} under {RUNS}/; name one, or train one")
-    return max(found)[1]
+    return max(found)[2]
 
 
 def _version(package: str) -> str | None:
