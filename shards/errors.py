@@ -23,14 +23,19 @@ REFUSED = {
 
 
 @contextmanager
-def user_errors_exit_2(program: str) -> Iterator[None]:
+def user_errors_exit_2(program: str, *, each_line: bool = False) -> Iterator[None]:
     """Turn a `UserError`, or what a file system refuses, into `PROGRAM: error: message` on stderr and exit status 2.
 
     It is one line, whatever characters the names in it have. Under a distributed launcher the other ranks say which
     they are: a mistake in the data may meet one alone.
+
+    Args:
+        program: its name.
+        each_line: whether stdout is written line by line, as the log of a run of days, which may be killed, has to be.
     """
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names may have letters that a terminal's encoding lacks
+        # Names may have letters that a terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=each_line or None)
     try:
         yield
     except UserError as error:

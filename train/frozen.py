@@ -113,7 +113,7 @@ def run(argv: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="resume --run, or the newest unfinished run")
     parser.add_argument("--dry-run", action="store_true", help="say what the run takes, write nothing, and end")
     begun: list[Path] = []
-    with user_errors_exit_2(program):
+    with user_errors_exit_2(program, each_line=True):
         asked = peek(parser, argv)
         from train.engine.interrupts import EXIT_STATUS, Interrupted, Stops
 

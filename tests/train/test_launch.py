@@ -4,12 +4,14 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-LAUNCH = Path(__file__).parents[2] / "scripts" / "launch"
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "scripts" / "launch"
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,25 @@ def test_accelerate_has_nothing_to_remark_on_a_launch_with_one(tmp_path):
         check=True,
     )
     assert (done.stdout, done.stderr) == ("started\n", "")
+
+
+def test_a_log_has_the_epochs_of_a_run_that_is_killed(workplace):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    settings = ["--run", "runs/a", "--optim.epochs", "500", "--input.image_size", "8", "--input.batch_size", "48"]
+    with Path("log").open("wb") as log:
+        training = subprocess.Popen(
+            [sys.executable, ROOT / "train/erm.py", *settings], env=environment, stdout=log, stderr=log
+        )
+    rows, deadline = Path("runs/a/metrics.jsonl"), time.monotonic() + 60
+    try:
+        while not rows.exists() or rows.read_text().count("\n") < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        training.kill()
+        training.wait()
+    assert "epoch   1/500" in Path("log").read_text()
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (2, False)])

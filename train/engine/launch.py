@@ -45,7 +45,7 @@ def run(method_class: type[Method], argv: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="resume --run, or the newest unfinished run")
     parser.add_argument("--variant", type=str | None, help="of the dataset's preset, such as 2x or glag")
     parser.add_argument("--dry-run", action="store_true", help="say what the run takes, write nothing, and end")
-    with user_errors_exit_2(program):
+    with user_errors_exit_2(program, each_line=True):
         asked = peek(parser, argv)
         from train.engine.interrupts import EXIT_STATUS, Interrupted, Stops
         from train.engine.session import train

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def run_stage(program: Program, train: "Callable[[Stage], None]", argv: list[str] | None) -> None:
     """Run a second stage from its command line; exits with 2 for a user's mistake, with 75 after a signal."""
     begun: list[Path] = []
-    with user_errors_exit_2(program_name(f"train/{program.name}.py", f"train {program.name}")):
+    with user_errors_exit_2(program_name(f"train/{program.name}.py", f"train {program.name}"), each_line=True):
         asked = peek(program.parser, argv)
         from train.engine.interrupts import EXIT_STATUS, Interrupted, Stops
         from train.features.stage_two import open_stage
