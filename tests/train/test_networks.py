@@ -336,16 +336,23 @@ def test_save_and_load(kind, tmp_path):
     torch.testing.assert_close(loaded.predict(images(2)), network.eval().predict(images(2)))
 
 
+def test_whoever_may_read_other_files_may_read_a_model(plain, tmp_path):
+    save_model(plain, tmp_path)
+    module.save_selected_model(plain, tmp_path)
+    (tmp_path / "other").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_what_a_kill_left_of_a_save_is_gone_after_the_next(plain, tmp_path, monkeypatch):
     class Killed(BaseException):
         """Nothing cleans up after it, as nothing does after kill -9."""
 
-    def half_write(state, path):
+    def half_write(network, path):
         path.write_bytes(b"half")
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "save_file", half_write)
+        patched.setattr(module, "_save_state", half_write)
         patched.setattr(shutil, "rmtree", lambda *a, **o: None)
         with pytest.raises(Killed):
             save_model(plain, tmp_path)
@@ -358,11 +365,11 @@ def test_a_failed_save_leaves_the_old_model(plain, tmp_path, monkeypatch):
     save_model(plain, tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
 
-    def half_write(state, path):
+    def half_write(network, path):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(module, "save_file", half_write)
+    monkeypatch.setattr(module, "_save_state", half_write)
     with pytest.raises(OSError, match="disk full"):
         save_model(plain, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before

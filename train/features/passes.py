@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from shards.atomic import partial_folder
@@ -165,5 +165,6 @@ class Passes:
         }
         path.parent.mkdir(exist_ok=True)
         with partial_folder(path.parent / ".partial") as temporary:
-            save_file(tensors, temporary / path.name, {"rows": json.dumps([one.rows for one in trained])})
+            content = save(tensors, {"rows": json.dumps([one.rows for one in trained])})
+            (temporary / path.name).write_bytes(content)
             (temporary / path.name).rename(path)

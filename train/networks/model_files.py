@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from shards.atomic import partial_folder, write_json
@@ -159,8 +159,9 @@ def load_weights(network: nn.Module, path: Path | str) -> None:
 
 
 def _save_state(network: nn.Module, path: Path) -> None:
-    # safetensors refuses channels_last tensors.
-    save_file({key: value.detach().cpu().contiguous() for key, value in folded_state(network).items()}, path)
+    # safetensors refuses channels_last tensors. A file that it writes itself nobody else may read, and what goes wrong
+    # there is no OSError.
+    path.write_bytes(save({key: value.detach().cpu().contiguous() for key, value in folded_state(network).items()}))
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
