@@ -297,6 +297,21 @@ def test_a_terminal_that_closes_stops_cleanly_unless_nohup_was_asked_for(ignored
     assert process.exitcode == (0 if ignored else signal.SIGHUP)
 
 
+def test_a_pipe_whose_reader_hung_up_is_left_too():
+    reader, writer = os.pipe()
+    output = os.dup(1)
+    os.dup2(writer, 1)
+    try:
+        with Interrupts():
+            os.close(reader)
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.write(1, b"stopped")  # an OSError where it still goes into the pipe
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
+        os.close(writer)
+
+
 def _hold(run_folder: str, begun) -> None:
     runs.lock(Path(run_folder))
     begun.set()

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -120,12 +120,14 @@ class StallGuard:
             of, before = since, now
             if since is not None and waited > self._limit_s:
                 stream = self._loader.waiting_for or " or ".join(self._streams)
-                print(
-                    f"error: rank {self._rank} has waited {self._limit_s:g} s for a batch of the stream {stream}: look"
-                    " at the storage of its shards, then resume with --resume (or a longer --loop.stall_minutes)",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                with suppress(OSError):  # nobody may read it
+                    print(
+                        f"error: rank {self._rank} has waited {self._limit_s:g} s for a batch of the stream {stream}:"
+                        " look at the storage of its shards, then resume with --resume (or a longer"
+                        " --loop.stall_minutes)",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 os._exit(STALLED_STATUS)
 
 

@@ -8,6 +8,7 @@ ignored, as under nohup, it stays so.
 
 import os
 import signal
+import stat
 import sys
 import threading
 from contextlib import suppress
@@ -61,7 +62,8 @@ class Interrupts:
         self._woken_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=_say_what_is_waited_for, args=(reader, self.doing), daemon=True)
         self._thread.start()
-        self._terminals = [output for output in OUTPUTS if os.isatty(output)]
+        # A tee at the end of a pipe hears of the same SIGHUP, and ends of it.
+        self._shown = [output for output in OUTPUTS if os.isatty(output) or _is_pipe(output)]
         obeyed = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._receive) for number in obeyed}
         return self
@@ -78,14 +80,21 @@ class Interrupts:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if number == signal.SIGHUP:
-            self._leave_terminals()
+            self._leave_outputs()
 
-    def _leave_terminals(self) -> None:
-        """Write to nowhere from now on: to write to a terminal that is gone fails."""
+    def _leave_outputs(self) -> None:
+        """Write to nowhere from now on: to write to a terminal that is gone fails, or to a pipe that nobody reads."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for output in self._terminals:
+        for output in self._shown:
             os.dup2(nowhere, output)
         os.close(nowhere)
+
+
+def _is_pipe(output: int) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(output).st_mode)
+    except OSError:  # closed
+        return False
 
 
 def _say_what_is_waited_for(reader: int, doing: str) -> None:
