@@ -132,7 +132,8 @@ def run(argv: list[str] | None = None) -> None:
 def _run(parser: ArgumentParser, argv: list[str] | None, asked: Namespace, begun: list[Path]) -> None:
     resumed = None
     if asked.resume:
-        resumed = Path(asked.run) if asked.run else runs.newest_run({1}, method=Frozen.name, finished=False)
+        wanted = find_dataset(asked.data).name if asked.data and not asked.run else None
+        resumed = Path(asked.run) if asked.run else runs.newest_run({1}, wanted, Frozen.name, finished=False)
     if resumed is not None and (resumed / "config.yaml").exists():
         saved, about = runs.read_begun(resumed, Frozen.name)
         if (resumed / "summary.json").exists():

@@ -149,6 +149,17 @@ def test_a_run_that_is_a_link_is_found(tmp_path, monkeypatch):
     assert runs_module.newest_run({1}, method="bbn", finished=False) == Path("runs/folder")
 
 
+def test_resume_takes_the_newest_unfinished_run_on_the_dataset_that_is_named(workplace, capsys):
+    for number, name in enumerate(("digits", "photos")):
+        folder = Path("runs") / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(f"about: {{method: bbn, dataset: {name}, data: data/{name}}}\n")
+        os.utime(folder / "config.yaml", (number, number))
+    assert "photos" in fails_with(capsys, BBN, "--resume")
+    run(BBN, [*SHORT, "--data", "data/digits", "--resume"])
+    assert "-> runs/digits" in capsys.readouterr().out
+
+
 def test_what_steps_add_up_is_kept_as_exactly_as_they_have_it():
     sums = Sums(torch.device("cpu"))
     for _ in range(2):

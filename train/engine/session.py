@@ -59,7 +59,8 @@ def train(
     """
     resumed = None
     if asked.resume:
-        resumed = Path(asked.run) if asked.run else runs.newest_run({1}, method=method_class.name, finished=False)
+        wanted = find_dataset(asked.data).name if asked.data and not asked.run else None
+        resumed = Path(asked.run) if asked.run else runs.newest_run({1}, wanted, method_class.name, finished=False)
     if resumed is not None and (resumed / "config.yaml").exists():
         saved, about = runs.read_begun(resumed, method_class.name)
         begun_with = about.get("variant")

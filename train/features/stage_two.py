@@ -103,8 +103,9 @@ def open_stage(
     """
     name, parser = program.name, program.parser
     resumed = None
+    wanted = find_dataset(asked.data).name if asked.data else None
     if asked.resume:
-        resumed = Path(asked.run) if asked.run else runs.newest_run({2}, method=name, finished=False)
+        resumed = Path(asked.run) if asked.run else runs.newest_run({2}, wanted, name, finished=False)
     about: dict[str, Any] = {}
     saved_settings: dict[str, Any] = {}
     if resumed is not None and (resumed / "config.yaml").exists():
@@ -113,7 +114,6 @@ def open_stage(
             print(f"{resumed} is finished")
             return None
         _check_resumed(resumed, asked, about)
-    wanted = find_dataset(asked.data).name if asked.data else None
     place = asked["from"] or about.get("from")
     source = Path(place) if place else runs.newest_run({1}, dataset=wanted)
     saved = runs.read_config(source)
