@@ -136,6 +136,16 @@ def test_resume_without_a_name_takes_the_newest_unfinished_run(workplace, monkey
     assert "no unfinished bbn run" in fails_with(capsys, BBN, "--resume")
 
 
+def test_the_commit_is_the_codes_own(tmp_path, monkeypatch):
+    """Installed in an environment that lies in another repository, it has none."""
+    commit = ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x"]
+    for words in (["init", "-q"], commit):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    monkeypatch.setattr(runs_module, "__file__", str(tmp_path / "lib/train/engine/runs.py"))
+    (tmp_path / "lib").mkdir()
+    assert runs_module.environment("cpu", 1)["commit"] is None
+
+
 def test_a_run_that_is_a_link_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("runs", "elsewhere/big"):

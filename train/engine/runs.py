@@ -217,6 +217,8 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     """Return the commit of the code, marked where files differ from it; None outside a checkout."""
     here = Path(__file__).parents[2]
+    if not (here / ".git").exists():  # git would take a repository above for it, such as the one an environment lies in
+        return None
     try:
         said = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
