@@ -269,6 +269,8 @@ def fails_with(capsys, *arguments) -> str:
         ("optimizer=adamw nesterov=false", "optim.nesterov=False and optim.optimizer=adamw exclude each other; "),
         ("betas=[0.8,0.99]", "optim.betas=(0.8, 0.99) and optim.optimizer=sgd exclude each other; "),
         ("warmup_steps=9 warmup_epochs=1", "optim.warmup_epochs=1 and optim.warmup_steps=9 exclude each other; "),
+        ("schedule=cosine milestones=[0.5]", "optim.milestones=[0.5] and optim.schedule=cosine exclude each other; "),
+        ("schedule=constant decay=0.5", "optim.decay=0.5 and optim.schedule=constant exclude each other; "),
         ("freeze=trunk layer_decay=0.75", "optim.freeze=trunk and optim.layer_decay=0.75 exclude each other: "),
         ("freeze=trunk lr_scale_trunk=0.1", "optim.freeze=trunk and optim.lr_scale_trunk=0.1 exclude each other: "),
     ],
@@ -295,6 +297,7 @@ def test_what_a_preset_says_is_overruled_in_silence():
 
     check("optimizer", optimizer="adamw", nesterov=False, momentum=0.8)
     check("warmup_steps", warmup_steps=9, warmup_epochs=5)
+    check("schedule", schedule="cosine", milestones=[0.5])
     check("freeze", "a file", freeze="trunk", layer_decay=0.75)
     with pytest.raises(UserError, match="exclude each other"):
         check("warmup_epochs", warmup_steps=9, warmup_epochs=5)

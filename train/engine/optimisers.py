@@ -128,6 +128,11 @@ def check_settings(optim: Optim, model: "Model", grad_checkpointing: bool, given
             f"{said('warmup_epochs')} and {said('warmup_steps')} exclude each other; leave one out, or set"
             " --optim.warmup_steps null"
         )
+    for name in asked("milestones", "decay") if optim.schedule != "step" else ():
+        raise UserError(
+            f"{said(name)} and {said('schedule')} exclude each other; leave out optim.{name}, or use"
+            " --optim.schedule step"
+        )
     if optim.freeze is None:
         return
     for name in asked("layer_decay", "lr_scale_trunk"):
