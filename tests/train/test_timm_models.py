@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from shards.errors import UserError
 from train import afg, bbn, decouple, erm, export, predict, sdn
 from train.engine.config import Input, Loop, Optim, make_parser
 from train.engine.launch import run
+from train.engine.method import make_method
 from train.engine.model import Model
 from train.engine.recipes import choose
 from train.networks.batch_norm import StreamBatchNorm2d
@@ -239,6 +241,10 @@ def test_models_that_the_rule_does_not_know_are_trained_whole(tmp_path):
         UserError, match="cannot be cut before its last block, so that it has no branches; train it with"
     ):
         build_network("bilateral", "timm/test_mambaout", 3, image_size=64)
+    optim, loop = SimpleNamespace(freeze=None), SimpleNamespace(grad_checkpointing=True)
+    config = SimpleNamespace(model=SimpleNamespace(backbone="timm/test_mambaout"), optim=optim, loop=loop)
+    with pytest.raises(UserError, match="timm/test_mambaout is not cut, and has no trunk; leave it out"):
+        make_method(lambda *_: SimpleNamespace(model=network), config, np.array([1]))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.stream import Stream
+from shards.errors import UserError
 
 if TYPE_CHECKING:  # launchable files import this, and torch takes seconds: see train/engine/launch.py
     import numpy as np
@@ -125,5 +126,9 @@ def make_method(method_class: type[Method], config: Any, train_counts_C: NDArray
     if config.optim.freeze == "trunk":
         method.model.freeze_trunk()
     if config.loop.grad_checkpointing:
+        if not method.model.is_cut:
+            raise UserError(
+                f"loop.grad_checkpointing: {config.model.backbone} is not cut, and has no trunk; leave it out"
+            )
         method.model.set_grad_checkpointing()
     return method
