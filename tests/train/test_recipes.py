@@ -69,6 +69,8 @@ def test_what_is_given_wins_and_the_rest_fits_it(digits, tmp_path):
     settings = chosen(dataset, "--config", str(tmp_path / "mine.yaml"), "--optim.lr", "0.5").settings
     assert (settings.optim.epochs, settings.model.backbone, settings.optim.lr) == (7, "resnet34", 0.5)
     assert settings.input.batch_size == 8
+    for config in (["--config", str(tmp_path / "mine.yaml")], [f"--config={tmp_path}/mine.yaml"]):
+        assert chosen(dataset, "--optim.epochs", "5", *config).settings.optim.epochs == 5
     settings = chosen(dataset, "--input.batch_size", "64", "--input.image_size", "96").settings
     assert (settings.input.batch_size, settings.input.image_size, settings.optim.epochs) == (64, 96, 60)
     assert settings.optim.lr == 1e-4

@@ -8,7 +8,9 @@ A resumed run takes the `config.yaml` of its folder in the preset's place. The r
 import difflib
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -178,9 +180,24 @@ class _ConfigFile(ActionConfigFile):
             raise TypeError(error if str(values) in str(error) else f"{values}: {error}") from error
 
 
+class _Parser(ArgumentParser):
+    """One whose flags come over its --config, wherever they stand."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *arguments: Any, **options: Any) -> Namespace:
+        words = iter(sys.argv[1:] if args is None else args)
+        files: list[str] = []
+        others: list[str] = []
+        for word in words:
+            if word == "--config":
+                files += [word, *islice(words, 1)]
+            else:
+                (files if word.startswith("--config=") else others).append(word)
+        return super().parse_args(files + others, *arguments, **options)
+
+
 def make_parser(program: str, description: str, **sections: type) -> ArgumentParser:
     """Make the parser of a launchable file: what all of them share, and the sections named."""
-    parser = ArgumentParser(
+    parser = _Parser(
         prog=program,
         description=description,
         exit_on_error=False,
