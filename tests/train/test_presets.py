@@ -192,6 +192,11 @@ def test_pretrained_weights_are_fine_tuned(name, method, digits):
     assert settings.model.weights == before.model.weights  # what to start from is not this recipe's
 
 
+def test_a_variant_does_not_come_over_the_recipe_of_fine_tuning(digits):
+    optim = settings_of("small", digits, ERM, "ldam", parts=("finetune",)).optim
+    assert (optim.optimizer, optim.lr, optim.weight_decay) == ("adamw", 1e-3, 0.05)
+
+
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"photos", "small"}))
 def test_a_papers_recipe_stays_what_it_is_with_pretrained_weights(name, digits):
     assert settings_of(name, digits, parts=("finetune",)) == settings_of(name, digits)

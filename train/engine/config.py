@@ -240,7 +240,7 @@ def preset(dataset: Dataset, *parts: str, variant: str | None = None) -> dict[st
     Args:
         dataset: whose manifest names the preset.
         parts: such as "training" and then a method's name.
-        variant: the same parts of one of the file's variants, such as "2x", come over them.
+        variant: of the file, such as "2x": each of its parts comes over the file's own.
     """
     name = dataset.manifest["preset"]
     path = PRESETS / f"{name}.yaml"
@@ -253,8 +253,8 @@ def preset(dataset: Dataset, *parts: str, variant: str | None = None) -> dict[st
         known = ", ".join(variants) or "none"
         raise UserError(f"--variant {variant}: the preset {name} has no such variant; it has: {known}")
     merged: dict[str, Any] = {}
-    for source in (content, variants.get(variant, {})):
-        for part in parts:
+    for part in parts:
+        for source in (content, variants.get(variant, {})):
             for section, values in source.get(part, {}).items():
                 merged[section] = merged.get(section, {}) | values
     return merged
