@@ -384,6 +384,17 @@ def test_a_variant_belongs_to_a_new_run(workplace, monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize("method", [BBN, ERM])
+def test_what_print_config_prints_can_be_given_back(workplace, capsys, method):
+    with pytest.raises(SystemExit, match="0"):
+        run(method, [*SHORT, "--print_config"])
+    Path("my.yaml").write_text(capsys.readouterr().out)
+    # It has run: null, which the flag comes over although it stands before.
+    run(method, ["--run", "runs/a", "--optim.epochs", "1", "--config", "my.yaml", "--optim.lr=0.01"])
+    config = yaml.safe_load(Path("runs/a/config.yaml").read_text())
+    assert (config["optim"]["epochs"], config["optim"]["lr"], config["input"]["batch_size"]) == (1, 0.01, 64)
+
+
 def test_an_unknown_variant_is_reported(workplace, capsys):
     assert "--variant 3x: the preset digits has no such variant; it has: none" in fails_with(
         capsys, BBN, "--variant", "3x"

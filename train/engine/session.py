@@ -95,7 +95,9 @@ def train(
         sections = plain_sections(parser, choice.settings)
         usual = choice.usual(dataset, asked.variant)
         asked.changed = partial(changed_settings, parser, sections, usual, method_class.in_title)
-        check_settings(config.optim, config.model, config.loop.grad_checkpointing, given_settings(parser, argv))
+        given = given_settings(parser, argv).keys()
+        # A file that --print_config made gives all of them, most as they are anyway.
+        check_settings(config.optim, config.model, config.loop.grad_checkpointing, given & set(asked.changed()))
         if resumed is not None and (resumed / "config.yaml").exists():
             check_resumed(config.optim, saved.get("optim", {}), resumed)
         asked.preset = {"parts": choice.parts, "fitted": choice.fitted}
