@@ -395,6 +395,14 @@ def test_what_print_config_prints_can_be_given_back(workplace, capsys, method):
     assert (config["optim"]["epochs"], config["optim"]["lr"], config["input"]["batch_size"]) == (1, 0.01, 64)
 
 
+def test_a_resumed_run_does_not_say_that_it_began_with_other_weights(workplace, capsys):
+    run(ERM, [*SHORT, "--optim.epochs", "1", "--run", "runs/a"])
+    resume = ["--resume", "--run", "runs/a", "--optim.epochs", "2", "--model.weights"]
+    message = fails_with(capsys, ERM, *resume, "nowhere.safetensors")
+    assert "runs/a was begun with model.weights=None and cannot be resumed with nowhere.safetensors" in message
+    run(ERM, [*resume, "null"])
+
+
 def test_an_unknown_variant_is_reported(workplace, capsys):
     assert "--variant 3x: the preset digits has no such variant; it has: none" in fails_with(
         capsys, BBN, "--variant", "3x"

@@ -100,6 +100,12 @@ def train(
         check_settings(config.optim, config.model, config.loop.grad_checkpointing, given & set(asked.changed()))
         if resumed is not None and (resumed / "config.yaml").exists():
             check_resumed(config.optim, saved.get("optim", {}), resumed)
+            began_with = saved.get("model", {}).get("weights")
+            if "model.weights" in given and config.model.weights != began_with and has_checkpoint(resumed):
+                raise UserError(
+                    f"{resumed} was begun with model.weights={began_with} and cannot be resumed with"
+                    f" {config.model.weights}; begin another run"
+                )
         asked.preset = {"parts": choice.parts, "fitted": choice.fitted}
         command = shlex.join([*launched_by(words[0]), *words])
         _train_and_finish(method_class, config, dataset, resumed, asked, sections, accelerator, command)
