@@ -222,6 +222,12 @@ def test_a_checkpoint_of_another_model_is_named(workplace, capsys):
         (["--data", "."], "has no dataset.json"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--config", "wrong-key.yaml"], "option 'epoch'; did you mean optim.epochs?"),
+        (["--config", "no-section.yaml"], "Option 'seed' is not accepted; did you mean loop.seed?"),
+        (["--config", "wrong-section.yaml"], "Option 'optm.lr' is not accepted; did you mean optim.lr?"),
+        (
+            ["--config", "of-a-run.yaml"],
+            "is not accepted; the section about is what a run says of itself: leave it out",
+        ),
         (["--config", "wrong-type.yaml"], "optim.epochs"),
         (["--config", "broken.yaml"], "broken.yaml"),
         (["--loop.seed", str(2**32)], "loop.seed=4294967296 must be below 2**32"),
@@ -233,6 +239,9 @@ def test_a_checkpoint_of_another_model_is_named(workplace, capsys):
 )
 def test_mistakes_are_reported_in_one_line_and_leave_nothing(workplace, capsys, arguments, expected):
     (workplace / "wrong-key.yaml").write_text("optim: {epoch: 3}\n")
+    (workplace / "no-section.yaml").write_text("seed: 3\n")
+    (workplace / "wrong-section.yaml").write_text("optm: {lr: 0.2}\n")
+    (workplace / "of-a-run.yaml").write_text("about: {method: bbn}\noptim: {lr: 0.2}\n")
     (workplace / "wrong-type.yaml").write_text("optim: {epochs: many}\n")
     (workplace / "broken.yaml").write_text("optim: {epochs: [\n")
     (workplace / "file").write_text("")

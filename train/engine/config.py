@@ -313,9 +313,12 @@ def _one_line(error: Exception, parser: ArgumentParser) -> UserError:
     said = " ".join(str(error).split())
     flag = re.search(r"unrecognized arguments: --([\w.-]+)", said)
     key = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", said)  # of a YAML file
-    unknown = flag[1] if flag else ".".join(key.groups()) if key else None
+    lone = re.search(r"Option '([\w.]+)' is not accepted", said)  # of one, in no section that there is
+    unknown = flag[1] if flag else ".".join(key.groups()) if key else lone[1] if lone else None
     near = [f"{'--' * bool(flag)}{name}" for name in _near(unknown, parser)] if unknown else []
     guess = f"; did you mean {' or '.join(near)}?" if near else ""
+    if lone and lone[1].startswith("about."):
+        guess = "; the section about is what a run says of itself: leave it out"
     return UserError(f"{said}{guess} (--help lists every setting)")
 
 
