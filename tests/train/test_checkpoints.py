@@ -1,6 +1,7 @@
 """Checkpoints on disk: whole or not there, kept to a number, and passed over where damaged."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -40,6 +41,16 @@ def test_the_newest_are_kept(tmp_path, keep):
     for step in (9, 10, 100, 1000):
         save(tmp_path, step, keep)
     assert names(tmp_path) == ["step-00000010", "step-00000100", "step-00001000"][3 - keep :]
+
+
+def test_what_somebody_keeps_beside_them_is_left_alone(tmp_path):
+    save(tmp_path, 1)
+    for copy in ("step-00000001-mine", "step-00000009-mine"):
+        shutil.copytree(tmp_path / "checkpoints/step-00000001", tmp_path / "checkpoints" / copy)
+    save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["step-00000001-mine", "step-00000002", "step-00000009-mine"]
+    _, counters = load_checkpoint(tmp_path, nn.Linear(2, 1))
+    assert counters.step == 2
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "sums.json"])

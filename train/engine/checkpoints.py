@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def has_checkpoint(run: Path) -> bool:
 
 
 def _found(run: Path) -> list[Path]:
-    return sorted((run / FOLDER).glob("step-*"), reverse=True)
+    return sorted((p for p in (run / FOLDER).glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)), reverse=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
