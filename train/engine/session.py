@@ -100,15 +100,22 @@ def train(
         check_settings(config.optim, config.model, config.loop.grad_checkpointing, given & set(asked.changed()))
         if resumed is not None and (resumed / "config.yaml").exists():
             check_resumed(config.optim, saved.get("optim", {}), resumed)
-            began_with = saved.get("model", {}).get("weights")
-            if "model.weights" in given and config.model.weights != began_with and has_checkpoint(resumed):
-                raise UserError(
-                    f"{resumed} was begun with model.weights={began_with} and cannot be resumed with"
-                    f" {config.model.weights}; begin another run"
-                )
+            if has_checkpoint(resumed):
+                _check_begun(resumed, saved, sections)
         asked.preset = {"parts": choice.parts, "fitted": choice.fitted}
         command = shlex.join([*launched_by(words[0]), *words])
         _train_and_finish(method_class, config, dataset, resumed, asked, sections, accelerator, command)
+
+
+def _check_begun(run: Path, saved: dict[str, Any], sections: dict[str, Any]) -> None:
+    """Refuse what a checkpoint's steps do not fit, or what it makes a lie of."""
+    for section, name in (("input", "batch_size"), ("model", "weights")):
+        now = sections[section][name]
+        before = saved.get(section, {}).get(name, now)
+        if now != before:
+            raise UserError(
+                f"{run} was begun with {section}.{name}={before} and cannot be resumed with {now}; begin another run"
+            )
 
 
 def _keep_fitted(choice: Choice, saved: dict[str, Any]) -> None:
