@@ -158,6 +158,7 @@ def test_bad_images_are_named_and_skipped(tmp_path, capsys, photo_folder):
         tar.add(folder / "01.jpg", "x/one.cls")
     (folder / "04.jxl").write_bytes(b"picture")
     (folder / "broken.tar").write_bytes(b"no tar at all" * 100)
+    os.mkfifo(folder / "pipe.tar")
     main(["--run", str(run), str(folder), "--format", "jsonl", "--batch-size", "3"])
     said = capsys.readouterr()
     reported = [json.loads(line)["file"] for line in said.out.splitlines()]
@@ -165,9 +166,10 @@ def test_bad_images_are_named_and_skipped(tmp_path, capsys, photo_folder):
     assert [Path(name).name for name in reported] == ["01.jpg", "02.jpg", "03.jpg", "04.jpg", "05.jpg", "one.JPG"]
     assert "skipped" in said.err
     assert "03\\x1b[2J.jpg: empty file" in said.err
-    assert "broken.tar: not an image" in said.err
+    assert "broken.tar: a damaged tar" in said.err
+    assert "pipe.tar: not a regular file" in said.err
     assert "images that this PIL does not read are left out: 1 .jxl; ImageMagick turns .jxl into JPEG" in said.err
-    assert "3 of 9 images could not be read and were skipped" in said.err
+    assert "4 of 10 images could not be read and were skipped" in said.err
 
     out = tmp_path / "out.csv"
     message = fails_with(capsys, "--run", run, folder, "--format", "csv", "--out", out, "--strict")

@@ -182,15 +182,19 @@ class Item:
         name: what it is called in results.
         path: the file.
         offset, size: where it lies in the file; None: the whole file.
+        reason: why it cannot be read, where that is known.
     """
 
     name: str
     path: str
     offset: int = 0
     size: int | None = None
+    reason: str | None = None
 
     def read(self) -> bytes:
         """Return its bytes; a pipe or a device, on which one could wait for ever, has none."""
+        if self.reason:
+            raise BadImageError(self.reason)
         with open(self.path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise BadImageError("not a regular file")
@@ -265,14 +269,16 @@ def _images_at(path: str) -> Iterator[Item]:
             for name in files:
                 if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS | {".tar"}:
                     yield from _images_at(os.path.join(parent, name))
-    elif path.lower().endswith(".tar"):
+    elif path.lower().endswith(".tar") and os.path.isfile(path):
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
                     if member.isreg() and PurePosixPath(member.name).suffix.lower() in EXTENSIONS:
                         yield Item(f"{path}/{member.name}", path, member.offset_data, member.size)
-        except (OSError, tarfile.TarError):
-            yield Item(path, path)  # which is no image, and is reported as one
+        except tarfile.TarError:
+            yield Item(path, path, reason="a damaged tar")
+        except OSError as error:
+            yield Item(path, path, reason=error.strerror or "a damaged tar")
     else:
         yield Item(path, path)
 
