@@ -96,6 +96,8 @@ def test_what_does_not_fit_the_memory_is_refused_with_what_does(workplace):
         "a step needs about 13.8 GB of memory, and 5.0 GB are free; settings that fit: --optim.accumulate 4 (4.2 GB),"
         " --input.batch_size 32 (4.2 GB), --input.image_size 96 (3.4 GB); --loop.estimate false tries it all the same"
     )
+    with pytest.raises(UserError, match=r"--input.batch_size 24 "):  # three processes can share it
+        check_memory(BIG, setting(), replace(plan, batch_size=384, world_size=3), int(2.2 * 10**9))
     with pytest.raises(UserError, match=r"; choose a smaller --model.backbone; "):
         check_memory(BIG, setting(), plan, 10**9)
 

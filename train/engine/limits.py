@@ -135,9 +135,10 @@ def _smaller(estimate: Estimate, config: Config, plan: TrainPlan, free: int) -> 
             yield f"--optim.accumulate {more}", estimate.memory(batch // more)
             break
     share = min(most, batch // parts) * parts * plan.world_size
-    power = 1 << (share.bit_length() - 1)
-    if power >= 2 * plan.world_size * parts:
-        yield f"--input.batch_size {power}", estimate.memory(power // plan.world_size // parts)
+    unit = 2 * plan.world_size * parts
+    if share >= unit:
+        size = unit << ((share // unit).bit_length() - 1)  # a power of two, where processes and parts are
+        yield f"--input.batch_size {size}", estimate.memory(size // plan.world_size // parts)
     size = int(config.input.image_size * math.sqrt(most / (batch // parts))) // 32 * 32
     if size >= 64:
         smaller = replace(estimate, image_bytes=estimate.image_bytes * (size / config.input.image_size) ** 2)
