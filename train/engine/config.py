@@ -122,7 +122,7 @@ class Loop:
         sync_batch_norm: whether batch norm's statistics are those of all processes' images.
         eval_every: evaluate after every so many epochs, and after the last.
         select: keep the weights of the epoch that did best on the val split, where the dataset has one of at least
-            100 images.
+            100 images, and a test split beside it.
         checkpoint_every: write a checkpoint after every so many epochs, and after the last.
         checkpoint_steps: also after every so many steps.
         checkpoint_minutes: also after so many minutes without one.
