@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from shards.errors import UserError
@@ -140,6 +141,23 @@ def test_a_run_is_not_resumed_with_a_method_that_its_checkpoint_does_not_fit(wor
         run(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "3", "--method.objective", after])
     assert "error: runs/a cannot be resumed with these settings of its method" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in Path("runs/a").rglob("*") if path.is_file()} == left
+
+
+def test_a_resumed_run_reads_as_many_shards_at_a_time_wherever_its_dataset_lies(workplace, monkeypatch):
+    windows = []
+
+    def windowed(streams, split, window):
+        windows.append(window)
+        return original(streams, split, 1 if window is None else window)  # None is some for a remote dataset
+
+    original = session.windowed
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "windowed", windowed)
+        run(ERM, [*SHORT[2:], "--optim.epochs", "1", "--run", "runs/a"])
+        run(ERM, ["--run", "runs/a", "--resume", "--optim.epochs", "2"])
+    assert windows == [None, 1]
+    config = yaml.safe_load(Path("runs/a/config.yaml").read_text())
+    assert (config["about"]["shard_window"], config["input"]["shard_window"]) == (1, None)
 
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_only(workplace, monkeypatch, capsys):

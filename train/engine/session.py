@@ -82,6 +82,8 @@ def train(
         gpu = usable_gpu(asked.loop.device)
         choice = choose(parser, argv, dataset, method_class.name, asked.variant, gpu=gpu)
     config = _config(parser, choice.settings)
+    if resumed is not None and (resumed / "config.yaml").exists() and config.input.shard_window is None:
+        config.input.shard_window = about.get("shard_window")  # of a dataset that was remote, and may not be now
 
     accelerator = make_accelerator(config.loop.precision, config.loop.device, config.loop.threads)
     if accelerator.device.type == "cpu":
@@ -245,6 +247,8 @@ def _train_and_finish(
     if accelerator.is_main_process:
         tracking.open(run_folder, counters.step, dataset.name, sections)  # first: it may not start
         about = {"method": method.name, "dataset": dataset.name, "data": dataset.place, "changed": changed}
+        windows = [spec.shard_window or 0 for spec in plan.specs if spec.permutes and spec.repeats is None]
+        about["shard_window"] = min(windows, default=0)
         about |= {"fingerprint": _fingerprint(dataset), "variant": asked.variant, "preset": asked.preset}
         runs.write_config(run_folder, {"about": about, **sections})
         runs.truncate_rows(run_folder, counters.epochs)
