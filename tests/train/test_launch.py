@@ -64,21 +64,34 @@ def test_a_log_has_the_epochs_of_a_run_that_is_killed(workplace):
     assert "epoch   1/500" in Path("log").read_text()
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (2, False)])
-def test_a_slurm_job_that_stopped_for_its_time_is_queued_again(tmp_path, status, requeued):
-    """With stand-ins for Slurm's commands and for Python."""
+@pytest.mark.parametrize(
+    ("statuses", "full", "status", "calls"),
+    [
+        ((0, 0), False, 0, ["0", "1"]),
+        ((75, 75), False, 0, ["0", "1", "requeue 7"]),
+        ((75, 75), True, 0, ["0", "requeue 7"]),
+        ((2, 2), False, 2, ["0"]),
+        ((75, 2), False, 2, ["0", "1"]),
+    ],
+)
+def test_a_slurm_job_that_stopped_for_its_time_is_queued_again(tmp_path, statuses, full, status, calls):
+    """With stand-ins for Slurm's commands and for Python; bash gets the signals of the time limit, too."""
     stand_ins = {
         "scontrol": 'if [ "$1" = show ]; then printf "first\\nsecond\\n"; else echo "$@" >> calls; fi',
-        "srun": 'shift; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" || status=$?; done;'
-        " exit ${status:-0}",
-        "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT: $@" >> calls; exit $STATUS',
+        # A bad exit ends the others: here they are not even begun.
+        "srun": 'shift; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" || exit; done',
+        "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT: $@" >> calls;'
+        " kill -USR1 $PPID; kill -TERM $PPID; exit $((RANK ? STATUS_1 : STATUS_0))",
     }
+    if full:
+        stand_ins["touch"] = "exit 1"
     for name, body in stand_ins.items():
         path = tmp_path / name
         path.write_text(f"#!/usr/bin/env bash\n{body}\n")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STATUS": str(status)}
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
+    environment |= {f"STATUS_{i}": str(number) for i, number in enumerate(statuses)}
     done = subprocess.run(
         ["bash", LAUNCH / "slurm.sbatch", "train/bbn.py", "--run", "runs/a b"],
         cwd=tmp_path,
@@ -87,7 +100,10 @@ def test_a_slurm_job_that_stopped_for_its_time_is_queued_again(tmp_path, status,
         text=True,
         check=False,
     )
-    assert done.returncode == (0 if requeued else status), done.stderr
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls[:2] == [f"{rank} {rank} 2 first 20007: train/bbn.py --run runs/a b --resume" for rank in range(2)]
-    assert calls[2:] == (["requeue 7"] if requeued else [])
+    assert done.returncode == status, done.stderr
+    wanted = [
+        call if "requeue" in call else f"{call} {call} 2 first 20007: train/bbn.py --run runs/a b --resume"
+        for call in calls
+    ]
+    assert (tmp_path / "calls").read_text().splitlines() == wanted
+    assert not list(tmp_path.glob(".stopped-*"))
