@@ -229,6 +229,24 @@ def test_a_run_folder_that_cannot_be_written_to(workplace, capsys, monkeypatch, 
     assert left <= {"selected.safetensors"}
 
 
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            "write_text",
+            "cannot write runs/digits-erm-1 (No space left on device); when that is solved, resume with --run",
+        ),
+        ("lock", "cannot make a run folder under "),
+    ],
+)
+def test_a_disk_that_is_full_at_the_beginning(workplace, capsys, monkeypatch, function, message):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(runs, function, full)
+    assert message in fails_with(capsys)
+
+
 def test_a_run_folder_that_cannot_be_made(workplace, capsys):
     assert "cannot make the run folder /proc/run" in fails_with(capsys, "--run", "/proc/run")
 

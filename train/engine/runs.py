@@ -149,15 +149,16 @@ def new_run(stem: str) -> Path:
         )
     number = 1
     while True:
+        run = RUNS / f"{stem}-{number}"
         try:
-            (RUNS / f"{stem}-{number}").mkdir(parents=True)
+            run.mkdir(parents=True)
+            lock(run)
         except FileExistsError:
             number += 1
         except OSError as error:
             raise UserError(f"cannot make a run folder under {RUNS.resolve()} ({error.strerror})") from None
         else:
-            lock(RUNS / f"{stem}-{number}")
-            return RUNS / f"{stem}-{number}"
+            return run
 
 
 def use_run(path: Path, resume: bool) -> Path:

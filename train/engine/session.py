@@ -245,14 +245,15 @@ def _train_and_finish(
     (run_folder,) = broadcast_object_list(folder)
     assert run_folder is not None
     if accelerator.is_main_process:
-        tracking.open(run_folder, counters.step, dataset.name, sections)  # first: it may not start
         about = {"method": method.name, "dataset": dataset.name, "data": dataset.place, "changed": changed}
         windows = [spec.shard_window or 0 for spec in plan.specs if spec.permutes and spec.repeats is None]
         about["shard_window"] = min(windows, default=0)
         about |= {"fingerprint": _fingerprint(dataset), "variant": asked.variant, "preset": asked.preset}
-        runs.write_config(run_folder, {"about": about, **sections})
-        runs.truncate_rows(run_folder, counters.epochs)
-        (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
+        with errors_in_one_line(run_folder):
+            tracking.open(run_folder, counters.step, dataset.name, sections)  # first: it may not start
+            runs.write_config(run_folder, {"about": about, **sections})
+            runs.truncate_rows(run_folder, counters.epochs)
+            (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
     with loader, errors_in_one_line(run_folder):
         try:
             accelerator.wait_for_everyone()
