@@ -21,7 +21,7 @@ from pipeline.plan import TrainPlan
 from shards.errors import UserError
 from shards.index import Dataset
 from train.engine import runs
-from train.engine.checkpoints import Counters, has_checkpoint, load_checkpoint
+from train.engine.checkpoints import Counters, forget_selected, has_checkpoint, load_checkpoint
 from train.engine.config import Config, changed_settings, find_dataset, find_dataset_of, plain_sections
 from train.engine.evaluation import finish, test_split
 from train.engine.guards import errors_in_one_line
@@ -254,6 +254,8 @@ def _train_and_finish(
             runs.write_config(run_folder, {"about": about, **sections})
             runs.truncate_rows(run_folder, counters.epochs)
             (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
+            if restored is None:
+                forget_selected(run_folder)
     with loader, errors_in_one_line(run_folder):
         try:
             accelerator.wait_for_everyone()
