@@ -33,6 +33,7 @@ from train.engine.config import (
     Model,
     Optim,
     changed_settings,
+    check_seed,
     find_dataset,
     find_dataset_of,
     make_parser,
@@ -177,6 +178,7 @@ def _take(
     from train.networks.model_files import save_model
 
     accelerator = make_accelerator(config.loop.precision, config.loop.device, config.loop.threads)
+    check_seed(config.loop.seed)
     set_seed(config.loop.seed)
     method = Frozen(config, dataset.train_counts)
     test_split(dataset)  # tells early where there is none

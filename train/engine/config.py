@@ -283,6 +283,12 @@ def peek(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
         raise _one_line(error, parser) from None
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that not all generators can have."""
+    if seed >= 2**32:
+        raise UserError(f"loop.seed={seed} must be below 2**32, NumPy's limit")
+
+
 def changed_settings(
     parser: ArgumentParser, sections: dict[str, Any], defaults: dict[str, Any], spoken: frozenset[str] = frozenset()
 ) -> list[str]:

@@ -22,7 +22,7 @@ from shards.errors import UserError
 from shards.index import Dataset
 from train.engine import runs
 from train.engine.checkpoints import Counters, forget_selected, has_checkpoint, load_checkpoint
-from train.engine.config import Config, changed_settings, find_dataset, find_dataset_of, plain_sections
+from train.engine.config import Config, changed_settings, check_seed, find_dataset, find_dataset_of, plain_sections
 from train.engine.evaluation import finish, test_split
 from train.engine.guards import errors_in_one_line
 from train.engine.interrupts import EXIT_STATUS, Interrupted
@@ -177,8 +177,7 @@ def _train_and_finish(
 ) -> None:
     if resumed and (resumed / "config.yaml").exists() and accelerator.is_main_process and not asked.dry_run:
         runs.lock(resumed)  # before its checkpoint is read
-    if config.loop.seed >= 2**32:
-        raise UserError(f"loop.seed={config.loop.seed} must be below 2**32, NumPy's limit")
+    check_seed(config.loop.seed)
     if config.model.adapt and config.model.weights is None and not resumed:
         make_adapter(config.model.adapt)  # which names one that is none
         raise UserError(

@@ -20,7 +20,7 @@ from torch import Tensor
 from shards.errors import UserError
 from shards.index import Dataset
 from train.engine import runs
-from train.engine.config import Input, find_dataset, find_dataset_of, parse, plain_sections
+from train.engine.config import Input, check_seed, find_dataset, find_dataset_of, parse, plain_sections
 from train.engine.evaluation import test_split
 from train.engine.machine import make_accelerator
 from train.features import passes
@@ -126,6 +126,7 @@ def open_stage(
     program.check(config)
 
     accelerator = make_accelerator(config.loop.precision)
+    check_seed(config.loop.seed)
     set_seed(config.loop.seed)
     weights = choose_weights(source, asked.weights or about.get("weights"))
     network: Any = load_model(source, weights)
