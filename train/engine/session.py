@@ -33,7 +33,7 @@ from train.engine.method import Method, make_method
 from train.engine.model import make_adapter
 from train.engine.optimisers import check_resumed, check_settings
 from train.engine.predictions import FILES as PREDICTIONS
-from train.engine.recipes import Choice, choose, given_settings, resumed_choice
+from train.engine.recipes import Choice, choose, chosen_settings, given_settings, resumed_choice
 from train.engine.tracking import Tracking
 from train.networks.backbones import make_backbone
 
@@ -97,9 +97,7 @@ def train(
         sections = plain_sections(parser, choice.settings)
         usual = choice.usual(dataset, asked.variant)
         asked.changed = partial(changed_settings, parser, sections, usual, method_class.in_title)
-        given = given_settings(parser, argv).keys()
-        # A file that --print_config made gives all of them, most as they are anyway.
-        check_settings(config.optim, config.model, config.loop.grad_checkpointing, given & set(asked.changed()))
+        check_settings(config.optim, config.model, config.loop.grad_checkpointing, chosen_settings(parser, argv))
         if resumed is not None and (resumed / "config.yaml").exists():
             check_resumed(config.optim, saved.get("optim", {}), resumed)
             if has_checkpoint(resumed):
