@@ -34,6 +34,7 @@ from train.engine.config import (
     Model,
     Optim,
     changed_settings,
+    check_seed,
     find_dataset,
     find_dataset_of,
     make_parser,
@@ -172,7 +173,7 @@ def _take(
 
     from train.engine.checkpoints import Counters
     from train.engine.evaluation import finish, test_split
-    from train.engine.machine import check_seed, make_accelerator
+    from train.engine.machine import make_accelerator
     from train.features.bank import feature_bank, keep_bank
     from train.features.commands import Work
     from train.features.estimate import estimate_lines

@@ -42,6 +42,10 @@ def fails_with(capsys, *arguments) -> str:
     return error
 
 
+def test_a_seed_that_numpy_cannot_have_is_refused(here, capsys):
+    assert "loop.seed=4294967296 must be below 2**32" in fails_with(capsys, "--loop.seed", str(2**32))
+
+
 @pytest.mark.parametrize("classifier", ["crt", "lws", "tau", "ncm", "mislas", "adjusted", "oversampling", "plain"])
 def test_each_classifier_can_be_a_run_of_its_own(here, classifier):
     decouple.run(["--classifier", classifier, "--run", "runs/one", "--optim.epochs", "2"])

@@ -132,11 +132,15 @@ def test_a_run_that_was_cut_off_is_resumed_with_its_features(workplace, pretrain
     assert (workplace / "runs/a/features/train/features.npy").stat().st_mtime_ns == taken
 
 
-def test_random_weights_are_refused(workplace, capsys):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [([], "random weights know nothing"), (["--loop.seed", str(2**32)], "loop.seed=4294967296 must be below 2**32")],
+)
+def test_random_weights_and_seeds_that_numpy_cannot_have_are_refused(workplace, capsys, options, message):
     with pytest.raises(SystemExit) as exit_:
-        frozen.run(["--run", "runs/a"])
+        frozen.run(["--run", "runs/a", *options])
     assert exit_.value.code == 2
-    assert "random weights know nothing" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (workplace / "runs").exists()
 
 

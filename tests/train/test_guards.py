@@ -231,6 +231,24 @@ def test_a_run_folder_that_cannot_be_written_to(workplace, capsys, monkeypatch, 
     assert left <= {"selected.safetensors"}
 
 
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            "write_text",
+            "cannot write runs/digits-erm-1 (No space left on device); when that is solved, resume with --run",
+        ),
+        ("lock", "cannot make a run folder under "),
+    ],
+)
+def test_a_disk_that_is_full_at_the_beginning(workplace, capsys, monkeypatch, function, message):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(runs, function, full)
+    assert message in fails_with(capsys)
+
+
 def test_a_run_folder_that_cannot_be_made(workplace, capsys):
     assert "cannot make the run folder /proc/run" in fails_with(capsys, "--run", "/proc/run")
 
@@ -238,12 +256,14 @@ def test_a_run_folder_that_cannot_be_made(workplace, capsys):
 def test_a_runs_folder_that_is_a_link_to_nowhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").symlink_to("/nowhere/at all")
-    signal.alarm(60)  # ends a search for a free name that would not end
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it searches for a free name without end"))
+    signal.alarm(30)
     try:
         with pytest.raises(UserError, match="runs is a link to /nowhere/at all, which is not there; make that folder"):
             runs.new_run("x")
     finally:
         signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_port_in_use_and_a_lost_process(monkeypatch):

@@ -153,6 +153,10 @@ def test_a_run_that_is_a_link_is_found(tmp_path, monkeypatch):
     Path("elsewhere/big/config.yaml").write_text("about: {method: bbn, dataset: digits}\n")
     Path("runs/big").symlink_to("../elsewhere/big")
     assert runs_module.newest_run({1}, method="bbn", finished=False) == Path("runs/big")
+    Path("runs/folder").mkdir()
+    shutil.copy2("runs/big/config.yaml", "runs/folder/config.yaml")
+    Path("runs/latest").symlink_to("folder")
+    assert runs_module.newest_run({1}, method="bbn", finished=False) == Path("runs/folder")
 
 
 def test_resume_takes_the_newest_unfinished_run_on_the_dataset_that_is_named(workplace, capsys):
@@ -400,6 +404,13 @@ def test_what_print_config_prints_can_be_given_back(workplace, capsys, method):
     run(method, ["--run", "runs/a", "--optim.epochs", "1", "--config", "my.yaml", "--optim.lr=0.01"])
     config = yaml.safe_load(Path("runs/a/config.yaml").read_text())
     assert (config["optim"]["epochs"], config["optim"]["lr"], config["input"]["batch_size"]) == (1, 0.01, 64)
+    # Of a dataset whose preset says something else of what a schedule does not use.
+    config = yaml.safe_load(Path("my.yaml").read_text())
+    config["optim"] |= {"schedule": "cosine", "milestones": [0.5], "warmup_steps": 5, "warmup_epochs": 4}
+    Path("my.yaml").write_text(yaml.safe_dump(config))
+    run(method, ["--config", "my.yaml", "--dry-run"])
+    message = fails_with(capsys, method, "--optim.milestones", "[0.5]", "--config=my.yaml", "--dry-run")
+    assert "optim.milestones=[0.5] and optim.schedule=cosine exclude each other" in message
 
 
 def test_a_resumed_run_does_not_say_that_it_began_with_other_weights(workplace, capsys):

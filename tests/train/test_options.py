@@ -106,7 +106,7 @@ def test_the_average_is_what_is_evaluated_and_kept(workplace, monkeypatch):
 
 
 def test_the_best_epoch_is_remembered_where_a_resumed_run_takes_it_again(workplace):
-    run(ERM, [*SHORT, "--optim.epochs", "2", "--run", "runs/a"])
+    run(ERM, [*SHORT, "--optim.epochs", "2", "--loop.checkpoint_every", "1", "--run", "runs/a"])
     folder = workplace / "runs/a"
     (folder / "summary.json").unlink()
     shutil.rmtree(sorted((folder / "checkpoints").glob("step-*"))[-1])
@@ -135,6 +135,18 @@ def test_what_a_method_keeps_is_used_with_the_average_too(workplace, monkeypatch
 
     run(Shifting, [*SHORT, "--optim.epochs", "2", "--loop.eval_every", "1", "--optim.ema", "0.9", "--run", "runs/a"])
     assert sorted(set(Shifting.seen) - {0.0}) == [1.0, 2.0]  # 0: the estimate, before the first epoch
+
+
+def test_what_an_attempt_without_a_checkpoint_selected_is_forgotten(workplace):
+    run(ERM, [*SHORT, "--run", "runs/a"])
+    folder = workplace / "runs/a"
+    (folder / "summary.json").unlink()
+    for path in (folder / "checkpoints").glob("step-*"):
+        shutil.rmtree(path)
+    path = folder / "checkpoints/selected.safetensors"
+    save_file(load_file(path), path, {"selected": json.dumps({"epoch": 1, "balanced_accuracy": 0.999})})
+    run(ERM, ["--resume", "--run", "runs/a", "--optim.lr", "0.01"])
+    assert read_selected(folder)[2] < 0.999
 
 
 def test_a_resumed_run_does_without_the_pretrained_weights(workplace):

@@ -151,6 +151,12 @@ def read_selected(run: Path) -> tuple[Path, int, float] | None:
         return None
 
 
+def forget_selected(run: Path) -> None:
+    """Remove the selected weights: an attempt that left no checkpoint may have had other settings."""
+    (run / FOLDER / SELECTED).unlink(missing_ok=True)
+    (run / FOLDER / "selected.json").unlink(missing_ok=True)
+
+
 def _weights(network: torch.nn.Module, metadata: dict[str, str] | None = None) -> bytes:
     # safetensors refuses channels_last tensors.
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}

@@ -188,15 +188,21 @@ class _Parser(ArgumentParser):
     """One whose flags come over its --config, wherever they stand."""
 
     def parse_args(self, args: Sequence[str] | None = None, *arguments: Any, **options: Any) -> Namespace:
-        words = iter(sys.argv[1:] if args is None else args)
-        files: list[str] = []
-        others: list[str] = []
-        for word in words:
-            if word == "--config":
-                files += [word, *islice(words, 1)]
-            else:
-                (files if word.startswith("--config=") else others).append(word)
+        files, others = split_config(sys.argv[1:] if args is None else args)
         return super().parse_args(files + others, *arguments, **options)
+
+
+def split_config(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return a command line's --config, each with its file, and the other words."""
+    files: list[str] = []
+    others: list[str] = []
+    left = iter(words)
+    for word in left:
+        if word == "--config":
+            files += [word, *islice(left, 1)]
+        else:
+            (files if word.startswith("--config=") else others).append(word)
+    return files, others
 
 
 def make_parser(program: str, description: str, **sections: type) -> ArgumentParser:
@@ -285,6 +291,12 @@ def peek(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
         return parser.parse_args([a for a in arguments if not a.startswith("--print_config")])
     except ArgumentError as error:
         raise _one_line(error, parser) from None
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that not all generators can have."""
+    if seed >= 2**32:
+        raise UserError(f"loop.seed={seed} must be below 2**32, NumPy's limit")
 
 
 def changed_settings(

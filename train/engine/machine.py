@@ -168,12 +168,6 @@ class _Accelerator(Accelerator):
             print(*values, **options)
 
 
-def check_seed(seed: int) -> None:
-    """Refuse a seed that NumPy does not take (UserError)."""
-    if seed >= 2**32:
-        raise UserError(f"loop.seed={seed} must be below 2**32, NumPy's limit")
-
-
 def make_accelerator(precision: str, device: str = "auto", threads: int | None = None) -> Accelerator:
     """Make the Accelerator and take this process's share of the cores, or say in one line what stands in the way."""
     check_launcher(os.environ, device)

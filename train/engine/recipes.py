@@ -14,14 +14,15 @@ What is chosen is a default like any other of the preset: it is printed, and sav
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from shards.index import Dataset
-from train.engine.config import parse, preset
+from train.engine.config import parse, preset, split_config
 from train.engine.model import with_own_view
+from train.engine.optimisers import Optim
 
 LEAST_BATCH = 8
 # What is copied into `about` of a run's configuration.
@@ -132,6 +133,17 @@ def resumed_choice(
 def given_settings(parser: ArgumentParser, argv: list[str] | None) -> dict[str, Any]:
     """Return the settings that the command line or its --config names, {"section.key": value}, and no default."""
     return dict(parser.parse_args(_plain(argv), defaults=False).items())
+
+
+def chosen_settings(parser: ArgumentParser, argv: list[str] | None) -> set[str]:
+    """Return the names of the given settings that somebody chose.
+
+    A file that names all of the optimiser's, as --print_config writes it, is a whole recipe, of which some are unused.
+    """
+    given = given_settings(parser, argv)
+    if all(f"optim.{setting.name}" in given for setting in fields(Optim)):
+        given = given_settings(parser, split_config(_plain(argv))[1])
+    return set(given)
 
 
 def _plain(argv: list[str] | None) -> list[str]:

@@ -149,15 +149,16 @@ def new_run(stem: str) -> Path:
         )
     number = 1
     while True:
+        run = RUNS / f"{stem}-{number}"
         try:
-            (RUNS / f"{stem}-{number}").mkdir(parents=True)
+            run.mkdir(parents=True)
+            lock(run)
         except FileExistsError:
             number += 1
         except OSError as error:
             raise UserError(f"cannot make a run folder under {RUNS.resolve()} ({error.strerror})") from None
         else:
-            lock(RUNS / f"{stem}-{number}")
-            return RUNS / f"{stem}-{number}"
+            return run
 
 
 def use_run(path: Path, resume: bool) -> Path:
@@ -187,7 +188,7 @@ def newest_run(stages: set[int], dataset: str | None = None, method: str | None 
         method: only runs of this method.
         finished: whether to look for finished runs, or for unfinished ones (then stages is not looked at).
     """
-    found: list[tuple[float, Path]] = []
+    found: list[tuple[float, bool, Path]] = []  # of a folder and a link to it, such as runs/latest, the folder
     for config in {*RUNS.glob("*/config.yaml"), *RUNS.glob("**/config.yaml")}:  # "**" passes links by
         run = config.parent
         summary_path = run / "summary.json"
@@ -197,14 +198,14 @@ def newest_run(stages: set[int], dataset: str | None = None, method: str | None 
             content = json.loads(summary_path.read_text(encoding="utf-8")) if finished else read_config(run)["about"]
             fits = dataset in (None, content["dataset"]) and method in (None, content["method"])
             if fits and (not finished or content["stage"] in stages):
-                found.append(((summary_path if finished else config).stat().st_mtime, run))
+                found.append(((summary_path if finished else config).stat().st_mtime, not run.is_symlink(), run))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not a run of ours
     if not found:
         wanted = f"{'finished' if finished else 'unfinished'} {method or 'stage-one'} run"
         where = f" on {dataset}" if dataset else ""
         raise UserError(f"there is no {wanted}{where} under {RUNS}/; name one, or train one")
-    return max(found)[1]
+    return max(found)[2]
 
 
 def _version(package: str) -> str | None:

@@ -20,19 +20,19 @@ from pipeline.plan import TrainPlan
 from shards.errors import UserError
 from shards.index import Dataset
 from train.engine import runs
-from train.engine.checkpoints import Counters, has_checkpoint, load_checkpoint
-from train.engine.config import Config, changed_settings, find_dataset, find_dataset_of, plain_sections
+from train.engine.checkpoints import Counters, forget_selected, has_checkpoint, load_checkpoint
+from train.engine.config import Config, changed_settings, check_seed, find_dataset, find_dataset_of, plain_sections
 from train.engine.evaluation import finish, test_split
 from train.engine.guards import errors_in_one_line
 from train.engine.interrupts import EXIT_STATUS, Interrupted
 from train.engine.limits import SCHEDULE, enlarged, estimate_run, said, within_budget
 from train.engine.loop import Training
-from train.engine.machine import check_seed, launched_by, make_accelerator, usable_gpu
+from train.engine.machine import launched_by, make_accelerator, usable_gpu
 from train.engine.method import Method, make_method
 from train.engine.model import make_adapter
 from train.engine.optimisers import check_resumed, check_settings
 from train.engine.predictions import FILES as PREDICTIONS
-from train.engine.recipes import Choice, choose, given_settings, resumed_choice
+from train.engine.recipes import Choice, choose, chosen_settings, given_settings, resumed_choice
 from train.engine.tracking import Tracking
 from train.networks.backbones import make_backbone
 
@@ -96,9 +96,7 @@ def train(
         sections = plain_sections(parser, choice.settings)
         usual = choice.usual(dataset, asked.variant)
         asked.changed = partial(changed_settings, parser, sections, usual, method_class.in_title)
-        given = given_settings(parser, argv).keys()
-        # A file that --print_config made gives all of them, most as they are anyway.
-        check_settings(config.optim, config.model, config.loop.grad_checkpointing, given & set(asked.changed()))
+        check_settings(config.optim, config.model, config.loop.grad_checkpointing, chosen_settings(parser, argv))
         if resumed is not None and (resumed / "config.yaml").exists():
             check_resumed(config.optim, saved.get("optim", {}), resumed)
             if has_checkpoint(resumed):
@@ -239,14 +237,17 @@ def _train_and_finish(
     (run_folder,) = broadcast_object_list(folder)
     assert run_folder is not None
     if accelerator.is_main_process:
-        tracking.open(run_folder, counters.step, dataset.name, sections)  # first: it may not start
         about = {"method": method.name, "dataset": dataset.name, "data": dataset.place, "changed": changed}
         windows = [spec.shard_window or 0 for spec in plan.specs if spec.permutes and spec.repeats is None]
         about["shard_window"] = min(windows, default=0)
         about |= {"fingerprint": dataset.fingerprint, "variant": asked.variant, "preset": asked.preset}
-        runs.write_config(run_folder, {"about": about, **sections})
-        runs.truncate_rows(run_folder, counters.epochs)
-        (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
+        with errors_in_one_line(run_folder):
+            tracking.open(run_folder, counters.step, dataset.name, sections)  # first: it may not start
+            runs.write_config(run_folder, {"about": about, **sections})
+            runs.truncate_rows(run_folder, counters.epochs)
+            (run_folder / "summary.json").unlink(missing_ok=True)  # of a finished run that is given more epochs
+            if restored is None:
+                forget_selected(run_folder)
     with loader, errors_in_one_line(run_folder):
         try:
             accelerator.wait_for_everyone()

@@ -23,9 +23,9 @@ from torch import Tensor
 from shards.errors import UserError
 from shards.index import Dataset
 from train.engine import runs
-from train.engine.config import Input, find_dataset, find_dataset_of, parse, plain_sections
+from train.engine.config import Input, check_seed, find_dataset, find_dataset_of, parse, plain_sections
 from train.engine.evaluation import test_split
-from train.engine.machine import check_seed, make_accelerator
+from train.engine.machine import make_accelerator
 from train.features import passes
 from train.features.bank import FOLDER as BANK
 from train.features.bank import bank_ids, feature_bank

@@ -72,6 +72,11 @@ class Trunk(nn.Module):
             ) from None
 
 
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """Switch autocast off where the tensor is."""
+    return torch.autocast("cuda" if tensor.is_cuda else "cpu", enabled=False)
+
+
 class Branch(nn.Module):
     """A timm model from its last block on, less its classifier."""
 
@@ -82,7 +87,7 @@ class Branch(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return features_BD, float32: pooling, and a norm that follows it, are float32 also under autocast."""
         maps = self.model.forward_features(hidden)
-        with torch.autocast("cuda" if hidden.is_cuda else "cpu", enabled=False):
+        with full_precision(hidden):
             whole = maps.float() if isinstance(maps, Tensor) else [one.float() for one in maps]  # some have several
             features_BD: Tensor = self.model.forward_head(whole, pre_logits=True)
         return features_BD

@@ -32,7 +32,7 @@ from train.networks.batch_norm import (
     use_stream_batch_norm,
 )
 from train.networks.cosine import SCALE, CosineClassifier, plain_weight
-from train.networks.cutting import Trunk
+from train.networks.cutting import Trunk, full_precision
 from train.networks.depths import depth_key, numbered, part_of
 
 # Weights of the trunk for each value in a stream's images. One pass reads the weights once; two keep smaller maps in
@@ -161,9 +161,8 @@ class Network(nn.Module):
 
     def _inner_name(self, name: str) -> str:
         """Return what a parameter of trunk or branch is called in the network that was cut."""
-        part, _, inner = name.partition(".")
-        inner = inner.removeprefix("model.")
-        return inner if part == "trunk" else self._block + inner
+        inner = name.partition(".")[2].removeprefix("model.")
+        return inner if name.startswith("trunk.") else self._block + inner
 
     def features(self, images_BHWC: Tensor) -> Tensor:
         """Return what the classifier sees: shape (B, classifier.in_features), float32; >= 0 after a ReLU."""
@@ -193,11 +192,6 @@ class Network(nn.Module):
         pooled = branch_gave.ndim == 2
         features_BD = branch_gave.float() if pooled else branch_gave.mean((2, 3), dtype=torch.float32)
         return F.normalize(features_BD) if self._unit_features else features_BD
-
-
-def full_precision(tensor: Tensor) -> torch.autocast:
-    """Switch autocast off where the tensor is."""
-    return torch.autocast("cuda" if tensor.is_cuda else "cpu", enabled=False)
 
 
 class PlainNetwork(Network):
