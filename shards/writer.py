@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -109,7 +109,7 @@ def read_written(staging: Staging, name: str, sizes: Mapping[str, int], build: s
     return _written(record)
 
 
-def is_of(record: Any, build: str, sizes: Mapping[str, int]) -> bool:
+def is_of(record: dict[str, Any] | None, build: str, sizes: Mapping[str, int]) -> TypeGuard[dict[str, Any]]:
     """Whether a shard's record, None where there is none, is of this build and of the shard that lies there."""
     if record is None or record.get("build") != build:
         return False

@@ -147,7 +147,7 @@ def _run(parser: ArgumentParser, argv: list[str] | None, asked: Namespace, begun
     else:
         dataset, usual = find_dataset(asked.data), {}
     whole = preset(dataset, "training", Frozen.name)
-    own = {section: whole[section] for section in ("input", "model", "method") if section in whole}
+    own: dict[str, Any] = {name: whole[name] for name in ("input", "model", "method") if name in whole}
     own = with_own_view(own, parse(parser, argv, usual or own).model.backbone)
     settings = parse(parser, argv, usual or own)
     sections = plain_sections(parser, settings)

@@ -187,7 +187,7 @@ class _ConfigFile(ActionConfigFile):
 class _Parser(ArgumentParser):
     """One whose flags come over its --config, wherever they stand."""
 
-    def parse_args(self, args: Sequence[str] | None = None, *arguments: Any, **options: Any) -> Namespace:
+    def parse_args(self, args: Any = None, *arguments: Any, **options: Any) -> Any:
         files, others = split_config(sys.argv[1:] if args is None else args)
         return super().parse_args(files + others, *arguments, **options)
 

@@ -234,7 +234,7 @@ class PlainNetwork(Network):
             return nn.Identity(), self.trunk
         names = [name for name, _ in self.trunk.named_children()]
         cut, stages = names.index(f"layer{depth}") + 1, cast(Stages, self.trunk)
-        below, above = stages[:cut], stages[cut:]
+        below, above = (cast(Stages, part) for part in (stages[:cut], stages[cut:]))
         below.recomputes = above.recomputes = stages.recomputes  # slices are new modules
         return below, above
 

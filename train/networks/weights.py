@@ -4,6 +4,7 @@ import argparse
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +31,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            state = load_file(path)
+            state: Any = load_file(path)
         else:
             # Training programs keep their command line beside the weights.
             with torch.serialization.safe_globals([argparse.Namespace]):
