@@ -15,5 +15,12 @@ cores=$(python -c 'from shards.cores import cores; print(cores())') # as many as
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # One more than there are cores: much of a test's time goes into waiting for processes that it starts. Neighbours stay
 # together as long as they can: they share what is slow to make.
-if [ $# = 0 ]; then set -- --numprocesses "$((cores + 1))" --dist worksteal; fi
+if [ $# = 0 ]; then
+    set -- --numprocesses "$((cores + 1))" --dist worksteal
+    if nvidia-smi -L >/dev/null 2>&1; then
+        # What is not marked gpu is of the CPU: bits, and ranks that share a machine. What is marked runs alone.
+        CUDA_VISIBLE_DEVICES='' python -m pytest "$@" -m 'not slow and not gpu'
+        set -- -m gpu
+    fi
+fi
 exec python -m pytest "$@"

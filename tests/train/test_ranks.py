@@ -111,7 +111,9 @@ def test_two_processes_are_one(workplace):
     assert len(one.files) == 3 * 2 * STEPS
     for step in one.files:
         if "loss" in step:
-            assert (first[step] + second[step]) / 2 == pytest.approx(one[step], rel=3e-5)
+            assert (first[step] + second[step]) / 2 == pytest.approx(
+                one[step], rel=3e-4
+            )  # rounding grows to 2e-5; without an exchange 1e-2
         else:
             np.testing.assert_array_equal(one[step], np.concatenate([first[step], second[step]]))
     for ours, theirs in zip(rows(workplace / "runs/one"), rows(workplace / "runs/two"), strict=True):

@@ -572,3 +572,30 @@ def test_stochastic_depth_is_what_the_settings_say(rate):
     network = build_network("bilateral", "timm/swin_tiny_patch4_window7_224", 3, image_size=224, drop_path=rate)
     rates = [module.drop_prob for module in network.modules() if isinstance(module, timm.layers.DropPath)]
     assert max(rates, default=0.0) == pytest.approx(rate)
+
+
+def test_depths_of_a_model_that_says_them_by_a_function():
+    depths = build_network("plain", "timm/cait_xxs24_224", 3, image_size=224).parameter_depths()
+    first, last = (depths[f"branch.model.blocks.{number}.norm1.weight"] for number in (0, 23))
+    assert depths["branch.model.patch_embed.proj.weight"] < first < last < max(depths.values())
+
+
+def test_a_model_with_several_maps_at_its_end_is_trained_whole():
+    network = build_network("plain", "timm/crossvit_tiny_240", 3, image_size=240).eval()
+    own = network.branch.model
+    with torch.no_grad():
+        shown = network.normalize(images(2, 240))
+        expected_BD = own.forward_head(own.forward_features(shown), pre_logits=True)
+        torch.testing.assert_close(network.features(images(2, 240)), expected_BD)
+
+
+def test_whole_files_load_whatever_their_heads_are_made_of(tmp_path):
+    state = made("repvit_m0_9", size=64).state_dict()
+    save_file(state, tmp_path / "whole.safetensors")
+    network = build_network("plain", "timm/repvit_m0_9", 3, str(tmp_path / "whole.safetensors"), image_size=64)
+    own = {key.partition(".model.")[2]: value for key, value in network.state_dict().items() if ".model." in key}
+    assert own
+    assert all(torch.equal(value, state[key]) for key, value in own.items())
+    save_file(state | {"stages.9.x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="is of another model"):
+        build_network("plain", "timm/repvit_m0_9", 3, str(tmp_path / "other.safetensors"), image_size=64)

@@ -36,6 +36,7 @@ from shards.errors import UserError
 from shards.index import MANIFEST, Dataset, Split
 from train.engine import runs
 from train.engine.config import Input
+from train.engine.guards import StallGuard
 from train.networks.model_files import FILES
 from train.networks.networks import BilateralNetwork, PlainNetwork
 
@@ -43,6 +44,7 @@ FOLDER = "features"
 ARRAYS = ("features", "labels", "seen")
 # Batches between two moments at which what was taken is safe on the disk.
 BATCHES_PER_SYNC = 64
+STALL_MINUTES = 10.0  # without a batch, as in training
 
 
 @dataclass(frozen=True)
@@ -290,10 +292,14 @@ def _features(
     if not plan.steps:
         return
     network.eval()
-    with input.open_loader(plan, accelerator.device) as loader:
+    rank = accelerator.process_index
+    with (
+        input.open_loader(plan, accelerator.device) as loader,
+        StallGuard(loader, plan.streams, rank, 60 * STALL_MINUTES) as batches,
+    ):
         title = f"features of {plan.split.name}"
         silent = not accelerator.is_main_process or None
-        for batch in tqdm(loader, title, plan.steps, unit="batch", leave=False, disable=silent):
+        for batch in tqdm(batches, title, plan.steps, unit="batch", leave=False, disable=silent):
             with accelerator.autocast():
                 features_BD = network.features(batch["eval"].images_BHWC)
             half_BD = features_BD.half()

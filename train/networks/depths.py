@@ -17,7 +17,16 @@ def part_of(parameter: str) -> Part:
 
 
 def depth_key(groups: Any, name: str) -> tuple[float, ...]:
-    """Return what sorts parameters by depth, from timm's patterns: {group: pattern, or [(pattern, numbers), …]}."""
+    """Return what sorts parameters by depth.
+
+    Args:
+        groups: timm's patterns, {group: pattern, or [(pattern, numbers), …]}, or its function of a name.
+        name: of a parameter.
+    """
+    if callable(groups):  # timm's other way to say it: name -> depth
+        place = groups(name)
+        places = tuple(map(float, place if isinstance(place, list | tuple) else (place,)))
+        return LAST if places[-1] == LAST[-1] else places
     for ordinal, patterns in enumerate(groups.values()):
         for pattern, numbers in patterns if isinstance(patterns, list | tuple) else [(patterns, None)]:
             found = re.match(pattern, name)

@@ -30,6 +30,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         UserError: the file is missing, damaged, or holds no plain state dict.
     """
     try:
+        with path.open("rb"):  # safetensors calls every file that it cannot open missing
+            pass
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
         else:
@@ -43,6 +45,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read: it is damaged, or holds more than weights; save model.state_dict() and give that"
             " file"
         ) from None
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); see to its permissions, or name another") from None
     except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}); replace the damaged file") from None
     if isinstance(state, dict):
