@@ -135,7 +135,8 @@ def inline_svg(figure: Figure) -> str:
 def alone(figure: Figure, titles: Sequence[str], file_format: str) -> bytes:
     """Return a figure as a file of its own, SVG or PDF, with a legend of the entries' titles."""
     handles = [Line2D([], [], color=LIGHT[f"entry{i}"], linewidth=4) for i in range(len(titles))]
-    with styled():
+    with styled(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ ")  # of a title: a letter that the font lacks
         if len(titles) > 1:
             width, height = figure.get_size_inches()
             for columns in range(min(3, len(titles)), 0, -1):
@@ -153,7 +154,5 @@ def alone(figure: Figure, titles: Sequence[str], file_format: str) -> bytes:
         buffer = io.BytesIO()
         # The same file every time: no date, and names that depend on the content alone.
         dated = {"svg": "Date", "pdf": "CreationDate"}[file_format]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"Glyph \d+ ")  # of a title: a letter that the font lacks
-            figure.savefig(buffer, format=file_format, metadata={dated: None})
+        figure.savefig(buffer, format=file_format, metadata={dated: None})
     return buffer.getvalue()

@@ -27,7 +27,7 @@ from shards.encode import Encoded, encode
 from shards.errors import UserError
 from shards.existing import already_built, check_apart, difference
 from shards.findings import Findings, find_out
-from shards.index import FORMAT, SPLITS, STAGING, open_dataset
+from shards.index import FORMAT, MANIFEST, SPLITS, STAGING, open_dataset
 from shards.parallel import run_jobs
 from shards.plan import Plan, plan_splits
 from shards.profiles import PROFILES
@@ -178,7 +178,8 @@ def build(
             elif staging.read_json(PLAN) in (None, _plan_file(options)):
                 staging.clear()  # an --overwrite with the same options that was interrupted
     except (KeyboardInterrupt, SystemExit):
-        if STAGING in (store.names() or ()):
+        names = store.names() or ()
+        if STAGING in names or MANIFEST not in names:
             say(f"{out} is unfinished; the same command resumes it")
         raise
     except MemoryError:

@@ -24,6 +24,7 @@ train/afg.py prints (train/features/candidates.py). Seconds on a CPU for feature
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,10 +82,12 @@ def program() -> Program:
 
 def run(argv: list[str] | None = None) -> None:
     """Run the stage from its command line; exits with 2 for a user's mistake, reported in one line."""
-    given = sys.argv[1:] if argv is None else argv
-    # In full, so that the run's configuration has it.
-    words = [re.sub(r"^--classifier(?==|$)", "--method.classifier", word) for word in given]
-    run_stage(program(), train, words)
+    run_stage(program(), train, in_full(sys.argv[1:] if argv is None else argv))
+
+
+def in_full(words: Sequence[str]) -> list[str]:
+    """Return a command line with --classifier written out, so that the run's configuration has it."""
+    return [re.sub(r"^--classifier(?==|$)", "--method.classifier", word) for word in words]
 
 
 def _work(config: Any, chooses: bool) -> Work:

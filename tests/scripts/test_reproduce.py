@@ -158,7 +158,7 @@ def test_figure_2_plans_nine_second_stages_that_parse(digits, reproduced):
         _, rows = reproduce.read_table(table, None)
         for words in {row.words for row in rows if row.source}:
             program = decouple.program()
-            program.check(program.parser.instantiate(program.parser.parse_args(list(words[1:]))))
+            program.check(program.parser.instantiate(program.parser.parse_args(decouple.in_full(words[1:]))))
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,9 @@ def test_the_limit_ends_the_run(damaged, capsys):
         run(ERM, [*SHORT, "--input.fault_limit", "0"])
     assert stopped.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("train/erm.py: error: 1 images do not decode and input.fault_limit is 0: the image at byte")
+    assert error.startswith(
+        "train/erm.py: error: 1 image does not decode and input.fault_limit is 0: the image at byte"
+    )
 
 
 def test_a_resident_loader_without_room_is_a_users_mistake(damaged, capsys):

@@ -322,7 +322,7 @@ def test_a_pipe_whose_reader_hung_up_is_left_too():
     try:
         with Interrupts():
             os.close(reader)
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
             os.write(1, b"stopped")  # an OSError where it still goes into the pipe
     finally:
         os.dup2(output, 1)

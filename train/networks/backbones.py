@@ -187,6 +187,9 @@ def _started_from(backbone: Backbone, state: dict[str, Tensor], source: str) -> 
             f"{source} trained adapters (model.adapt), which are no part of {backbone.name}; name the weights that it"
             " started from"
         )
+    load_state(backbone.trunk, trunk, f"{source} (its trunk)", remedy)
+    block = backbone.make_branch()
+    load_state(block, last_block or _inside(state, "conventional."), f"{source} (its last block)", remedy)
     shown = _inside(state, "normalize.")
     if any(
         key in shown and not torch.allclose(shown[key], value.to(shown[key]))
@@ -196,9 +199,6 @@ def _started_from(backbone: Backbone, state: dict[str, Tensor], source: str) -> 
             f"{source} was shown pictures that are normalised otherwise than {backbone.name}'s; name the backbone that"
             " it began with, tag included"
         )
-    load_state(backbone.trunk, trunk, f"{source} (its trunk)", remedy)
-    block = backbone.make_branch()
-    load_state(block, last_block or _inside(state, "conventional."), f"{source} (its last block)", remedy)
     return replace(backbone, make_branch=lambda: copy.deepcopy(block))
 
 
