@@ -14,7 +14,7 @@ Adaptive Feature Generation", section 4.2) on the frozen network of a finished r
 
 Beside it, on the same features, it trains and prints what is simpler (train/features/candidates.py). Where the val
 split has images enough, rates, teacher and β are chosen on it, and so is the classifier that is kept as the selected
-model (train/features/selection.py). `--variant paper` has the paper's teacher and β.
+model (train/features/selection.py). `--variant paper` has the paper's teacher, and β where the paper's starts.
 
 Figures of its earlier form, which distilled from stage one as it is: analysis/results/glag.md.
 """

@@ -4,10 +4,10 @@ MiSLAS (Zhong et al., "Improving Calibration for Long-Tailed Recognition", CVPR 
 means and variances are those of the long-tailed data, and a second stage sees classes in balance. So they are taken
 again there, while all weights stay, batch norm's own included.
 
-The authors' code updates them while it trains the classifier, as moving averages whose last some dozen batches count,
-and trains on features that each batch's own statistics normalise. Here one pass over balanced draws comes first; the
-statistics are the plain mean over all its batches, and the classifier is trained on the features that an evaluation of
-the shifted network sees.
+The authors' code updates them while it trains the classifier, as moving averages, in which the last few dozen batches
+count, and trains on features that each batch's own statistics normalise. Here one pass over balanced draws comes first;
+the statistics are the plain mean over all its batches, and the classifier is trained on the features that an evaluation
+of the shifted network sees.
 """
 
 import hashlib
