@@ -126,10 +126,6 @@ def make_method(method_class: type[Method], config: Any, train_counts_C: NDArray
     if config.optim.freeze == "trunk":
         method.model.freeze_trunk()
     if config.loop.grad_checkpointing:
-        if not method.model.is_cut:
-            raise UserError(
-                f"loop.grad_checkpointing: {config.model.backbone} is not cut, and has no trunk; leave it out"
-            )
         method.model.set_grad_checkpointing()
     if config.optim.lr_scale_trunk != 1 and not method.model.is_cut:
         raise UserError(
