@@ -152,7 +152,7 @@ def find_out(
             f"classes with a training image that can be read: {len(trained) - len(lost)}; a dataset needs at least two"
             f" (class {line['class']!r}: {line['source']}: {line['reason']})"
         )
-    # One scale for all: whatever may be of 16 bits is looked at, of which most is told by its first bytes.
+    # One scale for all: every file that may hold 16 bits is opened, and its header says whether it does.
     for listing in plan.splits.values():
         images = listing if deepest.grey >= 0 else _maybe_deep(listing)
         if len(images):
