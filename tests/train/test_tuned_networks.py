@@ -33,23 +33,27 @@ def loss_of(network) -> torch.Tensor:
     return sum((number + 1) * F.cross_entropy(part, torch.tensor([0, 1, 2, 0])) for number, part in enumerate(parts))
 
 
+def graph_tensors() -> list[torch.Tensor]:
+    """Return every tensor of this process that a gradient flows through."""
+    return [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.requires_grad]
+
+
 def kept_bytes(network) -> int:
     """Return how many bytes of maps a step keeps for its backward pass."""
-    gc.collect()  # what other tests left is nobody's here
-    weights = {tensor.untyped_storage().data_ptr() for tensor in network.state_dict().values()}
+    before = graph_tensors()  # of other tests; held, so that no map of this step gets the memory of one
+    known = {tensor.untyped_storage().data_ptr() for tensor in [*before, *network.state_dict().values()]}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in known:
             kept[storage.data_ptr()] = storage
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda _: None):
         loss = loss_of(network)
-    for thing in gc.get_objects():  # what a checkpointed block takes is no saved tensor
-        if type(thing) is torch.Tensor and thing.requires_grad:
-            keep(thing)
-    del loss
+    for tensor in graph_tensors():  # what a checkpointed block takes is no saved tensor
+        keep(tensor)
+    del loss, before
     return sum(storage.nbytes() for storage in kept.values())
 
 
