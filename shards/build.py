@@ -13,7 +13,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -232,11 +232,11 @@ def _build(
         remembered = None  # they may have been fixed since
     if remembered is not None:
         findings = Findings(**remembered)
-        plan = _plan(images, options, findings.copies)
     else:
         copies = identical_images(images) if options["test_fraction"] or options["val_fraction"] else []
-        plan = _plan(images, options, copies)
-        findings = find_out(images, plan, copies, encoding, workers=workers, scheduler=scheduler)
+        first = _plan(images, options, copies)
+        findings = find_out(images, first, copies, encoding, workers=workers, scheduler=scheduler)
+    plan = _plan(images, options, findings.copies, findings.unreadable)
     if strict and findings.rejected:
         raise UserError(_not_strict("{source}: {reason}".format(**findings.rejected[0])))
     for note in (*images.notes, *_alike_names(images.classes), *images.skipped, *plan.notes, *findings.notes(images)):
@@ -247,8 +247,7 @@ def _build(
         staging.write_json(PLAN, wanted, as_of=listed)
     images, plan = findings.applied(images, plan)
     encoding = partial(encoding, grey_bits=findings.grey_bits)
-    identity = json.dumps([wanted, asdict(findings)], sort_keys=True, ensure_ascii=True)
-    build_id = hashlib.sha256(identity.encode()).hexdigest()
+    build_id = hashlib.sha256(json.dumps([wanted, asdict(findings)], sort_keys=True).encode()).hexdigest()
     jobs = {
         split: _shard_jobs(staging, split, images, plan, encoding, options["shard_samples"], build_id)
         for split in SPLITS
@@ -276,7 +275,7 @@ def _build(
     print(summary(open_dataset(out)))
 
 
-def _plan(images: Source, options: dict[str, Any], copies: list[list[int]]) -> Plan:
+def _plan(images: Source, options: dict[str, Any], copies: list[list[int]], unreadable: Sequence[int] = ()) -> Plan:
     return plan_splits(
         images,
         profile=options["profile"],
@@ -285,6 +284,7 @@ def _plan(images: Source, options: dict[str, Any], copies: list[list[int]]) -> P
         val_fraction=options["val_fraction"] or 0.0,
         seed=options["seed"],
         copies=copies,
+        unreadable=unreadable,
     )
 
 

@@ -1,17 +1,18 @@
 """What has to be known of the images before the first shard is written; an interrupted build remembers it.
 
     copies      identical images, which the plan keeps together
+    unreadable  training images in whose place the profile takes others of a class that would be lost
     lost        classes without a readable training image, and held-out splits without a readable one: they are left
                 out, and labels count the other classes
     grey bits   how many bits 16-bit grey images use: one scale for all, so that dark ones stay dark
     colour      whether there is 16-bit colour, of which only the upper byte is stored
 
-For the second, one image of each class and split is decoded, and the others where that fails. For the third and the
-fourth every file that is no JPEG is opened, and decoded where it is of 16 bits; JPEGs too where one of the former was.
+For the second and the third, one image of each class and split is decoded, and the others where that fails. For the
+last two every file that is no JPEG is opened, and decoded where it is of 16 bits; JPEGs too where one of those was.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -43,6 +44,8 @@ class Findings:
         rejected: their images, as in `rejected.jsonl`; the labels are null.
         grey_bits: of 16-bit grey images.
         colour: the largest upper byte of the 16-bit colour images that were looked at; -1 where none was.
+        unreadable: training images of classes of which the profile would keep no other, by position likewise; it keeps
+            others in their place.
     """
 
     copies: list[list[int]]
@@ -51,6 +54,7 @@ class Findings:
     rejected: list[dict[str, Any]]
     grey_bits: int
     colour: int = -1
+    unreadable: list[int] = field(default_factory=list)
 
     def notes(self, source: Source) -> Iterator[str]:
         """Lines for the user."""
@@ -58,8 +62,8 @@ class Findings:
             names = [source.classes[j] for j in self.lost]
             first = self.rejected[0]
             yield (
-                "classes of which no training image that the profile keeps can be read are left out:"
-                f" {some(names)}, for example {first['source']}: {first['reason']}"
+                f"classes of which no training image can be read are left out: {some(names)}, for example"
+                f" {first['source']}: {first['reason']}"
             )
         for split in self.lost_splits:
             yield f"no image that was held out for {split} can be read; there is no {split} split"
@@ -118,22 +122,28 @@ def find_out(
         UserError: fewer than two classes have a readable training image, or an official split has none.
     """
     look = partial(_look_at, source=source, encode=encode, workers=workers, scheduler=scheduler)
-    train = plan.splits["train"]
+    train, listing = plan.splits["train"], source.splits["train"]
     trained, first_ids = np.unique(train.labels, return_index=True)
     first = look("look at each class", train[first_ids])
     deepest = first.depth
     lost: list[int] = []
     rejected: list[dict[str, Any]] = []
+    unreadable: list[int] = []
+    kept_C = train.class_counts(len(source.classes))
     for j in [int(j) for j, reason in zip(trained, first.reasons, strict=True) if reason]:
-        images = train[np.flatnonzero(train.labels == j)]
+        images = listing[plan.pools[j]]
         found = _until_one_is_good(images, partial(look, f"look at class {source.classes[j]}"))
         deepest = _larger(deepest, found.depth)
-        if all(found.reasons):
+        bad = next((i for i, reason in enumerate(found.reasons) if not reason), len(images))
+        if bad >= kept_C[j]:
+            rejected += _lines("train", source, images[np.arange(bad)], found.reasons[:bad])
+        if bad == len(images):
             lost.append(j)
-            rejected += _lines("train", source, images, found.reasons)
             for split in sorted(HELD_OUT & plan.splits.keys()):
                 others = plan.splits[split][np.flatnonzero(plan.splits[split].labels == j)]
                 rejected += _lines(split, source, others, [LEFT_OUT] * len(others))
+        elif bad >= kept_C[j]:
+            unreadable += plan.pools[j][:bad].tolist()
     lost_splits = []
     for split in sorted(HELD_OUT & plan.splits.keys()):
         listing = plan.splits[split]
@@ -160,7 +170,7 @@ def find_out(
     bits = max(GREY_BITS)
     if deepest.grey >= 0:
         bits = next((bits for bits in GREY_BITS if deepest.grey < 1 << bits), bits)
-    return Findings(copies, lost, lost_splits, rejected, bits, deepest.colour)
+    return Findings(copies, lost, lost_splits, rejected, bits, deepest.colour, unreadable)
 
 
 def _maybe_deep(images: Listing) -> Listing:

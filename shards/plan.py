@@ -16,9 +16,17 @@ HELD_OUT = ("test", "val")
 
 @dataclass(frozen=True)
 class Plan:
-    """The images of each split in the order they are written, and lines for the user about it."""
+    """What a dataset is made of.
+
+    Attributes:
+        splits: the images of each split in the order they are written.
+        pools: of each class, the positions in the source's listing of its training images that are not held out; the
+            profile keeps the first so many.
+        notes: lines for the user.
+    """
 
     splits: dict[str, Listing]
+    pools: list[NDArray[np.int64]]
     notes: list[str]
 
 
@@ -31,6 +39,7 @@ def plan_splits(
     val_fraction: float,
     seed: int,
     copies: Sequence[Sequence[int]] = (),
+    unreadable: Sequence[int] = (),
 ) -> Plan:
     """Hold out test and validation images, then thin the training images by the profile.
 
@@ -50,6 +59,7 @@ def plan_splits(
         seed: an integer >= 0.
         copies: groups of identical training images, by their position in the listing. A group is held out whole,
             whatever its labels, or not at all.
+        unreadable: positions of training images that the profile keeps last.
 
     Returns:
         The splits; one that would be empty is left out.
@@ -69,6 +79,8 @@ def plan_splits(
             splits[name] = train[np.concatenate([pool[held_out[pool]] for pool in pools])]
             pools = [pool[~held_out[pool]] for pool in pools]
 
+    if unreadable:
+        pools = [pool[np.argsort(np.isin(pool, unreadable), kind="stable")] for pool in pools]
     available_C = np.array([len(pool) for pool in pools])
     wanted_C = profile_counts(profile, available_C, imbalance_factor)
     splits["train"] = train[np.concatenate([pool[:n] for pool, n in zip(pools, wanted_C, strict=True)])]
@@ -89,7 +101,7 @@ def plan_splits(
         if missing := [source.classes[j] for j in np.flatnonzero(split.class_counts(n_classes) == 0)]:
             notes.append(f"{name} has no image of {_some(missing)}")
         planned[name] = split[np.random.default_rng([seed, 1, i]).permutation(len(split))]
-    return Plan(planned, notes)
+    return Plan(planned, pools, notes)
 
 
 def _held_out(

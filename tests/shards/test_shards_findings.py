@@ -32,7 +32,7 @@ def half_lost(tmp_path, image_folder):
 def test_a_class_of_bad_images_is_left_out_and_reported(tmp_path, half_lost, capsys):
     out = build("folder", source=half_lost, out=tmp_path / "out", workers=1, shard_samples=4)
     err = capsys.readouterr().err
-    assert "note: classes of which no training image that the profile keeps can be read are left out: 1 (b), for" in err
+    assert "note: classes of which no training image can be read are left out: 1 (b), for" in err
     dataset = open_dataset(out)
     assert dataset.classes == ["a", "c", "d"]
     assert [len(split.class_counts) for split in dataset.splits.values()] == [3, 3, 3]
@@ -165,3 +165,22 @@ def test_one_32_bit_image_does_not_darken_the_others(tmp_path):
     options = {"workers": 1, "test_fraction": 0, "val_fraction": 0}
     out = build("folder", source=tmp_path / "source", out=tmp_path / "out", **options)
     assert open_dataset(out).manifest["grey_bits"] == 12
+
+
+def test_a_class_is_not_lost_to_the_bad_images_that_the_profile_would_keep(tmp_path, image_folder):
+    source = image_folder(tmp_path / "source", {"a": 20, "b": 20, "c": 20})
+    options = {"source": source, "test_fraction": 0.1, "val_fraction": 0, "profile": "exp", "imbalance_factor": 18}
+    bad, test = [], None
+    for number in range(3):
+        out = tmp_path / str(number)
+        dataset = open_dataset(build("folder", out=out, workers=1 + number % 2, **options))
+        assert dataset.classes == ["a", "b", "c"]
+        assert dataset.splits["train"].class_counts.tolist() == [18, 4, 1]
+        assert test in (None, dataset.splits["test"].sample_names())
+        test = dataset.splits["test"].sample_names()
+        (only,) = [name for name in dataset.splits["train"].sample_names() if name.startswith("c/")]
+        rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+        assert sorted(image["source"] for image in rejected) == sorted(bad)
+        assert only not in bad
+        bad.append(only)
+        (source / only).write_bytes(b"no image")
