@@ -15,7 +15,7 @@ from io import BytesIO
 from typing import NamedTuple, Self
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from shards.strict import check_png, markers_follow
 
@@ -50,6 +50,11 @@ DRAFT_MARGIN = 1.15
 # takes four bytes a pixel: one gigabyte in each worker at most.
 MOST_PIXELS = 89_478_485  # PIL's own limit
 MOST_SHRUNK_PIXELS = 1 << 28
+
+# A PNG's colour profile and texts are unpacked up to 64 MB. What is stored has none larger than PIL takes where it was
+# not asked for more.
+MOST_TEXT = PngImagePlugin.MAX_TEXT_CHUNK
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 ROWS = 256  # of 16-bit grey that become 8-bit at a time, for little memory
 
@@ -299,16 +304,25 @@ def _is_plain(image: Image.Image, data: bytes) -> bool:
         and data[24] == 8  # bits, of the IHDR chunk, always a PNG's first; PIL hides 16-bit colour behind mode RGB
         and "transparency" not in image.info
         and not getattr(image, "is_animated", False)
+        and not _has_large_text(image)
     )
+
+
+def _has_large_text(image: Image.Image) -> bool:
+    """Whether a PNG's colour profile or a text of it is larger than PIL unpacks by default."""
+    texts = getattr(image, "text", {}).values()  # after the picture is loaded, as they may stand behind it
+    return any(len(text) > MOST_TEXT for text in (image.info.get("icc_profile") or b"", *texts))
 
 
 def _why_not_kept(image: Image.Image, orientation: int) -> str:
     if image.format not in ("JPEG", "PNG"):
-        return "cannot be kept: no JPEG or PNG"
+        return "cannot be kept: neither a JPEG nor a PNG"
     if orientation != 1:
         return "cannot be kept: EXIF does not say upright"
     if image.format == "JPEG" and image.mode in ("L", "RGB"):
         return "cannot be kept: bytes between its markers"
+    if image.format == "PNG" and _has_large_text(image):
+        return "cannot be kept: a colour profile or text of more than a megabyte"
     return "cannot be kept: not plain 8-bit RGB or grey"
 
 

@@ -109,7 +109,7 @@ def test_keep_bytes_stores_originals_or_nothing(tmp_path, listing):
     assert stored == {name: images[name] for name in ("0.jpg", "1.jpg", "3.jpg")}
     assert Counter(rejected(root).values()) == {
         "cannot be kept: not plain 8-bit RGB or grey": 1,
-        "cannot be kept: no JPEG or PNG": 1,
+        "cannot be kept: neither a JPEG nor a PNG": 1,
     }
     with pytest.raises(UserError, match="built with keep-bytes True, not False"):
         built(source, root)

@@ -5,7 +5,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, features
+from PIL import ExifTags, Image, PngImagePlugin, features
 from shards_pictures import encoded, picture, png_of_16_bits
 from sklearn.datasets import load_sample_image
 
@@ -256,7 +256,7 @@ def test_keep_bytes_keeps_plain_files(kind, mode):
         (encoded(picture().convert("CMYK"), "JPEG"), "cannot be kept: not plain 8-bit RGB or grey"),
         (encoded(picture().convert("RGBA"), "PNG"), "cannot be kept: not plain 8-bit RGB or grey"),
         (encoded(Image.fromarray(RAMP_HW), "PNG"), "cannot be kept: not plain 8-bit RGB or grey"),
-        (encoded(picture(), "BMP"), "cannot be kept: no JPEG or PNG"),
+        (encoded(picture(), "BMP"), "cannot be kept: neither a JPEG nor a PNG"),
         (with_orientation(picture(size=(150, 120)), "JPEG", 6)[:-10], "damaged or truncated"),
         (JPEG[: len(JPEG) // 2], "damaged or truncated"),
         (b"", "empty file"),
@@ -293,3 +293,18 @@ def test_16_bit_grey_needs_little_memory():
         assert tracemalloc.get_traced_memory()[1] < 8 * 2_000_000
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["profile", "text"])
+def test_a_large_profile_or_text_does_not_cost_the_image(kind):
+    text = PngImagePlugin.PngInfo()
+    if kind == "text":
+        text.add_text("project", "x" * 1_500_000, zip=True)
+    options = {"icc_profile": bytes(1_500_000)} if kind == "profile" else {"pnginfo": text}
+    data = encoded(picture(), "PNG", **options)
+    stored = encode(data)
+    assert np.array_equal(pixels(stored.data), np.asarray(picture()))
+    assert len(stored.data) < 5000  # PIL opens it anywhere
+    assert encode(stored.data).data is stored.data
+    with pytest.raises(BadImageError, match="a colour profile or text of more than a megabyte"):
+        encode(data, keep_bytes=True)
