@@ -240,19 +240,21 @@ def cached_source(url: str) -> Path:
     """
     folder = cache_folder() / f"source-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     try:
-        with _remote(url) as (files, root):
-            found = files.find(root, detail=True)
-            # An empty object whose name ends with "/" stands for a folder, as consoles make one.
-            names = [path for path in found if not path.endswith("/")]
-            there = {path.removeprefix(root).lstrip("/"): found[path] for path in names}
-        if not there:
-            raise UserError(f"--source {url} holds no files")
-        if "" in there:  # a file, such as a list of images beside it
-            parent, _, name = url.rpartition("/")
-            return cached_source(parent) / name
-        _make(folder)
+        _make(folder.parent)
+        # Listed under the lock: what another process copies meanwhile may be newer than a listing from before.
         with folder.with_name(f"{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            with _remote(url) as (files, root):
+                found = files.find(root, detail=True)
+                # An empty object whose name ends with "/" stands for a folder, as consoles make one.
+                names = [path for path in found if not path.endswith("/")]
+                there = {path.removeprefix(root).lstrip("/"): found[path] for path in names}
+            if not there:
+                raise UserError(f"--source {url} holds no files")
+            if "" in there:  # a file, such as a list of images beside it
+                parent, _, name = url.rpartition("/")
+                return cached_source(parent) / name
+            _make(folder)
             _copy(url, there, folder)
     except OSError as error:
         raise UserError(f"--source {url} cannot be read: {error.strerror or error}") from None
