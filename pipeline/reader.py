@@ -1,12 +1,12 @@
 """Encoded images straight out of the shards."""
 
 import os
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
 from pathlib import Path
-from threading import BoundedSemaphore, Lock, Thread
+from threading import Lock, Thread
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,8 @@ class ShardReader:
         self._split = split
         self._lock = Lock()
         self._here: dict[int, Future[Path]] = {}  # shards of a remote dataset that are fetched, or were
-        self._transfers = BoundedSemaphore(TRANSFERS)
+        self._wanted: deque[tuple[int, Future[Path]]] = deque()  # those of them that no thread has taken yet
+        self._fetchers = 0
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()  # last used, last
 
     def __reduce__(self) -> tuple[type["ShardReader"], tuple[Split]]:
@@ -119,18 +120,30 @@ class ShardReader:
         with self._lock:
             for shard in shards:
                 if shard not in self._here:
-                    self._here[shard] = coming = Future[Path]()
-                    # Not a pool's thread, for which the interpreter waits when it ends: a slow link may take minutes.
-                    Thread(target=self._fetch_one, args=(shard, coming), daemon=True).start()
+                    self._here[shard] = Future[Path]()
+                    self._wanted.append((shard, self._here[shard]))
+                    if self._fetchers < TRANSFERS:
+                        # Not a pool's thread, for which the interpreter waits at its end: a slow link may take minutes.
+                        Thread(target=self._fetch_wanted, daemon=True).start()
+                        self._fetchers += 1
             return [self._here[shard] for shard in shards]
 
-    def _fetch_one(self, shard: int, coming: Future[Path]) -> None:
-        with self._transfers, suppress(InvalidStateError):  # nobody waits any more
-            if not coming.done():
-                try:
-                    coming.set_result(self._split.local_shard(shard))
-                except Exception as error:
+    def _fetch_wanted(self) -> None:
+        """Fetch shards until none is wanted."""
+        while True:
+            with self._lock:
+                if not self._wanted:
+                    self._fetchers -= 1
+                    return
+                shard, coming = self._wanted.popleft()
+            try:
+                path = self._split.local_shard(shard)
+            except Exception as error:
+                with suppress(InvalidStateError):  # nobody waits any more
                     coming.set_exception(error)
+            else:
+                with suppress(InvalidStateError):
+                    coming.set_result(path)
 
     def _too_short(self, shard: int, length: int, end: int) -> UserError:
         path = self._split.shard_paths[shard]
@@ -145,6 +158,7 @@ class ShardReader:
         """
         with self._lock:
             self._open.clear()
+            self._wanted.clear()
             for coming in self._here.values():
                 with suppress(InvalidStateError):
                     coming.set_exception(CancelledError())

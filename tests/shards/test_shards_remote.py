@@ -280,6 +280,23 @@ def test_shards_are_read_while_others_come(remote, monkeypatch):
     reader.close()
 
 
+def test_many_shards_take_a_few_threads(tmp_path, memory, image_folder, monkeypatch):
+    source = image_folder(tmp_path / "source", {"a": 20, "b": 20})
+    build("folder", source=source, out=memory, workers=1, shard_samples=1, test_fraction=0, val_fraction=0)
+    split, go_on = open_dataset(memory).splits["train"], threading.Event()
+    fetch, begun = shards.remote._fetch, []
+    monkeypatch.setattr(shards.remote, "_fetch", lambda *of: begun.append(of) or (go_on.wait(20) and fetch(*of)))
+    reader, before = ShardReader(split), threading.active_count()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(reader.encoded, np.arange(40))
+        while len(begun) < shards.remote.TRANSFERS:
+            time.sleep(0.01)
+        assert threading.active_count() - before == shards.remote.TRANSFERS + 1
+        go_on.set()
+        assert len(coming.result(20)) == len(begun) == 40
+    reader.close()
+
+
 def test_nobody_waits_for_a_slow_link_once_the_reader_is_closed(remote, monkeypatch):
     split, begun, go_on = open_dataset(remote).splits["train"], threading.Event(), threading.Event()
     fetch = shards.remote._fetch
