@@ -13,6 +13,7 @@ size.
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,14 @@ class Faults:
         """Add what a worker process's record took."""
         self.bad |= bad
         self.times.update(times)
+
+    def recall(self, split: Split, rows: Sequence[dict[str, Any]], counted: bool) -> None:
+        """Add what `rows` said of a split before its run was resumed; their `times`, too, where that is `counted`."""
+        for row in rows:
+            sample = row["sample"]
+            shard = split.shard_paths[split.samples[sample]["shard"]]
+            times = {sample: row["times"]} if counted else {}
+            self.merge({sample: BadImage(shard, row["byte"], row["reason"])}, times)
 
     def check(self) -> None:
         """Name each bad image on stderr, once.

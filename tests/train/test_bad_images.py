@@ -1,11 +1,16 @@
 """A dataset that lost images since it was built: the run goes on, and says so."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 
+from pipeline.faults import Faults
+from shards.errors import UserError
 from shards.index import open_dataset
+from train.engine import loop
 from train.engine.launch import run
 from train.erm import ERM
 
@@ -55,3 +60,32 @@ def test_a_resident_loader_without_room_is_a_users_mistake(damaged, capsys):
         run(ERM, [*SHORT, "--input.loader", "resident", "--input.resident_gb", "0"])
     assert stopped.value.code == 2
     assert "may use 0 GB on cpu" in capsys.readouterr().err
+
+
+def test_a_resumed_run_remembers_what_was_bad_before(damaged, tmp_path, monkeypatch):
+    """No step is left: only the checkpoint knows of the training image."""
+    with monkeypatch.context() as patched:
+        save = loop.save_checkpoint
+
+        def signalled(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            save(*arguments)
+
+        patched.setattr(loop, "save_checkpoint", signalled)
+        with pytest.raises(SystemExit, match="75"):
+            run(ERM, [*SHORT, "--optim.epochs", "1"])
+    run(ERM, ["--run", "run", "--resume"])
+    faults = json.loads((tmp_path / "run" / "summary.json").read_text())["faults"]
+    assert [(row["split"], row["sample"]) for row in faults] == damaged
+    assert all(row["times"] >= 1 and row["shard"].endswith(".tar") for row in faults)
+
+
+def test_the_limit_counts_what_was_bad_before(damaged):
+    split = open_dataset("digits").splits["train"]
+    rows = [{"sample": 3, "shard": "train-000000.tar", "byte": 512, "reason": "damaged", "times": 4}]
+    first, other = Faults(limit=0), Faults(limit=0)
+    first.recall(split, rows, counted=True)
+    other.recall(split, rows, counted=False)
+    assert (first.rows(), other.rows()) == (rows, [rows[0] | {"times": 0}])
+    with pytest.raises(UserError, match=r"1 image does not decode and input\.fault_limit is 0"):
+        first.check()

@@ -146,7 +146,7 @@ def finish(
         "images_per_second": counters.images / counters.training_seconds if counters.training_seconds else None,
         "seconds": counters.seconds,
         "evaluation_seconds": counters.evaluation_seconds,
-        "faults": collect_faults(dataset, accelerator),
+        "faults": report_faults(dataset, accelerator),
         "environment": runs.environment(device_name(accelerator.device), accelerator.num_processes)
         | {"loader": config.input.loader},
         "command": runs.command(),
@@ -226,21 +226,35 @@ def write_results(run_folder: Path, summary: dict[str, Any], final: Tally, datas
     print(f"wrote {run_folder}/summary.json; for a page with figures: tailstream report {run_folder}")
 
 
-def collect_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str, Any]]:
-    """Return a row per image that did not decode, in whichever process, and say how many there are."""
+def gather_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Return a row per image that did not decode, in whichever process; every process calls it."""
     mine = [{"split": name} | row for name, split in dataset.splits.items() for row in faults_of(split).rows()]
     found, times = {}, Counter[tuple[str, int]]()
     for row in gather_object(mine):
         image = row["split"], row["sample"]
         found[image] = row
         times[image] += row["times"]
-    if found:
-        images = f"{len(found)} images did not decode and were" if len(found) > 1 else "1 image did not decode and was"
+    return [row | {"times": times[image]} for image, row in sorted(found.items())]
+
+
+def recall_faults(dataset: Dataset, rows: list[dict[str, Any]], accelerator: Accelerator) -> None:
+    """Go on from what `gather_faults` returned before the run was resumed."""
+    for name, split in dataset.splits.items():
+        of_split = [row for row in rows if row["split"] == name]
+        faults_of(split).recall(split, of_split, counted=accelerator.is_main_process)
+
+
+def report_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Return what `gather_faults` does, and say how many there are."""
+    rows = gather_faults(dataset, accelerator)
+    if rows:
+        times = sum(row["times"] for row in rows)
+        images = f"{len(rows)} images did not decode and were" if len(rows) > 1 else "1 image did not decode and was"
         accelerator.print(
-            f"{images} replaced or left out, {times.total()} time{'s' * (times.total() > 1)} in all:"
+            f"{images} replaced or left out, {times} time{'s' * (times > 1)} in all:"
             f" see summary.json, and run: tailstream verify {dataset.place}"
         )
-    return [row | {"times": times[image]} for image, row in sorted(found.items())]
+    return rows
 
 
 def device_name(device: torch.device) -> str:

@@ -21,7 +21,7 @@ from shards.index import Dataset
 from train.engine import runs
 from train.engine.checkpoints import Counters, read_selected, save_checkpoint, save_selected
 from train.engine.config import Config, Loop
-from train.engine.evaluation import device_text, epoch_line, evaluate, test_split
+from train.engine.evaluation import device_text, epoch_line, evaluate, gather_faults, recall_faults, test_split
 from train.engine.guards import LossGuard, StallGuard, check_weights
 from train.engine.interrupts import Consensus, Interrupted, Interrupts
 from train.engine.method import Method, Progress, unwrapped
@@ -258,9 +258,11 @@ class Training:
         self._counters.seconds = time.perf_counter() - self._started
         step = self._counters.step
         check_weights(self._network, -(-step // self._plan.steps_per_epoch), step)
+        faults = gather_faults(self._dataset, self._accelerator)
         if self._accelerator.is_main_process:
             keep = self._config.loop.keep_checkpoints
-            save_checkpoint(self._run_folder, self._network, self._states(), self._counters, keep)
+            states = self._states() | {"faults": faults}
+            save_checkpoint(self._run_folder, self._network, states, self._counters, keep)
         self._accelerator.wait_for_everyone()
         self._consensus.wait()  # whether this checkpoint is due
         self._saved = time.perf_counter()
@@ -285,6 +287,7 @@ class Training:
         for group, of_group in zip(self._optimizer.param_groups, settings, strict=True):
             group.update(of_group)
         torch.set_rng_state(states["random"])
+        recall_faults(self._dataset, states.get("faults", []), self._accelerator)
         self._method.load_state_dict(states["method"])
         if self._accelerator.is_main_process:
             self._sums.add(states["sums"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from analysis.metrics import summarize
 from train.engine import runs
 from train.engine.diagnostics import write_diagnostics
-from train.engine.evaluation import collect_faults, describe, device_name, write_results
+from train.engine.evaluation import describe, device_name, report_faults, write_results
 from train.engine.predictions import Collector, write_predictions
 from train.features import passes
 from train.features.candidates import Candidate
@@ -67,7 +67,7 @@ def close_stage(
         **more,
         "images_per_second": sum(row["images_per_second"] for row in rows) / len(rows) if rows else None,
         "seconds": seconds,
-        "faults": collect_faults(stage.dataset, stage.accelerator),
+        "faults": report_faults(stage.dataset, stage.accelerator),
         "environment": runs.environment(device_name(stage.accelerator.device), stage.accelerator.num_processes),
         "command": runs.command(),
     }
