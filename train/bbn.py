@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.sampling import Exponent, epochs_before, random_generator
 from pipeline.stream import Stream
+from shards.errors import UserError
 from train.engine.launch import run
 from train.engine.method import Method, Progress, StepResult
 
@@ -104,6 +105,12 @@ class BBN(Method):
 
         self.title = "BBN"
         self._settings = config.method
+        separation = config.method.separation
+        if config.method.adaptor != "separate" and separation != BBN.Settings.separation:
+            raise UserError(
+                f"method.separation={separation:g} has no effect with method.adaptor={config.method.adaptor}; leave it"
+                " out, or choose separate"
+            )
         self.streams = (
             Stream("uniform", q=1.0, augment=config.input.augment),
             Stream("reversed", q=config.method.q, augment=config.input.augment),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pipeline.batch import Batch
+from shards.errors import UserError
 from train.bbn import ADAPTORS, BBN, adaptor_alpha, bbn_loss
 from train.engine.method import Progress
 from train.networks.model_files import load_model, save_model
@@ -45,6 +46,8 @@ def test_separate_stages_are_one_after_the_other(make_method):
     batch = {name: Batch(images, labels, np.arange(2)) for name in ("uniform", "reversed")}
     sums = [method.step(batch, Progress(epoch, 8, 0, 0)).sums["alpha"] for epoch in (1, 2, 3, 8)]
     assert sums == [1, 1, 0, 0]
+    with pytest.raises(UserError, match=r"method.separation=0.25 has no effect with method.adaptor=parabolic_decay"):
+        make_method(BBN, COUNTS, separation=0.25)
 
 
 @pytest.mark.parametrize("adaptor", ADAPTORS)

@@ -105,6 +105,7 @@ def test_graloss_is_reported_in_rows_and_summary(workplace):
         ("ce(tau=1)", "ce has no setting 'tau'; it has no settings"),
         ("gradual(tau=1)", "gradual has no setting 'tau'; its settings are: scale, base"),
         ("adjusted(tau=-1)", "tau"),
+        ("adjusted(scale=10)", "scale=10 has no effect without cosine=True"),
         ("adjusted(1.5)", "is not understood; write it as gradual or gradual(scale=0.5)"),
         ("adjusted(tau=", "is not understood"),
         ("adjusted(tau=1, tau=2)", "is not understood"),

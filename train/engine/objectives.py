@@ -54,6 +54,10 @@ class Adjusted(Objective):
         cosine: bool = False
         scale: PositiveFloat = SCALE
 
+        def __post_init__(self) -> None:
+            if self.scale != SCALE and not self.cosine:
+                raise UserError(f"scale={self.scale:g} has no effect without cosine=True; leave it out or give both")
+
     _shares_of_epoch: Callable[[Progress], NDArray[np.float64]] | None = None
     _prior_of: int | None = None
 
