@@ -339,10 +339,29 @@ def test_of_those_within_an_error_of_the_best_the_likeliest_is_selected():
     assert (found.index, found.best) == (2, 1)
     assert found.behind[1:] == [0, 0]
     assert found.losses[2] < found.losses[1] < found.losses[0]
-    again = select([constant(1), perfect, less_sure], (features, labels))
-    assert again.errors == found.errors
     few = select([perfect, constant(0)], (features[:2], torch.tensor([0, 0])))
     assert few.errors[0] > 0.2  # two images say little
+
+
+def test_the_error_is_that_of_images_drawn_anew_within_each_class():
+    labels = torch.tensor([0] * 40 + [1] * 10)
+    features = torch.eye(2)[labels]
+    features[:4], features[40:45] = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])  # 4 of 40 and 5 of 10 mistaken
+    found = select([constant(0), scaled(1.0, 1.0)], (features, labels))
+    assert found.behind[0] == pytest.approx((0.9 + 0.5 - 1) / 2)
+    # constant(0) is right on those 4 alone of class 0, and on the other 5 of class 1 never.
+    variance = np.var([1] * 4 + [0] * 36, ddof=1) / 40 + np.var([1] * 5 + [0] * 5, ddof=1) / 10
+    assert found.errors[0] == pytest.approx(variance**0.5 / 2)
+
+
+def test_classes_of_one_image_say_how_little_they_say():
+    perfect, half = (nn.Linear(20, 20) for _ in range(2))
+    for linear in (perfect, half):
+        linear.weight.data, linear.bias.data = torch.eye(20), torch.zeros(20)
+    half.weight.data[:10] = torch.eye(20)[:10].roll(1, 0)  # ten of twenty classes are mistaken
+    found = select([perfect, half], (torch.eye(20), torch.arange(20)))
+    assert found.behind[1] == pytest.approx(0.5)
+    assert found.errors[1] == pytest.approx(0.5 / 19**0.5)
 
 
 def test_who_is_measurably_worse_is_not_selected_however_likely():

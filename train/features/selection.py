@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from train.features.classifiers import FEATURES_PER_BLOCK
 
-RESAMPLES = 2000
 TEMPERATURES = 1 / 50, 50.0
 # A temperature is one number: of more images than these, so many tell it.
 IMAGES_FOR_TEMPERATURE = 4096
@@ -33,7 +32,7 @@ class Selection:
     Attributes:
         index: of the selected candidate.
         best: of the one of the highest balanced accuracy.
-        behind: per candidate, how much its balanced accuracy lies behind the best one's, in [−1, 1].
+        behind: per candidate, how much its balanced accuracy lies behind the best one's, in [0, 1].
         errors: the standard error of each of these differences.
         losses: per candidate, its cross-entropy at its own temperature, the mean of classes' means, in nats.
     """
@@ -52,17 +51,16 @@ class Selection:
         ]
 
 
-def select(linears: Sequence[nn.Linear], bank: tuple[Tensor, Tensor], seed: int = 0) -> Selection:
+def select(linears: Sequence[nn.Linear], bank: tuple[Tensor, Tensor]) -> Selection:
     """Select, of the classifiers within an error of the highest balanced accuracy, the one of the lowest loss.
 
-    The error is of the paired difference of balanced accuracies: images are resampled with replacement within each
-    class (a stratified bootstrap), the same ones for both classifiers. Before the loss each classifier's logits are
-    divided by the temperature that suits it best there: one that is right and merely too sure is no worse for it.
+    The error is of the paired difference of balanced accuracies, over images drawn anew within each class, the same
+    ones for both classifiers. Before the loss each classifier's logits are divided by the temperature that suits it
+    best there: one that is right and merely too sure is no worse for it.
 
     Args:
         linears: from simple to complex: the first of those that tie is taken.
         bank: held-out features (N, D) and labels (N,).
-        seed: of the resampling.
     """
     judged = [judge(linear, bank) for linear in linears]
     right_NF, losses_NF = (np.stack(parts, axis=1) for parts in zip(*judged, strict=True))
@@ -72,19 +70,29 @@ def select(linears: Sequence[nn.Linear], bank: tuple[Tensor, Tensor], seed: int 
         np.mean([of_NF[labels_N == c].mean(0) for c in present], axis=0) for of_NF in (right_NF, losses_NF)
     )
     best = int(accuracies_F.argmax())  # the simplest of those that tie
-    differences_NF = right_NF[:, best : best + 1].astype(np.float64) - right_NF
-    generator = np.random.default_rng(seed)
-    resampled_RF = np.zeros((RESAMPLES, len(linears)))
-    for c in present:
-        # Images on which all classifiers differ alike are drawn together: a class may have a hundred thousand.
-        alike_VF, images_V = np.unique(differences_NF[labels_N == c], axis=0, return_counts=True)
-        n = images_V.sum()
-        resampled_RF += generator.multinomial(n, images_V / n, RESAMPLES) @ alike_VF / (n * len(present))
-    errors_F = resampled_RF.std(0)
+    errors_F = _standard_errors(right_NF[:, best : best + 1].astype(np.float64) - right_NF, labels_N)
     behind_F = accuracies_F[best] - accuracies_F
     within_F = behind_F <= errors_F + 1e-12
     index = int(np.where(within_F, losses_F, np.inf).argmin())
     return Selection(index, best, behind_F.tolist(), errors_F.tolist(), losses_F.tolist())
+
+
+def _standard_errors(differences_NF: NDArray[np.float64], labels_N: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the standard errors of the means over classes of the classes' mean differences, shape (F,).
+
+    A class of n images adds their variance s²/n. One of a single image says nothing of its variance by itself, and
+    would add 0 though it moves the mean as much as any: such classes are drawn anew together.
+    """
+    order_N = labels_N.argsort(kind="stable")
+    groups = np.split(order_N, np.flatnonzero(np.diff(labels_N[order_N])) + 1)
+    single = np.array([rows[0] for rows in groups if len(rows) == 1], np.int64)
+    variance_F = np.zeros(differences_NF.shape[1])
+    for rows in groups:
+        if len(rows) > 1:
+            variance_F += differences_NF[rows].var(0, ddof=1) / len(rows)
+    if len(single) > 1:
+        variance_F += differences_NF[single].var(0, ddof=1) * len(single)
+    return np.asarray(np.sqrt(variance_F) / len(groups))
 
 
 @torch.no_grad()
