@@ -28,3 +28,8 @@ def kept_with(split: Split, name: Hashable, make: Callable[[], Thing]) -> Thing:
 def is_kept_with(split: Split, name: Hashable) -> bool:
     """Whether a thing of this name is kept with a split."""
     return name in _shelves.get(id(split), {})
+
+
+def drop(split: Split, name: Hashable) -> None:
+    """Keep the thing of this name, if there is one, no longer: its memory goes with its last user."""
+    _shelves.get(id(split), {}).pop(name, None)

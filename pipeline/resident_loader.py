@@ -25,7 +25,7 @@ from pipeline.augment import Interpolation, Windows
 from pipeline.batch import Loader, Shown, steps_from
 from pipeline.budget import free_memory
 from pipeline.distort import distort
-from pipeline.kept import is_kept_with, kept_with
+from pipeline.kept import drop, is_kept_with, kept_with
 from pipeline.pictures import UndecodableError, decode
 from pipeline.plan import Draw, Plan
 from pipeline.reader import ShardReader
@@ -210,6 +210,11 @@ def set_aside(split: Split, device: torch.device) -> Decoded:
         return images
 
     return kept_with(split, (Decoded, device), make)
+
+
+def let_go(split: Split, device: torch.device) -> None:
+    """Free the memory of a split's images on a device, which nobody will look at again, once its loaders are closed."""
+    drop(split, (Decoded, device))
 
 
 def bytes_to_come(device: torch.device) -> int:

@@ -9,9 +9,12 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 
 from analysis.runs import read_run
+from pipeline.kept import is_kept_with
 from pipeline.plan import EvalPlan, Stream, TrainPlan
+from pipeline.resident_loader import Decoded
 from shards.build import build
 from shards.index import open_dataset
 from train import afg, calibrate, decouple
@@ -241,6 +244,36 @@ def test_how_many_images_may_fail_is_stage_ones(here, monkeypatch):
     monkeypatch.setattr(stage_two, "feature_bank", look)
     decouple.run(["--classifier", "ncm", "--run", "runs/ncm"])
     assert set(seen) == {77}
+    decouple.run(["--classifier", "ncm", "--run", "runs/own", "--input.fault_limit", "3"])
+    assert seen[-1] == 3
+
+
+def test_a_second_stage_takes_the_settings_of_the_machine_that_messages_name(here, monkeypatch):
+    threads, seen = torch.get_num_threads(), []
+    original = stage_two.feature_bank
+    monkeypatch.setattr(stage_two, "feature_bank", lambda *of: seen.append(torch.get_num_threads()) or original(*of))
+    machine = ["--loop.device", "cpu", "--loop.threads", "1", "--input.resident_gb", "1", "--input.decode", "whole"]
+    try:
+        decouple.run(["--classifier", "ncm", "--run", "runs/ncm", *machine])
+    finally:
+        torch.set_num_threads(threads)
+    assert set(seen) == {1}
+
+
+def test_features_are_not_kept_under_weights_that_did_not_make_them(here, monkeypatch, capsys):
+    original = stage_two.feature_bank
+
+    def meanwhile(*arguments):
+        found = original(*arguments)
+        for path in Path("runs/ce").glob("model*.safetensors"):  # stage one is trained on
+            save_file({name: value * 2 for name, value in load_file(path).items()}, path)
+        return found
+
+    monkeypatch.setattr(stage_two, "feature_bank", meanwhile)
+    message = fails_with(capsys, "--classifier", "ncm", "--run", "runs/ncm")
+    assert "runs/ce was trained on while its features were taken; start again when it is finished" in message
+    weights = {json.loads(path.read_text())["weights"] for path in Path("runs/ce/features").glob("*/bank.json")}
+    assert len(weights) == 1
 
 
 def test_a_dry_run_of_mislas_counts_its_smoothings_and_its_features(here, capsys):
@@ -293,3 +326,19 @@ def test_a_dataset_that_was_rebuilt_is_refused(here, capsys):
 def test_a_classifier_outside_of_its_section_is_refused(here, capsys):
     Path("a.yaml").write_text("classifier: lws\n")
     assert "belongs in the section method" in fails_with(capsys, "--config", "a.yaml")
+
+
+def test_decoded_images_go_once_their_features_are_there(here, monkeypatch):
+    decoded, taken, splits = (Decoded, torch.device("cpu")), stage_two.feature_bank, {}
+
+    def look(*arguments):
+        assert not any(is_kept_with(split, decoded) for split in splits.values())
+        found = taken(*arguments)
+        splits[arguments[3]] = split = arguments[2].splits[arguments[3]]
+        assert is_kept_with(split, decoded)
+        return found
+
+    monkeypatch.setattr(stage_two, "feature_bank", look)
+    decouple.run(["--classifier", "ncm", "--run", "runs/ncm", "--input.loader", "resident"])
+    assert splits.keys() == {"train", "val", "test"}
+    assert not any(is_kept_with(split, decoded) for split in splits.values())

@@ -168,7 +168,7 @@ def _wanted(
     return {
         "split": split,
         "network": run.resolve().name,
-        "weights": _digest(run / FILES[weights]),
+        "weights": weights_digest(run, weights),
         "dataset": _digest(dataset.root / MANIFEST),
         "recipe": input.augment if views else input.eval_augment,
         "image_size": input.image_size,
@@ -198,13 +198,25 @@ def keep_bank(run: Path, split: str, weights: str = "last") -> None:
     """Say that a finished bank fits the run's weights as they are now: their classifier alone has changed."""
     folder = run / FOLDER / split
     known = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
-    write_json(folder / "bank.json", known | {"weights": _digest(run / FILES[weights])})
+    write_json(folder / "bank.json", known | {"weights": weights_digest(run, weights)})
 
 
 def bank_ids(run: Path, split: Split) -> NDArray[np.int64]:
     """Return the samples that a finished bank of one view holds, row by row: ids_R, int64."""
     seen_R = np.load(run / FOLDER / split.name / "seen.npy")
     return np.asarray(split.by_class[seen_R], np.int64)
+
+
+def weights_digest(run: Path, weights: str) -> str:
+    """Return what identifies a run's weights, "last" or "selected".
+
+    Raises:
+        UserError: they are not there.
+    """
+    try:
+        return _digest(run / FILES[weights])
+    except FileNotFoundError:
+        raise UserError(f"{run} has no {FILES[weights]} any more; it is being trained, or was tidied up") from None
 
 
 def _digest(path: Path) -> str:

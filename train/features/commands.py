@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from pipeline.kinds import LoaderKind
+from pipeline.kinds import Decode, LoaderKind
 from shards.errors import UserError
 from shards.index import Dataset
 from train.engine.config import make_parser, preset
@@ -32,6 +32,9 @@ class Extraction:
         branch: of a bilateral network: both, or the features of one alone, conventional or rebalancing (BBN, Table 5).
         shift_batch_norm: whether batch norm's running statistics are first taken again, from classes in balance
             (train/features/shift.py); by default where the classifier's reference does so: for mislas.
+        decode: what DALI decodes of an image: window, whole or auto; by default as in stage one.
+        resident_gb: how many gigabytes decoded images may take in each process; by default as in stage one.
+        fault_limit: how many images of a split may fail to decode before the run ends; by default as in stage one.
     """
 
     views: NonNegativeInt = 0
@@ -40,6 +43,9 @@ class Extraction:
     threads: PositiveInt = 2
     branch: Literal["both", "conventional", "rebalancing"] = "both"
     shift_batch_norm: bool | None = None
+    decode: Decode | None = None
+    resident_gb: NonNegativeFloat | None = None
+    fault_limit: NonNegativeInt | None = None
 
 
 @dataclass
@@ -88,11 +94,16 @@ class Loop:
 
     Attributes:
         seed: of everything random.
+        device: cpu, cuda, or auto (GPUs where there are any).
         precision: of the feature extraction: no (float32), bf16, fp16, or auto (as accelerate is configured).
+        threads: CPU threads that each process computes with; by default OMP_NUM_THREADS where it is set, else the cores
+            divided among the processes of this machine.
     """
 
     seed: NonNegativeInt = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    threads: PositiveInt | None = None
 
 
 def stage_parser(name: str, description: str, settings: type) -> ArgumentParser:

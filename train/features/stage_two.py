@@ -20,6 +20,7 @@ from jsonargparse import Namespace
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.resident_loader import let_go
 from shards.errors import UserError
 from shards.index import Dataset
 from train.engine import runs
@@ -28,7 +29,7 @@ from train.engine.evaluation import test_split
 from train.engine.machine import make_accelerator
 from train.features import passes
 from train.features.bank import FOLDER as BANK
-from train.features.bank import bank_ids, feature_bank
+from train.features.bank import bank_ids, feature_bank, weights_digest
 from train.features.candidates import IMAGES_TO_CHOOSE, Families, Judge
 from train.features.commands import RATES, Program, defaults
 from train.features.estimate import estimate_lines
@@ -135,10 +136,11 @@ def open_stage(
     config = parser.instantiate(settings)
     program.check(config)
 
-    accelerator = make_accelerator(config.loop.precision)
+    accelerator = make_accelerator(config.loop.precision, config.loop.device, config.loop.threads)
     check_seed(config.loop.seed)
     set_seed(config.loop.seed)
     weights = choose_weights(source, asked.weights or about.get("weights"))
+    digest = weights_digest(source, weights)
     network: Any = load_model(source, weights)
     if config.input.branch != "both" and not isinstance(network, BilateralNetwork):
         raise UserError(
@@ -164,10 +166,11 @@ def open_stage(
         )
     test, held_out = test_split(dataset), dataset.splits.get("val")
     watched = "val" if held_out and test.name != "val" else None
-    taken = dict(vars(config.input))
-    views, branch, shifts = (taken.pop(key) for key in ("views", "branch", "shift_batch_norm"))
+    taken = {key: value for key, value in vars(config.input).items() if value is not None}
+    shifts = taken.pop("shift_batch_norm", None)
+    views, branch = (taken.pop(key) for key in ("views", "branch"))
     shown = ("image_size", "augment", "eval_augment", "fault_limit", "resident_gb", "decode")
-    input = Input(**{key: saved["input"][key] for key in shown if key in saved["input"]}, **taken)
+    input = Input(**{key: saved["input"][key] for key in shown if key in saved["input"]} | taken)
     moves = (program.shifts(config) if shifts is None else shifts) and bool(batch_norms(network))
     network.to(accelerator.device)
     if asked.dry_run:
@@ -217,7 +220,10 @@ def open_stage(
 
     def bank(split: str) -> tuple[Tensor, Tensor]:
         seen = views if split == "train" else 0
+        if weights_digest(source, weights) != digest:  # features would be kept under weights that did not make them
+            raise UserError(f"{source} was trained on while its features were taken; start again when it is finished")
         features_ND, labels_N = feature_bank(home, network, dataset, split, input, accelerator, seen, of)
+        let_go(dataset.splits[split], accelerator.device)  # only its features are looked at from now on
         if branch != "both":
             features_ND = features_ND.chunk(2, dim=1)[branch == "rebalancing"]
         return features_ND, labels_N
