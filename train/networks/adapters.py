@@ -87,7 +87,10 @@ ADAPTED = ".mlp.up.weight", ".qkv.up_q.weight"
 
 
 class AdaptedMlp(nn.Module):
-    """An MLP with a bottleneck beside it: tokens_BND to the same shape."""
+    """An MLP with a bottleneck beside it: tokens_BND to the same shape.
+
+    Where a block scales what its MLP gives (layer scale, as DINOv2 and DeiT III have it), it scales the bottleneck too.
+    """
 
     def __init__(self, mlp: nn.Module, width: int, dim: int, scale: float) -> None:
         super().__init__()
