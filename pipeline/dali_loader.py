@@ -94,14 +94,14 @@ def build_pipeline(
         files, starts, shapes, flips = [*inputs, None, None, None][:4]
         # What is no picture must fail here: in the decoder it ends the process (in DALI 2.4 an exception leaves it
         # while its threads still work on what it owned). So the decoder is made to wait for this.
-        sizes = fn.peek_image_shape(files, dtype=types.INT32)[:2]
         if whole:
-            files = fn.reshape(files, rel_shape=1.0 + 0.0 * fn.cast(sizes[:1], dtype=types.FLOAT))
+            height = fn.peek_image_shape(files, dtype=types.FLOAT)[:1]
+            files = fn.reshape(files, rel_shape=1.0 + 0.0 * height)
             images = fn.decoders.image(files, **options)
             if gpu is not None:
                 images = fn.slice(images, starts, shapes, axis_names="HW", out_of_bounds_policy="pad", fill_values=0)
         else:
-            starts = starts + 0 * sizes
+            starts = starts + 0 * fn.peek_image_shape(files, dtype=types.INT32)[:2]
             images = fn.decoders.image_slice(files, start=starts, shape=shapes, axis_names="HW", **options)
         if gpu is not None:
             filter_ = types.INTERP_CUBIC if recipe.interpolation == "bicubic" else types.INTERP_LINEAR

@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
 from pathlib import Path
@@ -46,15 +46,9 @@ class ShardReader:
             UserError: a shard is missing, cannot be read, or is shorter than the index says; or the dataset was built
                 again since it was opened.
         """
-        rows = self._split.samples[np.asarray(ids_B, dtype=np.int64)]
-        coming: dict[int, Future[Path]] = {}
-        if self._split.remote is not None:
-            wanted = np.unique(rows["shard"]).tolist()
-            coming = dict(zip(wanted, self._fetching(wanted), strict=True))
-        return [
-            np.frombuffer(self._read(coming, *where), dtype=np.uint8)
-            for where in zip(rows["shard"].tolist(), rows["offset"].tolist(), rows["size"].tolist(), strict=True)
-        ]
+        rows_B = self._rows(ids_B)
+        files = {i: self._pread(file, *where) for i, file, *where in self._places(rows_B)}
+        return [np.frombuffer(files[i], dtype=np.uint8) for i in range(len(rows_B))]
 
     def padded(self, ids_B: Iterable[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the samples' files as rows of one array, each with zeros behind it, which no decoder reads.
@@ -62,15 +56,43 @@ class ShardReader:
         Raises:
             UserError: as `encoded`.
         """
-        files = self.encoded(ids_B)
-        rows = np.zeros((len(files), max(map(len, files))), dtype=np.uint8)
-        for row, file in zip(rows, files, strict=True):
-            row[: len(file)] = file
-        return rows
+        rows_B = self._rows(ids_B)
+        width = int(rows_B["size"].max())
+        padded = np.zeros((len(rows_B), width), dtype=np.uint8)
+        # Straight into its place: of files of 3 kB, bytes that are copied take twice the time.
+        memory = padded.reshape(-1).data
+        for i, file, shard, offset, size in self._places(rows_B):
+            place = memory[i * width : i * width + size]
+            try:
+                found = os.preadv(file.descriptor, (place,), offset)
+            except OSError as error:
+                raise self._unreadable(shard, error) from None
+            if found < size:
+                place[:] = self._pread(file, shard, offset, size)
+        return padded
 
-    def _read(self, coming: dict[int, Future[Path]], shard: int, offset: int, size: int) -> bytes:
+    def _rows(self, ids_B: Iterable[int] | NDArray[np.int64]) -> NDArray[np.void]:
+        return self._split.samples[np.asarray(ids_B, dtype=np.int64)]
+
+    def _places(self, rows_B: NDArray[np.void]) -> Iterator[tuple[int, "_OpenFile", int, int, int]]:
+        """Return the rows in the order in which their files lie: number, the opened shard, shard, offset and size."""
+        order_B = np.lexsort((rows_B["offset"], rows_B["shard"]))
+        shards, offsets, sizes = (rows_B[name][order_B].tolist() for name in ("shard", "offset", "size"))
+        coming: dict[int, Future[Path]] = {}
+        if self._split.remote is not None:
+            wanted = sorted(set(shards))
+            coming = dict(zip(wanted, self._fetching(wanted), strict=True))
+        last, file = -1, None
+        for i, shard, offset, size in zip(order_B.tolist(), shards, offsets, sizes, strict=True):
+            if file is None or shard != last:
+                try:
+                    last, file = shard, self._opened(shard, coming)
+                except OSError as error:
+                    raise self._unreadable(shard, error) from None
+            yield i, file, shard, offset, size
+
+    def _pread(self, file: "_OpenFile", shard: int, offset: int, size: int) -> bytes:
         try:
-            file = self._opened(shard, coming)
             data = os.pread(file.descriptor, size, offset)
             while len(data) < size:  # a network file system may hand over less than was asked for
                 more = os.pread(file.descriptor, size - len(data), offset + len(data))
@@ -78,10 +100,13 @@ class ShardReader:
                     raise self._too_short(shard, os.fstat(file.descriptor).st_size, offset + size)
                 data += more
         except OSError as error:
-            self._split.check_edition()
-            path = self._split.shard_paths[shard]
-            raise UserError(f"shard {path} cannot be read ({error}); run: tailstream verify {path.parent}") from None
+            raise self._unreadable(shard, error) from None
         return data
+
+    def _unreadable(self, shard: int, error: OSError) -> UserError:
+        self._split.check_edition()
+        path = self._split.shard_paths[shard]
+        return UserError(f"shard {path} cannot be read ({error}); run: tailstream verify {path.parent}")
 
     def _opened(self, shard: int, coming: dict[int, Future[Path]]) -> "_OpenFile":
         with self._lock:

@@ -60,7 +60,9 @@ def test_the_shards_used_last_stay_open(split, monkeypatch):
     really_open = os.open
     monkeypatch.setattr(os, "open", lambda path, flags: opened.append(Path(path).name) or really_open(path, flags))
     firsts = [int(np.flatnonzero(split.samples["shard"] == shard)[0]) for shard in range(3)]
-    ShardReader(split).encoded([firsts[shard] for shard in (0, 1, 0, 2, 0, 1)])
+    reader = ShardReader(split)
+    for shards in ([1, 0], [0], [0, 2, 0], [0], [1]):  # within one call in the order of the shards
+        reader.encoded([firsts[shard] for shard in shards])
     assert [name[6:12] for name in opened] == ["000000", "000001", "000002", "000001"]
 
 
@@ -85,17 +87,28 @@ def test_a_pickled_reader_opens_its_own_files(split):
 
 
 def test_short_reads_are_gone_on_with(split, monkeypatch):
-    really_read = os.pread
+    really_read, into = os.pread, os.preadv
     monkeypatch.setattr(os, "pread", lambda descriptor, size, at: really_read(descriptor, min(size, 1000), at))
+    monkeypatch.setattr(os, "preadv", lambda descriptor, places, at: into(descriptor, [places[0][:1000]], at))
     assert ShardReader(split).encoded([1])[0].tobytes() == stored(split, 1)
+    assert ShardReader(split).padded([1])[0].tobytes() == stored(split, 1)
+
+
+def test_padded_files_are_the_files_with_zeros_behind_them(split):
+    ids = np.random.default_rng(0).integers(len(split), size=40)
+    files = [stored(split, sample) for sample in ids]
+    padded = ShardReader(split).padded(ids)
+    assert padded.shape == (40, max(map(len, files)))
+    assert [row.tobytes() for row in padded] == [file.ljust(padded.shape[1], b"\0") for file in files]
 
 
 def test_a_shard_that_shrinks_while_it_is_open_is_named(split):
     reader = ShardReader(split)
     reader.encoded([0])
     os.truncate(split.shard_paths[0], 700)
-    with pytest.raises(UserError, match=r"train-000000.tar is 700 bytes long but .* run: tailstream verify /"):
-        reader.encoded([0])
+    for read in (reader.encoded, reader.padded):
+        with pytest.raises(UserError, match=r"train-000000.tar is 700 bytes long but .* run: tailstream verify /"):
+            read([0])
 
 
 def test_a_missing_shard_is_named(split):
