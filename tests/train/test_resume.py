@@ -319,12 +319,14 @@ def test_a_pipe_whose_reader_hung_up_is_left_too():
     reader, writer = os.pipe()
     output = os.dup(1)
     os.dup2(writer, 1)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever tests under nohup ignores it
     try:
         with Interrupts():
             os.close(reader)
             signal.raise_signal(signal.SIGHUP)
             os.write(1, b"stopped")  # an OSError where it still goes into the pipe
     finally:
+        signal.signal(signal.SIGHUP, before)
         os.dup2(output, 1)
         os.close(output)
         os.close(writer)
