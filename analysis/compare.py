@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.runs import METRICS, Run
-from analysis.settings import Experiment, distinct_titles, experiment, fingerprint
+from analysis.settings import Experiment, experiment
+from analysis.titles import distinct_titles
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,10 @@ def group_runs(runs: Sequence[Run]) -> list[Entry]:
 
 def _entry(title: str, group: list[tuple[Experiment, Run]]) -> Entry:
     replicates: dict[Hashable, list[Run]] = {}
+    several = len({found.images for found, _ in group} - {None}) > 1
     for found, run in group:
-        replicates.setdefault(found.replicate, []).append(run)
+        # Draws of the data are replicates, too. Older runs do not say which one they have.
+        replicates.setdefault((found.replicate, found.images if several else None), []).append(run)
     last = [[run.last for run in runs] for runs in replicates.values()]
     selected = [[run.summary["selected"] for run in runs if run.summary["selected"]] for runs in replicates.values()]
     names = dict.fromkeys(row["name"] for _, run in group for row in run.baselines)
@@ -151,8 +154,10 @@ def mismatches(runs: Sequence[Run]) -> list[str]:
         splits = sorted({str(run.summary["evaluated_on"]) for run in mine})
         differing: dict[str, set[Any]] = {
             "were trained on different class counts": {tuple(run.train_counts_C) for run in mine},
-            "were trained on different images": {found for run in mine if (found := fingerprint(run)) is not None},
-            "have different classes, or these in another order": {tuple(run.classes) for run in mine},
+            # Shards count: what a run says of its images is of their files.
+            "were trained on different images, or on the same in other shards": {experiment(run).images for run in mine}
+            - {None},
+            "have different classes, or the same ones in another order": {tuple(run.classes) for run in mine},
             f"were evaluated on {' and '.join(splits)}": set(splits),
         }
         if len(splits) == 1:

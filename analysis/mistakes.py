@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
 from analysis.predictions import Answers
 from analysis.runs import Run
+from analysis.settings import parse_config
 from shards.errors import UserError
 from shards.groups import class_groups
 from shards.index import Split, open_dataset
@@ -101,11 +101,9 @@ def reachable_split(run: Run, answers: Answers) -> Split | None:
 
 
 def _place(run: Run) -> str | None:
-    try:
-        about = yaml.safe_load(run.config)["about"]
-        return str(about["data"]) if about["data"] else None
-    except (yaml.YAMLError, KeyError, TypeError):
-        return None
+    about = parse_config(run.config).get("about")
+    found = about.get("data") if isinstance(about, dict) else None
+    return str(found) if found else None
 
 
 def thumbnail(split: Split, image: int) -> str | None:

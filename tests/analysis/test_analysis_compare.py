@@ -97,7 +97,7 @@ def test_runs_on_different_data_are_named(runs, make_run):
     fewer = make_run("fewer", test_images_per_class=19)
     for path, said in (
         (thinner, "were trained on different class counts"),
-        (renamed, "have different classes, or these in another order"),
+        (renamed, "have different classes, or the same ones in another order"),
         (held_out, "were evaluated on test and val"),
         (fewer, "were evaluated on different numbers of images"),
     ):
@@ -132,5 +132,9 @@ def test_baselines_stand_under_the_entry_that_measured_them(make_run):
 
 def test_runs_on_other_images_are_named(make_run):
     runs = read_runs([make_run(name, settings={"about.fingerprint": name}) for name in ("a", "b")])
-    assert mismatches(runs) == ["the runs on digits were trained on different images"]
+    named = ["the runs on digits were trained on different images, or on the same in other shards"]
+    assert mismatches(runs) == named
     assert repeated_runs(group_runs(runs)) == []
+    # Second stages have the images of their stage one.
+    seconds = [make_run(f"afg-{run.name}", title="AFG", stage=2, **{"from": run.name}) for run in runs]
+    assert mismatches(read_runs(seconds)) == named

@@ -98,12 +98,12 @@ def test_the_page_shows_the_pictures_and_still_needs_nothing_else(trained):
         assert picture.size == (16, 16)
 
 
-@pytest.mark.parametrize("case", ["moved", "url", "no place", "other labels", "other counts"])
+@pytest.mark.parametrize("case", ["moved", "url", "no place", "damaged", "other labels", "other counts"])
 def test_without_the_same_dataset_there_are_no_pictures(trained, digits, case):
     config = (trained / "config.yaml").read_text()
     place = str(digits.root)
     changed = {"moved": f"{place}-moved", "url": "s3://bucket/digits", "no place": "null"}.get(case, place)
-    (trained / "config.yaml").write_text(config.replace(place, changed))
+    (trained / "config.yaml").write_text(config.replace(place, changed) + "x: 2020-13-45\n" * (case == "damaged"))
     if case == "other labels":
         with np.load(trained / "predictions.npz") as arrays:
             content = dict(arrays)

@@ -106,7 +106,7 @@ def test_a_stage_one_that_is_gone_leaves_its_name(make_run):
     assert (entry.title, len(entry.replicates)) == ("BBN + AFG", 2)
     make_run("gone-1", seed=1)
     assert unknown_stage_ones(read_runs(runs)) == [
-        "afg-0 was trained on gone-0, which is not beside it: the settings of stage one are not compared"
+        "afg-0 was trained on gone-0, whose config.yaml cannot be read: the settings of stage one are not compared"
     ]
 
 
@@ -212,3 +212,69 @@ def test_a_stage_one_that_is_gone_makes_no_long_title_of_the_others(make_run):
     make_run("bbn-0")
     runs = [stage_two(make_run, f"afg-{seed}", f"bbn-{seed}", seed=seed) for seed in range(2)]
     assert titles(*runs) == ["BBN + AFG", "BBN + AFG, stage one unknown"]
+
+
+def test_a_second_stage_whose_settings_cannot_be_read_makes_no_long_title_of_the_others(make_run):
+    make_run("bbn")
+    runs = [stage_two(make_run, f"afg-{seed}", "bbn", seed=seed) for seed in range(2)]
+    (runs[1] / "config.yaml").write_text("- 1\n", encoding="utf-8")
+    assert titles(*runs) == ["BBN + AFG", "BBN + AFG (2)"]
+
+
+@pytest.mark.parametrize(
+    ("key", "ce", "bbn", "said"),
+    [
+        ("model.weights", "default", None, ["CE, weights=default", "BBN, weights=none"]),  # not within reach
+        ("model.backbone", "resnet50", "resnet18", ["CE, resnet50", "BBN, resnet18"]),  # a GPU, and none
+        ("optim.epochs", 90, 180, ["CE, epochs=90", "BBN, epochs=180"]),  # a variant
+        ("optim.lr", 0.1, 0.2, ["CE", "BBN"]),  # a method's own recipe
+    ],
+)
+def test_what_presets_chose_is_named_where_a_comparison_rests_on_it(make_run, key, ce, bbn, said):
+    runs = [
+        make_run("ce", title="CE", settings={key: ce}, changed=[]),
+        make_run("bbn", settings={key: bbn}, changed=[]),
+    ]
+    assert titles(*runs) == said
+
+
+def test_which_weights_of_stage_one_is_named_beside_other_titles(make_run):
+    make_run("bbn")
+    runs = [
+        make_run(name, title=f"BBN + {name}", stage=2, from_weights=weights, changed=[], **{"from": "bbn"})
+        for name, weights in (("AFG", "last"), ("cRT", "selected"))
+    ]
+    assert titles(*runs) == ["BBN + AFG, from.weights=last", "BBN + cRT, from.weights=selected"]
+
+
+@pytest.mark.parametrize("named", ["whole", "part", "link"])
+def test_a_stage_one_elsewhere_is_found_where_the_run_says(make_run, tmp_path, monkeypatch, named):
+    monkeypatch.chdir(tmp_path)
+    runs = []
+    for i, adaptor in enumerate(("parabolic_decay", "linear_decay")):
+        place = make_run(f"../elsewhere{i}/bbn", settings={"method.adaptor": adaptor}, seed=i).resolve()
+        (tmp_path / f"best{i}").symlink_to(place)
+        place = {"whole": place, "part": f"elsewhere{i}/bbn", "link": f"best{i}"}[named]
+        runs.append(stage_two(make_run, f"afg-{i}", "bbn", settings={"about.from": str(place)}))
+    if named == "whole":
+        make_run("bbn", settings={"method.adaptor": "cosine_decay"})  # of that name, and not the one
+    assert titles(*runs) == [
+        "BBN + AFG, stage-one adaptor=parabolic_decay",
+        "BBN + AFG, stage-one adaptor=linear_decay",
+    ]
+    assert unknown_stage_ones(read_runs(runs)) == []
+
+
+def test_a_link_to_stage_one_that_leads_elsewhere_by_now(make_run, tmp_path):
+    place = make_run("../elsewhere/other")
+    (tmp_path / "best").symlink_to(place.resolve())
+    run = stage_two(make_run, "afg", "bbn", settings={"about.from": str(tmp_path / "best")})
+    assert len(unknown_stage_ones(read_runs([run]))) == 1
+
+
+def test_a_seed_of_before_there_were_fingerprints_is_the_same_seed(make_run):
+    runs = [make_run("old"), make_run("new", settings={"about.fingerprint": "a"})]
+    (entry,) = group_runs(read_runs(runs))
+    assert len(entry.replicates) == 1
+    (entry,) = group_runs(read_runs([*runs, make_run("other", settings={"about.fingerprint": "b"})]))
+    assert len(entry.replicates) == 3
