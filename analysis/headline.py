@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from analysis.compare import Entry
 from analysis.metrics import percent
 from analysis.predictions import Interval
-from analysis.runs import METRICS
 from analysis.tables import interval_text
 from shards.groups import GROUPS
 
@@ -31,9 +30,10 @@ def headline(entries: Sequence[Entry], split: str, versus: Mapping[str, dict[str
         split: what they were evaluated on.
         versus: intervals of the differences from the first, by title; empty where they are not known.
     """
-    first = entries[0]
-    if any(entry.last.mean["balanced_accuracy"] is None for entry in entries):
+    entries = [entry for entry in entries if entry.last.mean["balanced_accuracy"] is not None]
+    if not entries:
         return f"No {split} images were evaluated."
+    first = entries[0]
     if len(entries) == 1:
         return _one(first, split)
     best = best_entry(entries)
@@ -100,23 +100,24 @@ def _one(entry: Entry, split: str) -> str:
 
 def _cautions(first: Entry, other: Entry, gain: float, versus: dict[str, Interval]) -> list[str]:
     """Say how far the difference of two entries can be relied on."""
-    if abs(gain) < _LEVEL:
+    level = abs(gain) < _LEVEL
+    if level and not _by_group(first, other):
         return []
     cautions = []
-    if (interval := versus.get("balanced_accuracy")) is not None:
+    if not level and (interval := versus.get("balanced_accuracy")) is not None:
         may = (
             "is more than the choice of test images explains"
             if interval.is_clear
             else "may be chance: other test images could reverse it"
         )
         cautions.append(f"The difference {may} ({interval_text(interval)} points, 95 % interval).")
-    unsure = [
-        "overall" if key in ("top1", "balanced_accuracy") else f"in the {PLACES[key]}"
-        for key in ("top1", "balanced_accuracy", *PLACES)
-        if key in METRICS and _within_spread(first, other, key)
-    ]
+    places = {"top1": "overall", "balanced_accuracy": "counting every class equally"}
+    places |= {group: f"in the {place}" for group, place in PLACES.items()}
+    unsure = {key: place for key, place in places.items() if _within_spread(first, other, key)}
+    if "top1" in unsure:  # often the same figure
+        unsure.pop("balanced_accuracy", None)
     if unsure:
-        cautions.append(f"The difference {and_join(list(dict.fromkeys(unsure)))} is within the spread of the seeds.")
+        cautions.append(f"The difference {and_join(list(unsure.values()))} is within the spread of the seeds.")
     single = [entry.title for entry in (first, other) if len(entry.replicates) == 1]
     if single:
         whose = f"{and_join(single)} {'have' if len(single) == 2 else 'has'}"

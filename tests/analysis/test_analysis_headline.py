@@ -1,6 +1,7 @@
 """What a report says in words."""
 
 import itertools
+import json
 
 import pytest
 
@@ -72,6 +73,48 @@ def test_level_entries_need_no_caution(say):
 def test_an_interval_says_how_sure_a_difference_is(say, low, said):
     versus = {"BBN": {"balanced_accuracy": Interval(0.05, low, 0.09)}}
     assert f"The difference {said}." in say(versus, CE=[0.7], BBN=[0.75])
+
+
+def test_level_in_sum_but_not_in_its_groups_needs_one(make_run):
+    level = dict.fromkeys(("top1", "balanced_accuracy"), 0.7) | {"ece": 0.1, "medium": None}
+    runs = [
+        make_run("a", title="CE", last=level | {"many": 0.9, "few": 0.5}),
+        make_run("b", title="BBN", last=level | {"many": 0.7, "few": 0.7}),
+    ]
+    versus = {"BBN": {"balanced_accuracy": Interval(0.0, -0.1, 0.1)}}
+    reported = headline(group_runs(read_runs(runs)), "test", versus)
+    assert (
+        "It gains 20.0 points in the tail (few), but loses 20.0 points in the head (many). CE and BBN have a"
+        in reported
+    )
+    assert "interval" not in reported
+
+
+def test_what_was_evaluated_is_reported_beside_what_was_not(make_run):
+    runs = [make_run("a", title="CE", test_images_per_class=0), make_run("b"), make_run("c", title="AFG", recall=0.3)]
+    assert "than BBN with" in headline(group_runs(read_runs(runs)), "test", {})
+    assert headline(group_runs(read_runs(runs[:2])), "test", {}).startswith("BBN recognises ")
+    assert headline(group_runs(read_runs(runs[:1])), "test", {}) == "No test images were evaluated."
+
+
+def test_a_spread_is_said_to_be_of_its_own_figure(make_run):
+    runs = [
+        make_run(
+            f"{title}{seed}", title=title, seed=seed, last={"many": 0.9, "medium": None, "few": 0.5, "ece": 0.1, **last}
+        )
+        for title, top1, balanced in (("CE", 0.80, 0.60), ("BBN", 0.81, 0.65))
+        for seed, d in enumerate((-0.02, 0.02))
+        for last in [{"top1": top1 + d, "balanced_accuracy": balanced + d / 4}]
+    ]
+    reported = headline(group_runs(read_runs(runs)), "test", {})
+    assert "The difference overall is within the spread of the seeds." in reported
+    for run in runs:
+        summary = json.loads((run / "summary.json").read_text())
+        last = summary["last"]
+        last["top1"], last["balanced_accuracy"] = last["balanced_accuracy"], last["top1"]
+        (run / "summary.json").write_text(json.dumps(summary))
+    reported = headline(group_runs(read_runs(runs)), "test", {})
+    assert "The difference counting every class equally is within the spread of the seeds." in reported
 
 
 def test_one_entry_alone(say):
