@@ -2,11 +2,12 @@
 
 In a page a figure is inline SVG: it holds no words of the user's (titles and class names stand in the page around it),
 its letters are real text in the page's own font, and its colours are CSS variables, so it follows the page into dark
-mode and print. No figure has more than a few hundred marks, whatever the number of classes.
+mode and print. The number of marks stays small, whatever the number of classes.
 """
 
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -134,25 +135,30 @@ def inline_svg(figure: Figure) -> str:
 
 def alone(figure: Figure, titles: Sequence[str], file_format: str) -> bytes:
     """Return a figure as a file of its own, SVG or PDF, with a legend of the entries' titles."""
-    handles = [Line2D([], [], color=LIGHT[f"entry{i}"], linewidth=4) for i in range(len(titles))]
     with styled(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ ")  # of a title: a letter that the font lacks
         if len(titles) > 1:
-            width, height = figure.get_size_inches()
-            for columns in range(min(3, len(titles)), 0, -1):
-                legend = figure.legend(
-                    handles, titles, loc="outside upper left", ncols=columns, frameon=False, fontsize=8
-                )
-                for text in legend.get_texts():
-                    text.set_parse_math(False)  # titles are the user's
-                if columns == 1 or legend.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width <= (
-                    figure.bbox.width
-                ):
-                    break
-                legend.remove()
-            figure.set_size_inches(width, height + 0.25 * -(-len(titles) // columns))
+            _add_legend(figure, titles)
         buffer = io.BytesIO()
         # The same file every time: no date, and names that depend on the content alone.
         dated = {"svg": "Date", "pdf": "CreationDate"}[file_format]
         figure.savefig(buffer, format=file_format, metadata={dated: None})
     return buffer.getvalue()
+
+
+def _add_legend(figure: Figure, titles: Sequence[str]) -> None:
+    """Add a legend of entries above a figure, which grows by it, in as many columns as fit; of long titles in lines."""
+    handles = [Line2D([], [], color=LIGHT[f"entry{i}"], linewidth=4) for i in range(len(titles))]
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    tries = [(columns, list(titles)) for columns in range(min(3, len(titles)), 0, -1)]
+    tries += [(1, [textwrap.fill(title, letters) for title in titles]) for letters in range(60, 10, -10)]
+    for columns, shown in tries:
+        legend = figure.legend(handles, shown, loc="outside upper left", ncols=columns, frameon=False, fontsize=8)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # titles are the user's
+        if legend.get_window_extent(renderer).width <= figure.bbox.width or shown is tries[-1][1]:
+            break
+        legend.remove()
+    width, height = figure.get_size_inches()
+    further = sum(title.count("\n") for title in shown)
+    figure.set_size_inches(width, height + 0.25 * -(-len(titles) // columns) + 0.14 * further)

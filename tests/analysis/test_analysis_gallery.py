@@ -110,10 +110,15 @@ def test_mistakes_name_what_one_types(make_run, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_legend_stays_inside_its_picture(make_run):
-    names = ["CE, q=progressive", "BBN, adaptor=linear_decay", "BBN + AFG, beta=0.6", "manifold mixup, two samplers"]
+@pytest.mark.parametrize("longest", ["BBN + AFG, beta=0.6", "CE + AFG, " + "teacher stage one, " * 6 + "k=5", "x" * 90])
+def test_a_legend_stays_inside_its_picture(make_run, longest):
+    names = ["CE, q=progressive", "BBN, adaptor=linear_decay", longest, "manifold mixup, two samplers"]
     figure = groups(group_runs(read_runs([make_run(f"{i}", title=name) for i, name in enumerate(names)])))
+    height = figure.bbox.height
     alone(figure, names, "svg")
     (legend,) = figure.legends
     renderer = FigureCanvasAgg(figure).get_renderer()
-    assert legend.get_window_extent(renderer).width <= figure.bbox.width
+    extent = legend.get_window_extent(renderer)
+    assert extent.width <= figure.bbox.width
+    assert extent.height <= figure.bbox.height - height + 12
+    assert "".join("".join(text.get_text().split()) for text in legend.get_texts()) == "".join("".join(names).split())
