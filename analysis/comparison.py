@@ -8,6 +8,7 @@ from analysis.headline import headline
 from analysis.page import template
 from analysis.predictions import Differences
 from analysis.runs import METRICS
+from analysis.settings import unknown_stage_ones
 from analysis.tables import COMPARED, Block, blocks, bounds_text
 
 
@@ -30,6 +31,7 @@ def comparison(entries: Sequence[Entry], versus: Differences, baselines: bool = 
 
 def _section(table: Block, entries: Sequence[Entry], versus: Differences) -> dict[str, Any]:
     mine = [entry for entry in entries if entry.dataset == table.dataset]
+    runs = [run for entry in mine for run in entry.runs]
     split = evaluated_on(mine)
     best: dict[str, float | None] = {}
     for key in METRICS:
@@ -40,7 +42,7 @@ def _section(table: Block, entries: Sequence[Entry], versus: Differences) -> dic
         "entries": mine,
         "split": split,
         "best": best,
-        "notes": repeated_runs(mine) + mismatches([run for entry in mine for run in entry.runs]),
+        "notes": unknown_stage_ones(runs) + repeated_runs(mine) + mismatches(runs),
         "headline": headline(
             mine, split, {entry.title: versus.get((table.dataset, entry.title), {}) for entry in mine}
         ),

@@ -24,12 +24,12 @@ class Pair:
 
     Attributes:
         true, predicted: the classes.
-        shares: of the true class's images, for each entry, in [0, 1].
+        shares: of the true class's images, for each entry, in [0, 1]; None where it has none.
     """
 
     true: int
     predicted: int
-    shares: list[float]
+    shares: list[float | None]
 
 
 def confusion_matrix(answers: Answers, num_classes: int) -> NDArray[np.float64]:
@@ -58,10 +58,10 @@ def confused_pairs(answers: Sequence[Answers], num_classes: int) -> list[Pair]:
     often = (counts > len(final.runs)).sum()  # one image, which every seed may mistake, is no pattern
     for cell in cells[np.argsort(-counts, kind="stable")[:_PAIRS]][:often]:
         true, predicted = divmod(int(cell), num_classes)
-        shares = []
+        shares: list[float | None] = []
         for entry in answers:
-            mine = [one.predicted[one.labels_N == true] == predicted for one in entry.runs]
-            shares.append(float(np.concatenate(mine).mean()))
+            mine = np.concatenate([one.predicted[one.labels_N == true] == predicted for one in entry.runs])
+            shares.append(float(mine.mean()) if len(mine) else None)
         found.append(Pair(true, predicted, shares))
     return found
 

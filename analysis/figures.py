@@ -70,10 +70,10 @@ def group_bars(evaluations: Sequence[Spread]) -> Figure:
                         color=LIGHT["ink"],
                         gid="value",
                     )
-        # A group without classes keeps its place, marked, so that the picture reads alike everywhere.
+        # A group of which nothing was evaluated keeps its place, marked, so that the picture reads alike everywhere.
         for x, key in enumerate(bars.values()):
             if all(figures.mean[key] is None for figures in evaluations):
-                ax.text(x, 2, "no class", ha="center", color=LIGHT["muted"])
+                ax.text(x, 2, "no images", ha="center", color=LIGHT["muted"])
         ax.set_xticks(range(len(bars)), bars)
         ax.set_xlim(-0.5, len(bars) - 0.5)
         ax.tick_params(axis="x", length=0)

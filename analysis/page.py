@@ -53,7 +53,7 @@ def write_file(out: Path, content: bytes) -> Path:
     Raises:
         UserError: it cannot be written.
     """
-    place = out.resolve() if out.is_symlink() else out
+    place = Path(os.path.realpath(out)) if os.path.islink(out) else out
     if not place.name:  # "." and "/"
         raise UserError(f"{out} is a folder; name a file with --out")
     unfinished = place.with_name(f".{place.name}.{os.getpid()}")

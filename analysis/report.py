@@ -22,6 +22,7 @@ from analysis.headline import and_join, best_entry, headline, seeds_text
 from analysis.page import MAX_ENTRIES, template, write_file
 from analysis.predictions import Answers, Interval, against_first, answers, differences, intervals
 from analysis.runs import METRICS, Run
+from analysis.settings import unknown_stage_ones
 from analysis.tables import COMPARED, bounds_text
 from shards.errors import UserError
 from shards.groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups, imbalance_factor
@@ -33,7 +34,7 @@ def write_report(runs: Sequence[Run], out: Path | None = None) -> Path:
     """Write the page and return where it lies.
 
     Args:
-        runs: at least one. The experiment of a dataset's first run is what the others are compared with.
+        runs: at least one. The experiment of a dataset's first run of stage one is what the others are compared with.
         out: the file; default `report.html` in the folder of a single run, or in the folder that holds
             all of several runs.
 
@@ -182,9 +183,11 @@ def _view(entry: Entry, colour: str) -> dict[str, Any]:
         "runs": entry.runs,
         "stage": summaries[0]["stage"],
         "origins": sorted({summary["from"] for summary in summaries if summary["from"]}),
+        "chosen_weights": all(summary.get("from_weights") == "selected" for summary in summaries),
         "seeds": seeds_text(entry),
         "last": entry.last,
         "baselines": entry.baselines,
+        "comparable": all(entry.measured(name) == len(entry.replicates) for name in entry.baselines),
         "chosen": all(summary["baselines"].get("selected_on") for summary in summaries if "baselines" in summary),
         "best": _best([entry.last, *entry.baselines.values()]),
         "epochs": _range([summary["epochs"] for summary in summaries], "–"),
@@ -212,7 +215,7 @@ def _best(rows: list[Spread]) -> dict[str, float | None]:
 
 def _notes(entries: list[Entry]) -> list[str]:
     runs = [run for entry in entries for run in entry.runs]
-    notes = [f"{note}." for note in repeated_runs(entries)]
+    notes = [f"{note}." for note in unknown_stage_ones(runs) + repeated_runs(entries)]
     notes += [
         f"{note[0].upper()}{note[1:]}, so their figures are not directly comparable." for note in mismatches(runs)
     ]

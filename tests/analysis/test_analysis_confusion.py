@@ -27,6 +27,12 @@ def test_pairs_are_those_of_the_last_entry_and_one_mistake_is_none():
     assert confused_pairs([first], 3) == []
 
 
+def test_a_class_of_which_an_entry_has_no_images_has_no_share():
+    first, last = predicted([0, 0], [0, 0]), predicted([0, 0, 1, 1], [0, 0, 0, 0])
+    (pair,) = confused_pairs([first, last], 2)
+    assert pair.shares == [None, 1]
+
+
 def test_one_image_that_all_seeds_mistake_is_no_pattern():
     one = predicted([0, 0, 1], [1, 0, 1])
     assert confused_pairs([Answers(one.runs * 3, one.correct_N)], 2) == []

@@ -16,6 +16,8 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 
 from analysis import figures, page
+from analysis.compare import group_runs
+from analysis.comparison import comparison
 from analysis.drawing import canvas, inline_svg, styled
 from analysis.gallery import _series
 from analysis.report import render, write_report
@@ -104,7 +106,7 @@ def test_one_run_one_epoch_one_class(make_run):
     assert "BBN recognises" in text
     assert "% of the tail (few). This is a single seed." in text
     assert "against" not in text
-    assert "no class" in text  # many and medium
+    assert "no images" in text  # many and medium
     assert "Mixing weight" not in text
     assert "Best in bold" not in text
 
@@ -426,6 +428,36 @@ def test_it_says_whether_baselines_were_chosen(make_run, selected_on, said):
     assert said in " ".join(render(read_runs([run])).split())
 
 
+def test_figures_over_other_seeds_are_not_subtracted(make_run):
+    row = {"name": "cRT", "setting": {}, **FIGURES}
+    runs = [
+        make_run(f"{i}", title="AFG", seed=i, baselines={"selected_on": "val", "rows": rows})
+        for i, rows in enumerate(([row], []))
+    ]
+    text = Page(render(read_runs(runs))).text
+    assert "Best in bold; some were measured with fewer seeds." in text
+    assert "against the first row" not in text
+    assert "against the first row" in Page(render(read_runs(runs[:1]))).text
+
+
+def test_the_page_says_which_weights_a_second_stage_began_with(make_run):
+    make_run("bbn")
+    runs = [make_run(f"{w}", title=w, stage=2, from_weights=w, **{"from": "bbn"}) for w in ("last", "selected")]
+    assert "from bbn, selected weights" in Page(render(read_runs(runs[1:]))).text
+    assert "selected weights" not in Page(render(read_runs(runs[:1]))).text
+
+
+def test_both_pages_say_which_settings_are_unknown(make_run):
+    runs = read_runs([make_run("afg", title="BBN + AFG", stage=2, **{"from": "gone"})])
+    for text in (render(runs), comparison(group_runs(runs), {})):
+        assert "afg was trained on gone, whose config.yaml cannot be read: the settings of stage one are not" in text
+
+
+def test_what_is_not_known_of_the_environment_is_a_dash(make_run):
+    text = Page(render(read_runs([make_run("a", environment={"torch": "2.15.0", "commit": None})]))).text
+    assert "torch 2.15.0 commit –" in text
+
+
 @pytest.mark.parametrize("baselines", [[], {"rows": {}}, {"rows": [{"name": "cRT"}]}, {"rows": [3]}])
 def test_damaged_baselines_are_named(make_run, baselines):
     with pytest.raises(UserError, match="'baselines' must hold named rows of figures"):
@@ -490,7 +522,7 @@ def test_a_test_split_without_images_but_with_predictions(make_run):
     assert "Calibration" not in text
 
 
-@pytest.mark.parametrize("out", [".", "/", "notes.txt/report.html", "a" * 250 + ".html"])
+@pytest.mark.parametrize("out", [".", "/", "notes.txt/report.html", "a" * 250 + ".html", "a" * 300])
 def test_no_place_for_a_page_is_a_users_mistake(three, tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").write_text("")
@@ -504,6 +536,8 @@ def test_a_link_stays_a_link_and_a_device_a_device(three, tmp_path):
     write_report(read_runs(three[:1]), tmp_path / "link.html")
     assert (tmp_path / "link.html").is_symlink()
     assert (tmp_path / "there.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    (tmp_path / "loop.html").symlink_to("loop.html")
+    assert write_report(read_runs(three[:1]), tmp_path / "loop.html").is_file()
     os.mkfifo(tmp_path / "pipe")
     with ThreadPoolExecutor() as pool:
         read = pool.submit((tmp_path / "pipe").read_bytes)
