@@ -94,6 +94,12 @@ def title(settings: Settings, used: float | None = None) -> str:
     return f"AFG{beta}{distillation}{head}"
 
 
+def _in_title(config: Any) -> list[str]:
+    """Return the settings that `title` says."""
+    names = ["beta", "teacher", "head_above", *["distill"] * (config.method.distill == 0)]
+    return [f"method.{name}" for name in names]
+
+
 def run(argv: list[str] | None = None) -> None:
     """Run the stage from its command line; exits with 2 for a user's mistake, reported in one line."""
     parser = stage_parser("afg", (__doc__ or "").split("\n")[0], Settings)
@@ -102,7 +108,7 @@ def run(argv: list[str] | None = None) -> None:
         type=Path | None,
         help="write an epoch's generated features and labels, too: FILE.safetensors, or FILE.npy and FILE.labels.npy",
     )
-    run_stage(Program("afg", "AFG", parser, _check, _work, variants=VARIANTS), train, argv)
+    run_stage(Program("afg", "AFG", parser, _check, _work, variants=VARIANTS, in_title=_in_title), train, argv)
 
 
 def _work(config: Any, chooses: bool) -> Work:

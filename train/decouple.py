@@ -49,6 +49,8 @@ TITLES = {
     "plain": ("no generation", "no generation"),
 }
 CLOSED = ("tau", "ncm", "adjusted")
+# What `title_of` says, beside the classifier.
+IN_TITLE = ("method.classifier", "method.q", "method.weights", "input.branch", "input.shift_batch_norm")
 # Those whose sampler and class weights can be chosen.
 MANNERS = ("crt", "lws", "mislas")
 
@@ -77,7 +79,9 @@ def program() -> Program:
     """Return the launchable file's parser and checks."""
     parser = stage_parser("decouple", (__doc__ or "").split("\n")[0], Settings)
     parser.add_argument("--classifier", type=Literal[tuple(TITLES)] | None, help="short for --method.classifier")
-    return Program("decouple", "a second-stage classifier", parser, _check, _work, shifts=_shifts)
+    return Program(
+        "decouple", "a second-stage classifier", parser, _check, _work, shifts=_shifts, in_title=lambda config: IN_TITLE
+    )
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -124,11 +128,12 @@ def _check(config: Any) -> None:
 
 def title_of(settings: Settings, input: Any) -> str:
     """Return what tables say of settings that are not the classifier's usual ones."""
+    from train.engine.calls import unusual
     from train.engine.weights import make_weighting
 
     said = [f"q={settings.q}"] * (settings.q != 0)
     if weighting := make_weighting(settings.weights):
-        said.append(weighting.title)
+        said += [weighting.title, *unusual(weighting)]
     if input.branch != "both":
         said.append(f"{input.branch} branch")
     shifts = {None: [], True: ["shifted batch norm"], False: ["batch norm as it is"]}[input.shift_batch_norm]

@@ -46,7 +46,7 @@ class ERM(Method):
     """Empirical risk minimisation: one branch, one stream, one objective."""
 
     name = "erm"
-    in_title = frozenset({"q", "objective", "weights", "defer", "mix"})
+    in_title = frozenset({"method.q", "method.objective", "method.weights", "method.defer", "method.mix"})
 
     @dataclass
     class Settings:
@@ -72,6 +72,7 @@ class ERM(Method):
         mix: str = "none"
 
     def __init__(self, config: Any, train_counts_C: NDArray[np.int64]) -> None:
+        from train.engine.calls import unusual
         from train.engine.objectives import Adjusted, make_objective
         from train.engine.weights import class_weights, make_weighting
         from train.networks.networks import build_network
@@ -99,7 +100,11 @@ class ERM(Method):
         if self._mixing and self._mixing.partner_q is not None:
             self.streams += (Stream(PARTNERS, q=self._mixing.partner_q, augment=augment),)
         prefix, mixed = weighting.title if weighting else None, self._mixing.label if self._mixing else None
-        self.title = _title(self._objective.title, prefix, settings, mixed)
+        own = unusual(self._objective.settings, self._objective.in_title)
+        own += unusual(weighting) if weighting else []
+        own += unusual(self._mixing, {"partner_q"}) if self._mixing else []
+        own += [f"defer={settings.defer:g}"] if settings.defer not in (0, 0.8) else []  # LDAM-DRW's, and the field's
+        self.title = ", ".join([_title(self._objective.title, prefix, settings, mixed), *own])
 
     def _check(self, settings: Any, backbone: str, depths: int, adjusts: bool) -> None:
         """Refuse settings that make no sense together."""

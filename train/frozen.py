@@ -58,7 +58,7 @@ class Frozen(Method):
     """A pretrained network that is looked through and not trained."""
 
     name = "frozen"
-    in_title = frozenset({"tau"})
+    in_title = frozenset({"method.tau"})
 
     @dataclass
     class Settings:

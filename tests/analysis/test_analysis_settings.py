@@ -278,3 +278,11 @@ def test_a_seed_of_before_there_were_fingerprints_is_the_same_seed(make_run):
     assert len(entry.replicates) == 1
     (entry,) = group_runs(read_runs([*runs, make_run("other", settings={"about.fingerprint": "b"})]))
     assert len(entry.replicates) == 3
+
+
+def test_what_a_second_stage_was_given_is_named_beside_other_titles(make_run):
+    make_run("bbn", changed=[])
+    asked = {"settings": {"method.k": 5}, "changed": ["method.k"]}
+    runs = [stage_two(make_run, "afg", "bbn", **asked), make_run("ce", title="CE", changed=[])]
+    runs.append(make_run("crt", title="BBN + cRT", stage=2, changed=[], **{"from": "bbn"}))
+    assert titles(*runs) == ["CE", "BBN + AFG, k=5", "BBN + cRT"]

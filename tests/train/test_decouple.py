@@ -151,6 +151,15 @@ def test_a_run_is_resumed_from_what_it_began_with(here, capsys, monkeypatch):
     assert (summary["title"], summary["from_weights"]) == ("CE + LWS", "last")
 
 
+def test_a_second_stage_says_which_settings_are_not_its_presets(here):
+    given = ["--method.q", "1", "--method.weights", "effective(beta=0.99)", "--method.rates", "[1.0]"]
+    decouple.run([*QUICK, *given, "--classifier", "crt", "--from", "runs/ce", "--run", "runs/a"])
+    changed = yaml.safe_load(Path("runs/a/config.yaml").read_text())["about"]["changed"]
+    assert "method.rates" in changed
+    assert {"method.classifier", "method.q", "method.weights", "reference.lr"}.isdisjoint(changed)
+    assert summary_of("runs/a")["title"] == "CE + cRT, q=1, CB, beta=0.99"
+
+
 def test_a_dataset_of_other_classes_in_the_same_number_is_refused(here, capsys):
     described = json.loads(Path("runs/ce/model.json").read_text())
     described["classes"] = [*described["classes"][:8], *described["classes"][:7:-1]]

@@ -62,7 +62,7 @@ def golden_losses(dataset: Path, folder: Path) -> dict[str, list[float]]:
     small = [*common[:2], *SHORT, *SMALLER, "--run"]
     for name, settings in SMALL.items():
         run(ERM, [*small, f"{folder}/{name}", *settings])
-        assert json.loads((folder / name / "summary.json").read_text())["title"] == name
+        assert json.loads((folder / name / "summary.json").read_text())["title"].removesuffix(", defer=0.5") == name
     run(SDN, [*small, f"{folder}/sdn", "--method.hard_from", "0.5"])
     # The features of a network that has hardly moved are the same everywhere; those of the runs above are not.
     run(ERM, [*common, f"{folder}/still", *SHORT, "--optim.epochs", "1", "--optim.lr", "1e-6"])

@@ -137,6 +137,12 @@ def test_a_step_weighs_both_labels(make_method, mix):
         ({"objective": "smoothed"}, "label-aware smoothing"),
         ({"objective": "hard"}, "hard-aware"),
         ({"objective": "gradual(form='linear')"}, "GraLoss, linear"),
+        ({"objective": "gradual(scale=0.5)"}, "GraLoss, scale=0.5"),
+        ({"objective": "focal(gamma=5)", "weights": "effective(beta=0.99)"}, "CB-focal, gamma=5, beta=0.99"),
+        ({"objective": "focal(gamma=2)", "weights": "effective(beta=0.9999)"}, "CB-focal"),  # as they are without
+        ({"objective": "adjusted(tau=2)"}, "logit-adjusted, τ=2"),
+        ({"objective": "ldam", "weights": "effective", "defer": 0.5}, "LDAM-DRW, defer=0.5"),
+        ({"mix": "mixup(alpha=0.2, partner_q=0)"}, "mixup, two samplers, partners q=0, alpha=0.2"),
     ],
 )
 def test_titles_are_the_fields(make_method, settings, title):

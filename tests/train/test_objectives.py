@@ -57,7 +57,11 @@ def test_without_adjustment_it_is_cross_entropy_even_where_a_class_has_no_images
         ({"objective": "adjusted(tau=1.5)"}, "logit-adjusted, τ=1.5", (1.5, 1.5, 1.5)),
         ({"objective": "adjusted"}, "balanced softmax", (1, 1, 1)),
         ({"objective": "gradual"}, "GraLoss", (2**0.1 - 1, 2**0.5 - 1, 1)),
-        ({"objective": "gradual(scale=0.5, base=4)", "q": 0.5}, "GraLoss, q=0.5", (2**-0.8 - 0.5, 0.5, 1.5)),
+        (
+            {"objective": "gradual(scale=0.5, base=4)", "q": 0.5},
+            "GraLoss, q=0.5, scale=0.5, base=4",
+            (2**-0.8 - 0.5, 0.5, 1.5),
+        ),
     ],
 )
 def test_a_step_adjusts_by_its_epoch(make_method, settings, title, taus):

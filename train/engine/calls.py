@@ -2,7 +2,7 @@
 
 import ast
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -62,3 +62,14 @@ def make_settings(setting: str, text: str, name: str, kind: type[T], given: dict
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(f"{setting}={text}: {' '.join(str(error).split())}") from None
     return made
+
+
+def unusual(settings: Any, said: Collection[str] = ()) -> list[str]:
+    """Return a dataclass's settings that are not its defaults, as titles say them, "gamma=5", but for those `said`."""
+    found = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    usual = {field.name: field.default for field in fields(settings)}
+    return [
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in found.items()
+        if name not in said and value != usual[name]
+    ]

@@ -8,7 +8,7 @@ A resumed run takes the `config.yaml` of its folder in the preset's place. The r
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -300,7 +300,7 @@ def check_seed(seed: int) -> None:
 
 
 def changed_settings(
-    parser: ArgumentParser, sections: dict[str, Any], defaults: dict[str, Any], spoken: frozenset[str] = frozenset()
+    parser: ArgumentParser, sections: dict[str, Any], defaults: dict[str, Any], spoken: Collection[str] = ()
 ) -> list[str]:
     """Return the dotted names of the settings that differ from the defaults, by which tables distinguish runs.
 
@@ -308,14 +308,14 @@ def changed_settings(
         parser: that of the run.
         sections: the run's settings, from `plain_sections`.
         defaults: the preset, from `preset`.
-        spoken: settings of the method that its title says already.
+        spoken: settings that the title says already.
     """
     usual = plain_sections(parser, parse(parser, [], defaults))
     return [
         f"{section}.{name}"
         for section, values in sections.items()
         for name, value in values.items()
-        if value != usual.get(section, {}).get(name) and not (section == "method" and name in spoken)
+        if value != usual.get(section, {}).get(name) and f"{section}.{name}" not in spoken
     ]
 
 

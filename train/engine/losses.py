@@ -29,6 +29,7 @@ class Objective(ABC):
     Attributes:
         Settings: a dataclass of its settings; one that it does not have is refused.
         title: what tables call it.
+        in_title: the settings that the title already says.
         classifier: the last layer that it wants: linear, or cosine (see `train.networks.networks.build_network`).
         scale: what cosines are multiplied by, where the classifier is cosine.
         counts_hits: whether it counts which images are recognised, which mixed ones cannot be.
@@ -41,6 +42,7 @@ class Objective(ABC):
     classifier: Classifier = "linear"
     scale: float = SCALE
     counts_hits: ClassVar[bool] = False
+    in_title: ClassVar[frozenset[str]] = frozenset()
     title: str
 
     def __init__(self, settings: Any, train_counts_C: NDArray[np.int64]) -> None:

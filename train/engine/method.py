@@ -65,7 +65,7 @@ class Method(ABC):
         name: the launchable file's name, as in summary.json.
         Settings: a dataclass of the method's own settings, its section of the configuration.
         title: what tables call it.
-        in_title: the settings of its own that the title already names.
+        in_title: the settings that the title already names, such as method.q.
         streams: what the loader brings each step.
         network: what is trained. The loop replaces it by its prepared form (mixed precision, DDP).
     """

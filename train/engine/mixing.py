@@ -56,7 +56,7 @@ class Mixing(ABC):
 
     @property
     def label(self) -> str:
-        """What tables call it, with what sets it apart."""
+        """What tables call it, with where its partners come from."""
         if self.partner_q is None:
             return self.title
         return f"{self.title}, two samplers" + ("" if self.partner_q == -1 else f", partners q={said(self.partner_q)}")

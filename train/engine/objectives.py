@@ -58,6 +58,7 @@ class Adjusted(Objective):
             if self.scale != SCALE and not self.cosine:
                 raise UserError(f"scale={self.scale:g} has no effect without cosine=True; leave it out or give both")
 
+    in_title = frozenset({"tau", "cosine"})
     _shares_of_epoch: Callable[[Progress], NDArray[np.float64]] | None = None
     _prior_of: int | None = None
 
@@ -107,6 +108,8 @@ class Gradual(Adjusted):
         scale: NonNegativeFloat = 1.0
         base: PositiveFloat = 2.0
         form: Form = "convex"
+
+    in_title = frozenset({"form"})
 
     def __init__(self, settings: Any, train_counts_C: NDArray[np.int64]) -> None:
         Objective.__init__(self, settings, train_counts_C)

@@ -1,6 +1,6 @@
 """The settings of second stages: what all of them share, presets and variants."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -148,6 +148,7 @@ class Program:
         check: raises UserError for settings that cannot be used together, before anything is made.
         work: what the settings make it train, where the val split chooses among classifiers or not.
         shifts: whether batch norm is shifted where the settings leave it open.
+        in_title: the settings that the run's title already says, such as method.beta.
         variants: settings by the name of a variant, for every dataset: {variant: {section: {key: value}}}.
     """
 
@@ -158,6 +159,7 @@ class Program:
     work: Callable[[Any, bool], Work] = lambda config, chooses: Work(1, config.optim.epochs, config.optim.batch_size)
     variants: Mapping[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     shifts: Callable[[Any], bool] = lambda config: False
+    in_title: Callable[[Any], Collection[str]] = lambda config: ()
 
 
 def defaults(program: Program, dataset: Dataset, variant: str | None) -> dict[str, Any]:

@@ -24,7 +24,15 @@ from pipeline.resident_loader import let_go
 from shards.errors import UserError
 from shards.index import Dataset
 from train.engine import runs
-from train.engine.config import Input, check_seed, find_dataset, find_dataset_of, parse, plain_sections
+from train.engine.config import (
+    Input,
+    changed_settings,
+    check_seed,
+    find_dataset,
+    find_dataset_of,
+    parse,
+    plain_sections,
+)
 from train.engine.evaluation import test_split
 from train.engine.machine import make_accelerator
 from train.features import passes
@@ -200,8 +208,10 @@ def open_stage(
     if accelerator.is_main_process:
         variant = asked.variant or about.get("variant")
         about = {"method": name, "dataset": dataset.name, "data": dataset.place, "from": str(source)}
-        about |= {"weights": weights, "variant": variant}
-        runs.write_config(run_folder, {"about": about, **plain_sections(parser, settings)})
+        sections, usual = plain_sections(parser, settings), defaults(program, dataset, variant)
+        changed = changed_settings(parser, sections, usual, program.in_title(config))
+        about |= {"weights": weights, "variant": variant, "changed": changed}
+        runs.write_config(run_folder, {"about": about, **sections})
         (run_folder / "metrics.jsonl").unlink(missing_ok=True)  # written once, at the end
     doing = "resuming" if resumed else "->"
     accelerator.print(
