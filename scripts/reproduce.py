@@ -32,12 +32,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.ensemble import ensemble
 from analysis.runs import Run, read_run
-from bench.common import header, write_results
+from bench.common import OneLineParser, header, write_results
 from pipeline.fork_server import LEFT_ALONE, fork_server
 from shards.cores import cores
 from shards.errors import UserError, user_errors_exit_2
 from shards.groups import imbalance_factor
 from shards.index import Dataset, open_dataset
+from train.engine.limits import SCHEDULE
 from train.engine.runs import read_config
 from train.networks.model_files import load_model
 from train.networks.networks import build_network
@@ -46,6 +47,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PAPERS = Path(__file__).with_name("papers.yaml")
 STREAMS = {"bbn": 2, "sdn": 2}
 STOPPED = 75
+# What makes two runs the same training: of the sections that name no settings, all of them.
+COMPARED: dict[str, tuple[str, ...]] = {
+    "input": ("image_size", "batch_size", "augment"),
+    "model": (),
+    "method": (),
+    "optim": (),
+}
 # Each run is a process of its own, forked from one that has imported what takes seconds.
 IMPORTED = ["accelerate", "train.engine.launch", "train.features.stage_two", "train.networks.networks"]
 
@@ -93,10 +101,13 @@ def read_table(name: str, column: str | None) -> tuple[dict[str, Any], list[Row]
 
 def column_of(dataset: Dataset, columns: list[str]) -> str | None:
     """Return the paper's column that a dataset is of: its preset, with its imbalance factor where it has several."""
-    preset = dataset.manifest["preset"]
+    preset, options = dataset.manifest["preset"], dataset.manifest["options"]
+    profile = options.get("profile", "natural")
     # What was asked for comes first: the counts of small classes cannot have the very factor.
-    factors = [dataset.manifest["options"].get("imbalance_factor"), imbalance_factor(dataset.train_counts)]
-    wanted = [preset, *(f"{preset}-{factor:.0f}" for factor in factors if factor)]
+    factors = [options.get("imbalance_factor"), imbalance_factor(dataset.train_counts)]
+    # Papers' factors are of the exponential profile, also where its images were chosen before.
+    wanted = [preset] if profile == "natural" else []
+    wanted += [f"{preset}-{factor:.0f}" for factor in factors if factor and profile in ("natural", "exp")]
     return next((column for column in wanted if column in columns), None)
 
 
@@ -177,18 +188,26 @@ def measured_rate(config: dict[str, Any], classes: int, threads: int) -> float:
     return batch / seconds
 
 
-def check_finished(row: Row, asked: argparse.Namespace, dataset: Dataset, config: dict[str, Any]) -> None:
-    """Refuse to show finished runs as what they are not (UserError): of other images, or of other epochs."""
+def check_begun(row: Row, asked: argparse.Namespace, dataset: Dataset, config: dict[str, Any]) -> None:
+    """Refuse to show, or to resume, runs as what they are not (UserError): of other images, or with other settings."""
     for seed in range(asked.seeds):
         folder = row.folder(asked.runs, seed)
-        if not (folder / "summary.json").exists():
+        if not (folder / "config.yaml").exists():
             continue
         saved = read_config(folder)
-        if saved["about"].get("fingerprint") not in (None, dataset.fingerprint):
+        about = saved["about"]
+        if about.get("fingerprint") not in (None, dataset.fingerprint):
             raise UserError(f"{folder} was trained on other images than {asked.data} has; give another --runs")
-        ours, wanted = saved["optim"]["epochs"], config["optim"]["epochs"]
-        if ours != wanted and config["loop"].get("budget") is None:
-            raise UserError(f"{folder} was trained for {ours} epochs, and {wanted} are wanted; give another --runs")
+        if "model" in about.get("preset", {}).get("fitted", {}):
+            continue  # pretrained weights were out of reach, which --print_config does not try: it had another recipe
+        by_budget = () if config["loop"].get("budget") is None else SCHEDULE
+        for section, keys in COMPARED.items():
+            for key in keys or config[section].keys() - set(by_budget):
+                wanted = config[section][key]
+                if (ours := saved.get(section, {}).get(key, wanted)) != wanted:
+                    raise UserError(
+                        f"{folder} was begun with {section}.{key}={ours}, and {wanted} is wanted; give another --runs"
+                    )
 
 
 def plan(rows: list[Row], asked: argparse.Namespace, dataset: Dataset) -> None:
@@ -203,7 +222,7 @@ def plan(rows: list[Row], asked: argparse.Namespace, dataset: Dataset) -> None:
             print(f"  {row.name}: {state}; a second stage on the features of {row.source}")
             continue
         config = resolved(row, asked)
-        check_finished(row, asked, dataset, config)
+        check_begun(row, asked, dataset, config)
         batch, epochs = config["input"]["batch_size"], config["optim"]["epochs"]
         streams = STREAMS.get(row.words[0], 1) + ("partner_q=" in str(config["method"].get("mix")))
         images = max(1, int(dataset.train_counts.sum()) // batch) * batch * epochs * streams
@@ -342,7 +361,7 @@ def results(table: dict[str, Any], rows: list[Row], asked: argparse.Namespace) -
 
 def main() -> None:
     """Read the command line and reproduce the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser("scripts/reproduce.sh", __doc__)
     parser.add_argument("table", nargs="?", help="a name of scripts/papers.yaml, such as bbn-1")
     parser.add_argument("--list", action="store_true", help="list the tables")
     parser.add_argument("--data", help="the dataset's folder")
@@ -358,10 +377,12 @@ def main() -> None:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     asked = parser.parse_args(sys.argv[1:split])
     asked.options = sys.argv[split + 1 :]
-    if asked.list or asked.table is None:
+    if asked.list:
         for name, table in yaml.safe_load(PAPERS.read_text(encoding="utf-8"))["tables"].items():
             print(f"{name:<14}{table['title']}")
-        sys.exit(0 if asked.list else 2)
+        return
+    if asked.table is None:
+        parser.error("name a table, such as bbn-1; --list shows them")
     if asked.data is None or min(asked.seeds, asked.threads, asked.epochs or 1) < 1:
         parser.error("--data DIR is needed, and --seeds, --epochs and --threads are at least 1")
     with user_errors_exit_2("scripts/reproduce.sh"):

@@ -1,15 +1,17 @@
 """What the benchmarks share: pictures, environments for other libraries, and what a result says about the machine."""
 
+import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -22,6 +24,18 @@ from shards.sources.arrays import png
 ROOT = Path(__file__).parents[2]
 # torch is taken from the environment that the script runs in: mosaicml-streaming imports it.
 WITHOUT_TORCH = "torch; python_version < '0'\ntorchvision; python_version < '0'\n"
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Argparse's, whose mistakes are one line."""
+
+    def __init__(self, program: str, about: str | None, **options: Any) -> None:
+        super().__init__(program, description=about, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print it and exit with status 2."""
+        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
 
 
 def write_photographs(
@@ -91,6 +105,8 @@ def peer_environments(folder: Path, peers: dict[str, list[str]], skipped: dict[s
                 made[packages] = make_environment(folder / f"env-{peer}", packages)
             except subprocess.CalledProcessError as error:
                 made[packages] = f"does not install: {reason(error.stderr)}"
+            except OSError as error:  # there is no uv
+                made[packages] = f"does not install: {error}"
         python = made[packages]
         if isinstance(python, Path):
             pythons[peer] = python
@@ -129,7 +145,7 @@ def reason(errors: str) -> str:
 def header(**environment: Any) -> dict[str, Any]:
     """What every result begins with: the command, the commit, and the machine with whatever else is given."""
     return {
-        "command": " ".join(sys.orig_argv[1:]),
+        "command": shlex.join(sys.orig_argv[1:]),
         "commit": commit(),
         "environment": {
             "cpu": cpu_name(),

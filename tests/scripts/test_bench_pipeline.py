@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import gpu_sweep, pipeline_ours, pipeline_peers
-from bench.common import reason
+from bench.common import header, peer_environments, reason
 from bench.gpu_sweep import DECODING, Setting, markdown, sweep
 from bench.loader_process import LoaderError, LoaderProcess
 from bench.pipeline_data import make_data, make_index
@@ -177,6 +177,18 @@ def test_the_reason_of_a_failed_installation_is_the_line_that_names_an_error():
         reason("x\n  RuntimeError: Could not find opencv\nhint: see above\n") == "RuntimeError: Could not find opencv"
     )
     assert reason("x\nno space left\n") == "no space left"
+
+
+def test_results_say_the_command_as_one_types_it(monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "scripts/reproduce.py", "bbn-2", "--rows", "CE,BBN, 2x"])
+    assert header()["command"] == "scripts/reproduce.py bbn-2 --rows 'CE,BBN, 2x'"
+
+
+def test_without_uv_peers_are_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: str(tmp_path / name))
+    skipped = {}
+    assert peer_environments(tmp_path, {"plain": ["pillow"]}, skipped) == {}
+    assert "No such file" in skipped["plain"]
 
 
 def test_peers_are_in_the_bench_extra():

@@ -4,7 +4,9 @@ import json
 import shlex
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,10 +37,17 @@ def test_the_column_follows_from_the_data(digits, monkeypatch):
     wanted = f"cifar10-{imbalance_factor(digits.train_counts):.0f}"
     columns = ["cifar10-100", wanted, "inat2018"]
     assert reproduce.column_of(digits, columns) is None
-    monkeypatch.setitem(digits.manifest, "preset", "inat2018")
-    assert reproduce.column_of(digits, columns) == "inat2018"
-    monkeypatch.setitem(digits.manifest, "preset", "cifar10")
-    assert reproduce.column_of(digits, columns) == wanted
+    options = digits.manifest["options"] | {"imbalance_factor": None}
+    for preset, profile, column in (
+        ("inat2018", "natural", "inat2018"),
+        ("inat2018", "exp", None),  # thinned
+        ("cifar10", "exp", wanted),
+        ("cifar10", "natural", wanted),
+        ("cifar10", "step", None),
+    ):
+        monkeypatch.setitem(digits.manifest, "preset", preset)
+        monkeypatch.setitem(digits.manifest, "options", options | {"profile": profile})
+        assert reproduce.column_of(digits, columns) == column
 
 
 def test_the_column_is_that_of_the_factor_that_was_asked_for(digits, monkeypatch):
@@ -130,7 +139,28 @@ def test_a_table_is_trained_once_and_shown(tmp_path, digits, reproduced):
     status, _, errors = reproduced(*options, "--data", str(other), *short)
     assert (status, "was trained on other images than" in errors) == (2, True)
     status, _, errors = reproduced(*options, "--epochs", "2", *short)
-    assert (status, "was trained for 1 epochs, and 2 are wanted" in errors) == (2, True)
+    assert (status, "was begun with optim.epochs=1, and 2 is wanted" in errors) == (2, True)
+    status, _, errors = reproduced(*options, *short, "--optim.lr", "0.05")
+    assert (status, "was begun with optim.lr=0.1, and 0.05 is wanted" in errors) == (2, True)
+    # Nor is one that was cut off resumed, and then shown, as what it is not.
+    (tmp_path / "runs/bbn-3/reversed-sampler-0/summary.json").unlink()
+    assert reproduced(*options, "--epochs", "2", *short)[0] == 2
+    assert reproduced(*options, "--dry-run", *short)[0] == 0
+
+
+def test_runs_without_the_pretrained_weights_that_were_out_of_reach_go_on(tmp_path, digits):
+    """What --print_config says then is another recipe, of more epochs: it does not try to reach them."""
+    asked = SimpleNamespace(seeds=1, runs=tmp_path, data="data/x")
+    row = reproduce.Row("CE", ("erm",), None, (), None)
+    (tmp_path / "ce-0").mkdir()
+    wanted = {"model": {"weights": "default"}, "method": {}, "optim": {"epochs": 30}, "loop": {}}
+    wanted["input"] = dict.fromkeys(reproduce.COMPARED["input"], 8)
+    saved = wanted | {"about": {"preset": {"fitted": {}}}, "model": {"weights": None}, "optim": {"epochs": 170}}
+    for fitted in ({"model": {"weights": None}}, {}):
+        saved["about"]["preset"]["fitted"] = fitted
+        (tmp_path / "ce-0/config.yaml").write_text(yaml.safe_dump(saved))
+        with nullcontext() if fitted else pytest.raises(UserError, match="weights=None, and default is wanted"):
+            reproduce.check_begun(row, asked, digits, wanted)
 
 
 def test_a_mean_that_cannot_be_had_leaves_the_other_rows(tmp_path, digits, reproduced, monkeypatch):
@@ -165,7 +195,9 @@ def test_figure_2_plans_nine_second_stages_that_parse(digits, reproduced):
     ("words", "message"),
     [
         (["bbn-3", "--data", "nowhere"], "nowhere"),
+        ([], "error: name a table, such as bbn-1; --list shows them"),
         (["bbn-3"], "--data DIR is needed"),
+        (["bbn-3", "--seed", "x"], "invalid int value: 'x'"),
         (["bbn-3", "--data", "DIGITS", "--column", "x"], "has no column 'x'"),
         (["bbn-3", "--data", "DIGITS", "--dry-run", "--", "--optim.lrr", "1"], "optim.lrr"),
     ],
@@ -174,7 +206,8 @@ def test_mistakes_are_one_line(digits, reproduced, words, message):
     status, _, errors = reproduced(*[str(digits.root) if word == "DIGITS" else word for word in words])
     assert status == 2
     assert message in errors
-    assert "Traceback" not in errors
+    assert errors.startswith("scripts/reproduce.sh: error: ")
+    assert errors.count("\n") == 1
 
 
 def test_signals_that_reach_every_process_stop_the_run_under_way_with_a_checkpoint(tmp_path, digits, signalled):
