@@ -12,7 +12,6 @@ written into the runs. The expected calibration error (15 bins) and the balanced
     calibrated even  calibrated, then brought from the class shares of val to equal ones
 """
 
-import argparse
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.metrics import percent, summarize, tally
-from bench.common import header, write_results
+from bench.common import OneLineParser, header, write_results
 from shards.atomic import write_text
 from shards.errors import UserError, user_errors_exit_2
 from train.calibrate import calibrate
@@ -97,7 +96,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Read the command line and compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser("scripts/compare_calibration.py", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
     parser.add_argument("--out", type=Path, help="the table's file; it is printed, too")
     parser.add_argument("--json", type=Path, help="the file of all figures")

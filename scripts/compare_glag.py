@@ -11,7 +11,6 @@ head: where classes have thousands of images, more than 100 is not yet head, so 
 the command resumes where it was cut off.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -23,7 +22,7 @@ from pathlib import Path
 from analysis.compare import group_runs
 from analysis.runs import read_runs
 from analysis.tables import blocks, json_row, table
-from bench.common import header, write_results
+from bench.common import OneLineParser, header, write_results
 from shards.cores import cores
 from shards.errors import UserError, user_errors_exit_2
 from shards.index import Dataset, open_dataset
@@ -80,11 +79,8 @@ def finish(dataset: Dataset, runs: Path, objective: str, seed: int, options: lis
 
 def main() -> None:
     """Read the command line and run the comparison."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [-h] [--seeds SEEDS] [--jobs JOBS] data runs [-- OPTIONS OF STAGE ONE]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    usage = "%(prog)s [-h] [--seeds SEEDS] [--jobs JOBS] data runs [-- OPTIONS OF STAGE ONE]"
+    parser = OneLineParser("scripts/compare_glag.py", __doc__, usage=usage)
     parser.add_argument("data", help="the dataset's folder")
     parser.add_argument("runs", type=Path, help="the folder of all runs")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")

@@ -9,7 +9,6 @@ stand the classifier that each run selected on val, and AFG; differences are pai
 error is that over seeds, or with a single seed unknown.
 """
 
-import argparse
 import math
 import statistics
 from collections import Counter, defaultdict
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.runs import Run, read_runs
-from bench.common import header, write_results
+from bench.common import OneLineParser, header, write_results
 from shards.errors import UserError, user_errors_exit_2
 
 
@@ -75,7 +74,7 @@ def line(name: str, found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Read the runs and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser("scripts/compare_stages.py", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="finished runs of train/afg.py")
     parser.add_argument("--json", type=Path, help="keep all figures there")
     asked = parser.parse_args()

@@ -82,10 +82,14 @@ def test_a_run_that_fails_is_named_with_what_it_said(tmp_path, launched):
 
 def fails_with(monkeypatch, capsys, *arguments) -> str:
     monkeypatch.setattr(sys, "argv", ["compare_glag.py", *arguments])
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         compare_glag.main()
     assert stopped.value.code == 2
-    return capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("scripts/compare_glag.py: error: ")
+    assert error.count("\n") == 1
+    return error
 
 
 def test_wrong_arguments_are_named(tmp_path, monkeypatch, capsys, launched):
