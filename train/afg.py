@@ -196,6 +196,13 @@ def train(stage: "Stage") -> None:
             accelerator.print(
                 f"selected on val: {name}, the likeliest within a standard error of the best there ({chosen['best']})"
             )
+
+    def export() -> None:
+        alone, rows = replace(mixture, rank=0, world_size=1), int(mixture.targets_C.sum())
+        chunks = alone.generated(beta, torch.Generator().manual_seed(stage.config.loop.seed))
+        write_features(stage.config.export, chunks, rows, stage.features_ND.shape[1])
+        print(f"wrote {rows:,} generated features to {stage.config.export}")
+
     beta = best.setting["beta"] if best.trained is None or best.trained.beta_C is None else best.trained.beta_C
     if accelerator.is_main_process:
         write_sample(stage.run_folder, mixture, beta, stage.config.loop.seed)
@@ -205,6 +212,7 @@ def train(stage: "Stage") -> None:
         best,
         selected,
         winner,
+        export=export if stage.config.export else None,
         beta_C=beta.masked_fill(mixture.support.head_C, torch.nan).cpu() if isinstance(beta, torch.Tensor) else None,
         beta={
             "used": best.setting["beta"],
@@ -216,12 +224,6 @@ def train(stage: "Stage") -> None:
         baselines={"selected_on": stage.watched, "rows": shown},
         selection=chosen or None,
     )
-    if stage.config.export and accelerator.is_main_process:
-        alone = replace(mixture, rank=0, world_size=1)
-        rows = int(mixture.targets_C.sum())
-        chunks = alone.generated(beta, torch.Generator().manual_seed(stage.config.loop.seed))
-        write_features(stage.config.export, chunks, rows, stage.features_ND.shape[1])
-        print(f"wrote {rows:,} generated features to {stage.config.export}")
 
 
 if __name__ == "__main__":

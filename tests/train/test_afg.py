@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -219,6 +221,19 @@ def test_two_ranks_take_train_and_report_together(here):
     np.testing.assert_allclose(together["features.npy"].astype(float), alone, rtol=2e-3, atol=1e-3)
     alone = json.loads((here / "runs/one/summary.json").read_text())
     assert summary["last"]["top1"] == pytest.approx(alone["last"]["top1"], abs=0.1)
+
+
+def test_a_run_that_is_stopped_while_it_exports_is_resumed_and_exports(here, capsys, monkeypatch):
+    words = [*SHORT, "--run", "runs/afg", "--method.beta", "0.4", "--method.baselines", "false"]
+    with monkeypatch.context() as patched:
+        patched.setattr("train.features.files.write_features", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit, match="75"):
+            run([*words, "--export", "made.npy"])
+    (said,) = re.findall(r"resume with: tailstream train afg (.*)", capsys.readouterr().out)
+    assert not Path("runs/afg/summary.json").exists()
+    run(shlex.split(said))
+    assert Path("made.npy").exists()
+    assert Path("runs/afg/summary.json").exists()
 
 
 def test_an_export_that_does_not_fit_the_disk_leaves_nothing(tmp_path):

@@ -35,7 +35,7 @@ def run_stage(program: Program, train: "Callable[[Stage], None]", argv: list[str
             again = (
                 f"resume with: tailstream train {program.name} {runs.resuming(begun[0])}" if begun else "start again"
             )
-            if export := getattr(asked, "export", None):
+            if (export := getattr(asked, "export", None)) and not Path(export).exists():
                 again += f" --export {shlex.quote(str(export))}"
             if os.environ.get("RANK", "0") == "0":
                 print(

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ def close_stage(
     selected: dict[str, Any] | None = None,
     winner: nn.Linear | None = None,
     beta_C: Tensor | None = None,
+    export: Callable[[], None] | None = None,
     **more: Any,
 ) -> None:
     """Evaluate the classifier on the test split and leave a finished run folder.
@@ -39,6 +41,7 @@ def close_stage(
         selected: what is said of the selected one, whose figures and file are added.
         winner: the selected classifier.
         beta_C: β of each class, where there are several; nan for head classes, which borrow nothing.
+        export: writes what lies outside of the run's folder; a stop in the middle of it can be resumed.
         more: further keys of summary.json.
     """
     ranks = stage.accelerator.num_processes  # each saw its share
@@ -88,6 +91,8 @@ def close_stage(
         (stage.run_folder / "metrics.jsonl").touch()
         for row in rows:
             runs.append_row(stage.run_folder, {**row, "seconds": seconds})
+        if export is not None:
+            export()
         write_results(stage.run_folder, summary, final, stage.dataset)
         for folder in (passes.FOLDER, SHIFTED):
             shutil.rmtree(stage.run_folder / folder, ignore_errors=True)
