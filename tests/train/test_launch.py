@@ -111,5 +111,7 @@ def test_a_slurm_job_that_stopped_for_its_time_is_queued_again(tmp_path, status,
     calls = (tmp_path / "calls").read_text().splitlines()
     ranks = [f"{rank} {rank} 8 2 first 20007: train/bbn.py --run runs/a b --resume" for rank in range(2)]
     assert sorted(calls[:2]) == ranks
-    assert "--cpus-per-task=6" in (tmp_path / "options").read_text().split()
+    options = dict(option.split("=") for option in (tmp_path / "options").read_text().split())
+    assert options["--cpus-per-task"] == "6"
+    assert int(options["--wait"]) >= 600  # also after a task that ends well: the first one writes results alone
     assert calls[2:] == (["requeue 7"] if requeued else [])
