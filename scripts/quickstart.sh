@@ -2,7 +2,7 @@
 # The whole job on a fresh machine, in two to four minutes on two cores after installation: sets up, makes
 # scikit-learn's digits long-tailed (some 120 images of each of five classes, 3 of each of the others) and, for two seeds
 # each, trains the baseline (CE) and BBN and runs the second stage (AFG); then compares them and writes a page with
-# figures. It leaves data/quickstart and runs/quickstart, which a second run makes again.
+# figures. It leaves data/quickstart, and runs/quickstart, which a second run makes again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh
