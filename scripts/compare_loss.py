@@ -8,6 +8,7 @@ where one run has epochs that the other lacks.
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from shards.cli import run_commands
@@ -26,7 +27,7 @@ def compare(a: Path, b: Path, tolerance: float = 0.01) -> None:
     print(f"{'epoch':>5}  {'A':>10}  {'B':>10}  {'apart':>9}")
     for epoch in sorted(ours.keys() & theirs.keys()):
         apart = difference(ours[epoch], theirs[epoch])
-        mark = "  <--" if apart > tolerance else ""
+        mark = "" if apart <= tolerance else "  <--"  # nan is apart, too
         print(f"{epoch:>5}  {ours[epoch]:>10.6f}  {theirs[epoch]:>10.6f}  {apart:>9.2e}{mark}")
     lacking = sorted(ours.keys() ^ theirs.keys())
     if lacking:
@@ -41,7 +42,10 @@ def losses(path: Path) -> dict[int, float]:
     if path.is_dir():
         path = path / "metrics.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        *lines, last = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines]
+        with suppress(ValueError):  # what a kill left of a line is no epoch
+            rows.append(json.loads(last))
         found = {int(row["epoch"]): float(row["loss"]) for row in rows}
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); name a run's folder or its metrics.jsonl") from None

@@ -43,7 +43,15 @@ def test_compare_loss_counts_a_lacking_epoch(two_runs):
     assert "only one of them has the epochs 2" in shorter.stdout
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), ("{", "holds no losses by epoch")])
+def test_what_a_kill_left_of_a_line_is_no_epoch_and_nan_is_apart(two_runs):
+    path = two_runs[1] / "metrics.jsonl"
+    path.write_text('{"epoch": 1, "loss": 2.0}\n{"epoch": 2, "loss": NaN}\n{"epoch": 3, "lo')
+    apart = compare_loss(*two_runs)
+    assert apart.returncode == 1
+    assert apart.stdout.splitlines()[-1].endswith("  <--")
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), ("{\n", "holds no losses by epoch")])
 def test_compare_loss_tells_mistakes(two_runs, content, message):
     path = two_runs[1] / "metrics.jsonl"
     path.unlink()
