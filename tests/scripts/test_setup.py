@@ -1,7 +1,6 @@
 """What scripts/setup.sh promises about the environment that it makes."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 import PIL
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,10 +41,27 @@ def test_nobody_misses_a_package_and_one_pil_answers_for_both_names():
     assert installed("pillow") == installed("pillow-simd").partition(".post")[0]
 
 
-def pins(name: str) -> dict[str, str]:
+def pins(name: str, python: str = "3.11") -> dict[str, str]:
     lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in lines)
-    return dict(line.split("==") for line in lines)
+    assert all(re.fullmatch(r'[a-z0-9-]+==[\w.]+( ; python_version == "[\d.]+")?', line) for line in lines)
+    wanted = [Requirement(line) for line in lines]
+    here = [one for one in wanted if one.marker is None or one.marker.evaluate({"python_version": python})]
+    return {one.name: str(one.specifier).removeprefix("==") for one in here}
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+def test_pins_hold_what_is_needed_on_every_python(python):
+    """As far as the packages that are installed here say it."""
+    pinned, for_tests = pins("requirements.txt", python), pins("requirements-test.txt", python)
+    machine = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
+    for package in importlib.metadata.distributions():
+        needed = [
+            one for one in map(Requirement, package.requires or []) if not one.marker or one.marker.evaluate(machine)
+        ]
+        for held in (pinned, for_tests):
+            if canonicalize_name(package.name) in held:
+                lacking = {canonicalize_name(one.name) for one in needed} - held.keys() - {"pillow"}
+                assert not lacking, package.name
 
 
 def test_pinned_versions_are_plain_and_fit_what_is_declared():
@@ -59,10 +76,20 @@ def test_pinned_versions_are_plain_and_fit_what_is_declared():
     assert {"pytest", "ruff", "mypy", "dask", "s3fs", "moto"} <= set(for_tests)
 
 
+PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+
+
+def test_a_wheel_has_every_package():
+    rooms = ("shards", "pipeline", "train", "analysis")
+    found = {".".join(path.parent.relative_to(ROOT).parts) for room in rooms for path in (ROOT / room).rglob("*.py")}
+    assert found == set(PACKAGES)
+
+
 @pytest.mark.skipif(installed("tailstream") is None, reason="runs from a checkout that is not installed")
-def test_rooms_are_importable_from_anywhere():
-    for room in ("shards", "shards.sources", "pipeline", "train", "analysis", "tailstream"):
-        assert importlib.util.find_spec(room) is not None
+def test_rooms_are_importable_from_anywhere(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = f"import importlib.util as u; assert all(u.find_spec(name) for name in {[*PACKAGES, 'tailstream']})"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
 
 
 @pytest.fixture
