@@ -107,6 +107,7 @@ def main() -> None:
         higher = [f"{row['run']} ({row['weights']})" for row in rows if not row["ece_not_higher"]]
         print(f"calibration error on test: {'higher for ' + ', '.join(higher) if higher else 'nowhere higher'}")
         if asked.out:
+            asked.out.parent.mkdir(parents=True, exist_ok=True)
             write_text(asked.out, table(rows) + "\n")
         if asked.json:
             write_results(asked.json, header(scipy=version("scipy")) | {"rows": rows})

@@ -24,7 +24,9 @@ def figures(run: Run) -> dict[str, float]:
     """Return the balanced test accuracy of every candidate of a run, and of what it selected."""
     rows = {row["name"]: row["balanced_accuracy"] for row in run.baselines}
     if not rows:
-        raise UserError(f"{run.path} measured no other classifiers; train it without --method.baselines false")
+        raise UserError(
+            f"{run.path} measured no other classifiers; name runs of train afg without --method.baselines false"
+        )
     rows["AFG"] = run.last["balanced_accuracy"]
     if run.summary["selected"]:
         rows["selected"] = run.summary["selected"]["balanced_accuracy"]

@@ -42,7 +42,7 @@ def call(monkeypatch, *arguments) -> None:
 
 def test_the_error_falls_and_even_shares_serve_the_tail(overconfident, tmp_path, monkeypatch, capsys):
     before = {path.name: path.read_bytes() for path in overconfident.iterdir()}
-    call(monkeypatch, overconfident, "--out", tmp_path / "table.md", "--json", tmp_path / "table.json")
+    call(monkeypatch, overconfident, "--out", tmp_path / "tables/table.md", "--json", tmp_path / "table.json")
     (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert (row["val_images"], row["test_images"]) == (2000, 4000)
     assert row["temperature"] == pytest.approx(3, rel=0.15)
@@ -52,7 +52,7 @@ def test_the_error_falls_and_even_shares_serve_the_tail(overconfident, tmp_path,
     assert figures["calibrated"]["nll"] < figures["as it is"]["nll"]
     for way in ("calibrated", "calibrated even"):
         assert figures[way]["balanced_accuracy"] > figures["as it is"]["balanced_accuracy"] + 0.02
-    table = (tmp_path / "table.md").read_text()
+    table = (tmp_path / "tables/table.md").read_text()
     assert "a&#124;b" in table
     assert {line.count("|") for line in table.splitlines()} == {15}
     assert "nowhere higher" in capsys.readouterr().out
