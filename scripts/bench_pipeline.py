@@ -190,18 +190,19 @@ def race(
         def leave(name: str, error: LoaderError) -> None:
             say(f"{data}, {name}: skipped, {error}")
             skipped[f"{data}, {name}"] = str(error)
-            contestants.pop(name, None)
+            if left := contestants.pop(name, None):
+                left.close()  # or it would run on in the others' turns
 
         for name, words in commands.items():
             try:
-                contestant = running.enter_context(LoaderProcess(words, HERE))
+                contestant = contestants[name] = running.enter_context(LoaderProcess(words, HERE))
                 contestant.load(warm_steps)
                 rate = contestant.load(UNCOUNTED_STEPS)
             except LoaderError as error:
                 leave(name, error)
                 continue
             contestant.stop()
-            contestants[name], loads[name] = contestant, []
+            loads[name] = []
             turns[name] = steps or max(UNCOUNTED_STEPS, round(seconds * UNCOUNTED_STEPS / rate.seconds))
             say(f"{data}, {name}: {turns[name]} steps a turn, delivers {contestant.about['delivers'][0]}")
         for i in range(rounds):

@@ -76,7 +76,7 @@ def bench(
 def make_run(folder: Path, backbone: str, size: int, train_counts: list[int]) -> Path:
     """Save an untrained network as a run would; return the folder."""
     torch.manual_seed(0)
-    network = build_network("plain", backbone, len(train_counts))
+    network = build_network("plain", backbone, len(train_counts), image_size=size)
     save_model(network, folder)
     described = Description(
         classes=[f"class {j}" for j in range(len(train_counts))],

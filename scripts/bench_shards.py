@@ -20,6 +20,7 @@ from PIL import Image
 from bench.common import ROOT, header, peer_environments, write_photographs, write_results
 from bench.measuring import timed
 from shards.cli import run_commands
+from shards.errors import UserError
 from shards.progress import say
 
 SIZE = (800, 600)
@@ -36,6 +37,9 @@ def bench(json: Path = Path("bench_shards.json"), images: int = 4000, rounds: in
         images: how many JPEGs to make and build from, at least 200.
         rounds: how often everything is measured, by turns.
     """
+    for option, value, least in (("--images", images, 200), ("--rounds", rounds, 1)):
+        if value < least:
+            raise UserError(f"{option} {value} is too small; give at least {least}")
     with tempfile.TemporaryDirectory() as folder:
         write_results(json, _measure(Path(folder), images, rounds))
 
@@ -43,8 +47,9 @@ def bench(json: Path = Path("bench_shards.json"), images: int = 4000, rounds: in
 def _measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
     sources = {images: folder / "source", images // 10: folder / "tenth"}
     say(f"making {images} JPEGs")
-    for n, source in sources.items():
-        mean_bytes = write_photographs(source, (i % CLASSES for i in range(n)), lambda _: SIZE)
+    mean_bytes = {
+        n: write_photographs(source, (i % CLASSES for i in range(n)), lambda _: SIZE) for n, source in sources.items()
+    }
     ours = [sys.executable, "-m", "shards", "build", "folder", "--shorter-side", "256", "--quality", "90"]
     ours += ["--test-fraction", "0", "--val-fraction", "0", "--shard-samples", str(images // 20)]
     commands = {
@@ -64,7 +69,7 @@ def _measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
     results = {name: rates(of, images) for name, of in runs.items()}
     return header(pillow=Image.__version__) | {
         "images": images,
-        "mean_bytes": mean_bytes,
+        "mean_bytes": mean_bytes[images],
         "results": results,
         "skipped": skipped,
         "one_worker_over_plain": ratio(results, "ours, 1 worker", "plain"),

@@ -111,6 +111,10 @@ class LoaderProcess:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End it; a second time does nothing."""
         self._opened.close()
 
     def _answer(self) -> Any:

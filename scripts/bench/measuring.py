@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bench.common import ROOT
+
 
 def timed(command: list[str], cwd: Path) -> dict[str, float]:
     """Run a command; return its seconds, CPU seconds, and how much more memory it took after its first tenth, in MB."""
     start, before = time.monotonic(), os.times()
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    here = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=cwd, env=here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     with watched_memory(process.pid, every=0.1) as memory:
         _, errors = process.communicate()
         seconds, after = time.monotonic() - start, os.times()

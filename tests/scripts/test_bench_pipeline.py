@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 import time
 import tomllib
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+import bench_pipeline
+import bench_shards
 from bench import gpu_sweep, pipeline_ours, pipeline_peers
 from bench.common import header, peer_environments, reason
 from bench.gpu_sweep import DECODING, Setting, markdown, sweep
@@ -140,6 +144,55 @@ def test_a_process_that_fails_says_why():
         pytest.raises(LoaderError, match="OSError: gone"),
     ):
         loader.load(3)
+
+
+def test_a_contestant_that_fails_does_not_run_on_in_the_others_turns(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.loader_process.SECONDS_TO_ANSWER", 5)
+    monkeypatch.setattr("bench.loader_process.SECONDS_TO_END", 0.1)
+    monkeypatch.setattr(bench_pipeline, "what", str)
+    pid = tmp_path / "pid"
+    serve = "from bench.loader_process import serve\nserve(open_steps, 'cpu', dict)"
+    hangs = f"""
+import os, time
+def open_steps():
+    open({str(pid)!r}, "w").write(str(os.getpid()))
+    yield [([0], None)]
+    time.sleep(1000)
+"""
+    works = f"""
+import time
+from pathlib import Path
+def open_steps():
+    assert not Path("/proc", Path({str(pid)!r}).read_text()).exists()
+    while True:
+        time.sleep(0.01)
+        yield [([0], None)]
+"""
+    commands = {name: [sys.executable, "-c", code + serve] for name, code in (("hangs", hangs), ("works", works))}
+    skipped = {}
+    found = bench_pipeline.race("small", commands, 1, 1, 1, 1.0, skipped)
+    assert list(found["contestants"]) == ["works"]
+    assert skipped == {"small, hangs": "no answer within 5 seconds"}
+
+
+def test_this_checkout_is_measured_whichever_one_is_installed(tmp_path):
+    (tmp_path / "scripts/bench").mkdir(parents=True)
+    shutil.copy(ROOT / "scripts/bench/__init__.py", tmp_path / "scripts/bench")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/__init__.py").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", "import bench, shards; print(shards.__file__)"],
+        cwd=tmp_path / "scripts",
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == str(tmp_path / "shards/__init__.py"), done.stderr
+
+
+def test_too_few_images_for_the_builds_are_refused_before_any_is_made():
+    with pytest.raises(UserError, match="--images 199 is too small; give at least 200"):
+        bench_shards.bench(images=199)
 
 
 def test_ratios_are_medians_of_rounds():
