@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,7 +17,17 @@ import reproduce
 from shards.build import build
 from shards.errors import UserError
 from shards.groups import imbalance_factor
-from train import decouple
+from train import afg, decouple
+from train.bbn import BBN
+from train.engine.config import PRESETS, Input, Loop, make_parser
+from train.engine.mixing import make_mixing
+from train.engine.model import Model
+from train.engine.objectives import make_objective
+from train.engine.optimisers import Optim
+from train.engine.weights import make_weighting
+from train.erm import ERM
+from train.features.commands import stage_parser
+from train.sdn import SDN
 
 ROOT = Path(__file__).parents[2]
 TABLES = yaml.safe_load((ROOT / "scripts/papers.yaml").read_text(encoding="utf-8"))["tables"]
@@ -31,6 +42,30 @@ def test_every_line_names_a_launchable_file_and_has_a_figure_for_each_column(nam
         assert other is None or other in TABLES[name]["rows"]
     if "run" in says:
         assert (ROOT / "train" / f"{shlex.split(says['run'])[0]}.py").is_file()
+
+
+STAGE_ONES = {"erm": ERM, "bbn": BBN, "sdn": SDN}
+
+
+@pytest.mark.parametrize("words", sorted({says["run"] for _, _, says in LINES if "run" in says}))
+def test_every_line_is_understood(words):
+    """Those of second stages are read only when stage one has been trained."""
+    method, *options = shlex.split(words)
+    if method in STAGE_ONES:
+        kind = STAGE_ONES[method].Settings
+        parser = make_parser(method, "", input=Input, model=Model, method=kind, optim=Optim, loop=Loop)
+        parser.add_argument("--variant", type=str)
+    else:
+        parser = decouple.program().parser if method == "decouple" else stage_parser("afg", "", afg.Settings)
+        options = decouple.in_full(options) if method == "decouple" else options
+    settings = parser.parse_args(options)
+    if settings.variant:
+        presets = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in PRESETS.glob("*.yaml")]
+        assert settings.variant in {name for preset in presets for name in preset.get("variants", {})}
+    if method == "erm":
+        make_objective(settings.method.objective, np.array([30, 3]))
+        make_mixing(settings.method.mix)
+        make_weighting(settings.method.weights)
 
 
 def test_the_column_follows_from_the_data(digits, monkeypatch):

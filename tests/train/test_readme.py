@@ -3,17 +3,31 @@
 import re
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from test_networks import images
 
 import tailstream
+from pipeline.augment import find_recipe
 from pipeline.batch import Batch
+from train import afg, decouple
+from train.bbn import BBN
+from train.engine.config import PRESETS, Input, Loop
 from train.engine.method import Progress
+from train.engine.mixing import make_mixing
+from train.engine.model import Model, make_adapter
 from train.engine.objectives import make_objective
+from train.engine.optimisers import Optim
+from train.engine.weights import make_weighting
+from train.erm import ERM
+from train.features.commands import ClassifierOptim, Extraction
+from train.networks.timm_models import own_view
+from train.sdn import SDN
 
 README = Path(__file__).parents[2] / "README.md"
 IMPORTS = """
@@ -57,6 +71,56 @@ def commands() -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
+COUNTS = np.array([300, 40, 3])
+# What only a method looks at, when there is a dataset.
+LOOKED_UP = {
+    "method.objective": lambda text: make_objective(text, COUNTS),
+    "method.mix": make_mixing,
+    "method.weights": make_weighting,
+    "model.adapt": make_adapter,
+    "model.backbone": own_view,
+    "augment": find_recipe,
+    "input.augment": find_recipe,
+}
+SECTIONS = {
+    "input": (Input, Extraction),
+    "model": (Model,),
+    "method": (BBN.Settings, ERM.Settings, SDN.Settings, afg.Settings, decouple.Settings),
+    "optim": (Optim, ClassifierOptim),
+    "loop": (Loop,),
+}
+
+
+def settings() -> list[tuple[str, str]]:
+    """Return the settings that the README names with a value, on command lines and alone, but for its own examples'."""
+    text = README.read_text(encoding="utf-8")
+    found = re.findall(r'--((?:\w+\.\w+|augment)) ("[^"]*"|[^\s`]+)', text)
+    (mixes,) = re.findall(r"^.*--method\.mix .*$", text, re.MULTILINE)
+    found += [("method.mix", name) for name in re.findall(r'`("?\w+(?:\([^)]*\))?"?)`', mixes)]
+    given = {(key, value.strip('"')) for key, value in found}
+    return sorted((key, value) for key, value in given if "my_" not in value and key != "method.share")
+
+
+def test_the_settings_are_found():
+    assert len(settings()) > 30
+    assert {key for key, _ in settings()} >= LOOKED_UP.keys()
+
+
+@pytest.mark.parametrize(("key", "value"), settings())
+def test_a_setting_of_the_readme_is_there_and_can_have_its_value(key, value):
+    if key in LOOKED_UP:
+        LOOKED_UP[key](value)
+    section, _, name = key.rpartition(".")
+    assert not section or name in {field.name for kind in SECTIONS[section] for field in fields(kind)}
+
+
+def test_variants_of_the_readme_are_of_some_preset():
+    presets = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in PRESETS.glob("*.yaml")]
+    known = {*afg.VARIANTS, *(name for preset in presets for name in preset.get("variants", {}))}
+    named = set(re.findall(r"--variant (\w+)", README.read_text(encoding="utf-8")))
+    assert {"ldam", "glag", "2x"} <= named <= known
+
+
 def test_the_commands_are_found():
     assert len(commands()) > 40
     assert {words[0] for words in commands()} >= set(tailstream.COMMANDS) - {"train"}
@@ -78,7 +142,7 @@ def test_a_command_of_the_readme_is_understood(words, tmp_path, monkeypatch, cap
     error = capsys.readouterr().err
     assert ended.value.code == 2
     assert re.search(
-        r"does not exist|there is no dataset|no finished run|no .*run|is not a folder|is missing|not a run|holds no",
+        r"does not exist|there is no (dataset|finished|unfinished)|is not a folder|is missing|not a run|holds no",
         error,
     ), error
     assert "see --help" not in error
