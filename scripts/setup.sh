@@ -43,6 +43,9 @@ install_build_needs() {
         DEBIAN_FRONTEND=noninteractive "${as_root[@]}" apt-get install -y -qq gcc libc6-dev zlib1g-dev libjpeg-dev libwebp-dev; } >/dev/null 2>&1
 }
 
+if [ -n "${PYTHON-}" ] && [ -x .venv/bin/python ] && [ "$(.venv/bin/python --version)" != "$($PYTHON --version)" ]; then
+    die ".venv has $(.venv/bin/python --version), and PYTHON=$PYTHON is another; remove .venv to make it with that"
+fi
 [ -x .venv/bin/python ] || { python=$(find_python); say "creating .venv with $python"; "$python" -m venv .venv; }
 
 # Whether everything is there, and one PIL alone. (Importing torch would take seconds.)

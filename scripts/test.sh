@@ -15,12 +15,17 @@ cores=$(python -c 'from shards.cores import cores; print(cores())') # as many as
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # One more than there are cores: much of a test's time goes into waiting for processes that it starts. Neighbours stay
 # together as long as they can: they share what is slow to make.
-if [ $# = 0 ]; then
-    set -- --numprocesses "$((cores + 1))" --dist worksteal
-    if nvidia-smi -L >/dev/null 2>&1; then
-        # What is not marked gpu is of the CPU: bits, and ranks that share a machine. What is marked runs alone.
-        CUDA_VISIBLE_DEVICES='' python -m pytest "$@" -m 'not slow and not gpu'
-        set -- -m gpu
-    fi
+several=()
+if [ $# = 0 ]; then several=(--numprocesses "$((cores + 1))" --dist worksteal); fi
+if [[ " $* " != *" -m "* ]] && nvidia-smi -L >/dev/null 2>&1; then
+    # What is not marked gpu is of the CPU: bits, and ranks that share a machine. What is marked runs alone.
+    nothing=5 # pytest's status where none of the tests is of a kind
+    status=0
+    CUDA_VISIBLE_DEVICES='' python -m pytest "${several[@]}" "$@" -m 'not slow and not gpu' || status=$?
+    if [ "$status" != 0 ] && [ "$status" != $nothing ]; then exit "$status"; fi
+    on_gpu=0
+    python -m pytest "$@" -m gpu || on_gpu=$?
+    if [ "$on_gpu" = $nothing ]; then exit "$status"; fi
+    exit "$on_gpu"
 fi
-exec python -m pytest "$@"
+exec python -m pytest "${several[@]}" "$@"

@@ -128,6 +128,38 @@ def test_pillow_simd_is_built_once_it_can_be(checkout):
     assert "pillow-simd==" in set_up(checkout)
 
 
+def test_another_python_for_an_environment_that_is_there_is_refused(checkout):
+    (checkout / ".venv/bin/python").write_text("#!/bin/sh\necho Python 3.11.2\n")
+    (checkout / "bin/python3.12").write_text("#!/bin/sh\necho Python 3.12.1\n")
+    (checkout / "bin/python3.12").chmod(0o755)
+    environment = os.environ | {"PATH": f"{checkout}/bin:{os.environ['PATH']}", "PYTHON": "python3.12"}
+    done = subprocess.run([checkout / "scripts/setup.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert ".venv has Python 3.11.2, and PYTHON=python3.12 is another; remove .venv" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "marks"),
+    [
+        ("", ["not slow and not gpu", "gpu"]),
+        ("tests/train -k ranks", ["not slow and not gpu", "gpu"]),
+        ("-m slow", ["slow"]),
+    ],
+)
+def test_beside_a_gpu_the_other_tests_see_none(checkout, words, marks):
+    shutil.copy(ROOT / "scripts/test.sh", checkout / "scripts")
+    python = f'if [ "$2" = pytest ]; then echo "${{CUDA_VISIBLE_DEVICES-all}} $*" >> {checkout}/tests; else echo 2; fi'
+    for name, body in {"python": python, "ruff": "exit 0", "mypy": "exit 0", "nvidia-smi": "exit 0"}.items():
+        (checkout / ".venv/bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (checkout / ".venv/bin" / name).chmod(0o755)
+    (checkout / "scripts/setup.sh").write_text("#!/bin/sh\n")
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    subprocess.run([checkout / "scripts/test.sh", *words.split()], env=environment, check=True)
+    runs = (checkout / "tests").read_text().splitlines()
+    assert [run.partition(" -m ")[2].partition(" -m ")[2] for run in runs] == marks
+    assert [run.startswith(" ") for run in runs] == [mark == "not slow and not gpu" for mark in marks]
+
+
 def test_a_copied_checkout_gets_its_own_programs(checkout):
     (checkout / ".venv/bin/tailstream").write_text("#!/elsewhere/.venv/bin/python\n")
     assert "--editable ." in set_up(checkout)
