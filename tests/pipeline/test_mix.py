@@ -83,6 +83,9 @@ def test_every_loader_mixes_by_the_papers_formulas(digits, kind):
             assert batch.partners_B.tolist() == rows["partners"]
             assert batch.shares_B.dtype == torch.float32
             np.testing.assert_allclose(batch.shares_B, rows["shares"], rtol=0, atol=1e-7)
+            weights_C = torch.zeros_like(batch.step_counts_C).index_add(0, batch.labels_B, batch.shares_B)
+            weights_C.index_add_(0, batch.partners_B, 1 - batch.shares_B)
+            torch.testing.assert_close(batch.step_counts_C, weights_C, rtol=0, atol=1e-5)
             assert (batch.hidden_partners_B is not None) == (batch.hidden_shares_B is not None) == hidden
             if hidden:
                 assert (

@@ -309,8 +309,7 @@ def test_the_classes_of_a_whole_step_are_known_on_every_rank(mix):
         assert whole[0].step_counts_C.sum() == pytest.approx(16)
         # Neighbours that are mixed with each other by one share hold together what they are.
         alike = mix is None or mix == Mixup()
-        np.testing.assert_allclose(whole[0].step_counts_C, counts[0], atol=1e-5 if alike else 16)
-        assert alike or not np.allclose(whole[0].step_counts_C, counts[0], atol=1e-3)
+        assert np.allclose(whole[0].step_counts_C, counts[0], rtol=0, atol=1e-5) == alike
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_two_processes_are_one(workplace):
         else:
             np.testing.assert_array_equal(one[step], np.concatenate([first[step], second[step]]))
     for ours, theirs in zip(rows(workplace / "runs/one"), rows(workplace / "runs/two"), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)  # rounding: 2e-6; without an exchange 8e-4
         assert (ours["lr"], ours["alpha"], ours["step"]) == (theirs["lr"], theirs["alpha"], theirs["step"])
         for figure in ("top1", "balanced_accuracy", "ece"):  # of 136 images
             assert ours["eval"][figure] == pytest.approx(theirs["eval"][figure], abs=0.05)
@@ -198,7 +198,7 @@ def test_a_run_goes_on_with_another_number_of_processes(workplace, before, after
     assert stopped == [EXIT_STATUS] * before
     assert on_ranks(workplace, _train, ["--resume", "--run", "runs/cut"], ranks=after) == [0] * after
     for ours, theirs in zip(rows(workplace / "runs/cut"), rows(workplace / "runs/whole"), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)  # rounding: 2e-6; without an exchange 8e-4
 
 
 def _train_in_folders_of_their_own(rank: int, argv: list[str]) -> None:
