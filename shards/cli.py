@@ -5,7 +5,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,9 @@ class Parser(ArgumentParser):
             del options["type"]
             options["action"] = ActionYesNo(no_prefix="no-")
         return super().add_argument(*kebab, **options)
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:  # noqa: D102
+        return super().parse_args(at_home(sys.argv[1:] if args is None else args), *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with status 2."""
@@ -102,6 +105,14 @@ def _options(parser: ArgumentParser) -> list[str]:
         if isinstance(action, argparse._SubParsersAction):
             found += [name for command in action.choices.values() for name in _options(command)]
     return list(dict.fromkeys(found))
+
+
+def at_home(words: Sequence[str]) -> list[str]:
+    """Return a command line with --option=~/path in full: a shell writes ~ out only where a word begins with it."""
+    return [
+        re.sub(r"(?<=^--)([\w.-]+=)(~.*)", lambda found: found[1] + os.path.expanduser(found[2]), word)
+        for word in words
+    ]
 
 
 def program_name(usual: str, words: str = "") -> str:

@@ -81,6 +81,13 @@ def test_it_is_the_program_itself_under_its_own_name(tmp_path):
     assert wrong.stderr.startswith("tailstream train bbn: error: nowhere does not exist")
 
 
+def test_the_home_folder_is_known_behind_an_equals_sign(tmp_path):
+    assert run(tmp_path, "build", "digits", "--workers=1", "--out=~/made", HOME=f"{tmp_path}/home").returncode == 0
+    assert (tmp_path / "home/made/dataset.json").exists()
+    wrong = run(tmp_path, "train", "bbn", "--data=~/nowhere", HOME=f"{tmp_path}/home")
+    assert wrong.stderr.startswith(f"tailstream train bbn: error: {tmp_path}/home/nowhere does not exist")
+
+
 def test_a_loss_of_ones_own_is_found_in_the_folder_one_is_in(tmp_path):
     (tmp_path / "my_losses.py").write_text("raise SystemExit('mine')\n")
     run(tmp_path, "build", "digits", "--workers", "1")

@@ -25,7 +25,7 @@ from jsonargparse.typing import (
 )
 
 from pipeline.kinds import ChosenLoader, Decode, LoaderKind
-from shards.cli import wrong_value
+from shards.cli import at_home, wrong_value
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
 from train.engine.model import Model
@@ -188,7 +188,7 @@ class _Parser(ArgumentParser):
     """One whose flags come over its --config, wherever they stand."""
 
     def parse_args(self, args: Any = None, *arguments: Any, **options: Any) -> Any:
-        files, others = split_config(sys.argv[1:] if args is None else args)
+        files, others = split_config(at_home(sys.argv[1:] if args is None else args))
         return super().parse_args(files + others, *arguments, **options)
 
 
