@@ -347,7 +347,7 @@ def at_scale(case: Case, chunks: int) -> dict[str, Any]:
         say(f"{case.name}: fitted in {fit_seconds:.1f} s, neighbours found in {nearest_seconds:.1f} s")
         generator = torch.Generator().manual_seed(1)
         chunk = min(CHUNK, int(case.targets_C.sum()) // (chunks + 1))
-        stream = generate_chunks(gaussians, support, case.targets_C, BETA, generator, chunk=chunk)
+        stream: Any = generate_chunks(gaussians, support, case.targets_C, BETA, generator, chunk=chunk)
         next(stream)  # the first one warms caches, and draws the epoch's parents
 
         def generated() -> int:

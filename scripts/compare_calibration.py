@@ -51,9 +51,9 @@ def compare(run: Path) -> list[dict[str, Any]]:
         found, _ = calibrate(logits_MC, labels_M, counts)  # before anything of test is read
         test_NC, labels_N = test_logits(run, weights, tested, len(counts))
         own, even_C = Calibration.none(counts), np.full(len(counts), 1 / len(counts))
-        ways = {"as it is": (own, None), "calibrated": (found, None)}
+        ways: dict[str, tuple[Calibration, Any]] = {"as it is": (own, None), "calibrated": (found, None)}
         ways |= {"even": (own, even_C), "calibrated even": (found, even_C)}
-        figures = {}
+        figures: dict[str, dict[str, Any]] = {}
         for way, (calibration, prior_C) in ways.items():
             p_NC = probabilities(test_NC, calibration, counts, prior_C)
             accuracies = summarize(tally(np.log(np.maximum(p_NC, LEAST_SCORE)), labels_N), counts)

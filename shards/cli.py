@@ -5,7 +5,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,7 +27,7 @@ class Parser(ArgumentParser):
             options["action"] = ActionYesNo(no_prefix="no-")
         return super().add_argument(*kebab, **options)
 
-    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:  # noqa: D102
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:  # noqa: D102
         return super().parse_args(at_home(sys.argv[1:] if args is None else args), *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -120,7 +120,7 @@ def program_name(usual: str, words: str = "") -> str:
     return f"tailstream {words}".rstrip() if Path(sys.argv[0]).stem == "tailstream" else usual
 
 
-def run_commands(program: str, commands: dict[str, Any], argv: list[str] | None = None) -> Any:
+def run_commands(program: str, commands: dict[str, Any] | Callable[..., Any], argv: list[str] | None = None) -> Any:
     """Run the function that the command line names and return its result; a UserError exits with status 2."""
     try:
         with user_errors_exit_2(program):

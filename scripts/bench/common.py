@@ -167,7 +167,7 @@ def cpu_name() -> str:
 
 def commit() -> str:
     """The checked-out commit, with "+" behind it where tracked files differ from it; empty outside of git."""
-    command = ["git", "-C", ROOT, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,16 +27,16 @@ UNCOUNTED_STEPS = 10
 class Setting:
     """One point of the sweep."""
 
-    decode: str = "window"
+    decode: Literal["window", "whole"] = "window"
     hw_decoder_load: float = 0.65  # DALI's default
     batch: int = 64
     threads: int = 4
     decoded_ahead: int = 2
 
 
+HOW: tuple[Literal["window", "whole"], ...] = ("window", "whole")
 DECODING = [
-    Setting(decode, load, batch)
-    for decode, load, batch in product(("window", "whole"), (0.65, 0.7, 0.75, 0.8, 0.85, 0.9), (64, 256))
+    Setting(decode, load, batch) for decode, load, batch in product(HOW, (0.65, 0.7, 0.75, 0.8, 0.85, 0.9), (64, 256))
 ]
 
 
@@ -58,7 +58,7 @@ def sweep(measure: Callable[[Setting], float]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def take(settings: list[Setting]) -> Setting:
-        rates = []
+        rates: list[tuple[float, int, Setting]] = []
         for setting in settings:
             try:
                 rate, row = measure(setting), asdict(setting)

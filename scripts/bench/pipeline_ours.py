@@ -111,13 +111,14 @@ def dali_textbook(folder: Path, data: str, device: str) -> Steps:
         indexes = _repeating_indexes(split, q, folder / f"textbook-{name}")
         pipeline = Pipeline(BATCH[data], THREADS, None if device == "cpu" else 0, seed=0, exec_dynamic=True)
         with pipeline:
-            files, labels = fn.readers.webdataset(
+            read: Any = fn.readers.webdataset(
                 paths=[str(path) for path in split.shard_paths],
                 index_paths=indexes,
                 ext=["jpg;png", "cls"],
                 random_shuffle=True,
                 name="reader",
             )
+            files, labels = read
             # Labels are text, of one or two bytes here.
             pictures = _textbook_pictures(files, data, "cpu" if device == "cpu" else "mixed")
             pipeline.set_outputs(pictures, fn.pad(labels, shape=[2]))

@@ -66,7 +66,8 @@ def compare_trainings(mixture: Mixture, held_out: Bank, epochs: int, rounds: int
     for seed in range(rounds):
         passes = Passes(stage_one, mixture, seed)
         for way in ("together", "alone"):
-            spent, found = {}, []
+            spent: dict[str, float] = {}
+            found: list[float] = []
             for source, recipes in by_source.items():
                 started = time.process_time()
                 if way == "together":
