@@ -212,9 +212,12 @@ def set_aside(split: Split, device: torch.device) -> Decoded:
     return kept_with(split, (Decoded, device), make)
 
 
-def let_go(split: Split, device: torch.device) -> None:
+def let_go(split: Split, device: torch.device | str) -> None:
     """Free the memory of a split's images on a device, which nobody will look at again, once its loaders are closed."""
+    device = torch.empty(0, device=device).device  # with its number, under which they are kept
     drop(split, (Decoded, device))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # torch would keep it, and the next split would not find it free
 
 
 def bytes_to_come(device: torch.device) -> int:

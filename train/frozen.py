@@ -171,6 +171,7 @@ def _take(
     """Take the features, make the classifier of them, and leave a finished run folder."""
     from accelerate.utils import broadcast_object_list, set_seed
 
+    from pipeline.resident_loader import let_go
     from train.engine.checkpoints import Counters
     from train.engine.evaluation import finish, test_split
     from train.engine.machine import make_accelerator
@@ -211,6 +212,7 @@ def _take(
     )
     started = time.perf_counter()
     bank = feature_bank(run_folder, network, dataset, "train", config.input, accelerator)
+    let_go(dataset.splits["train"], accelerator.device)  # only their features are looked at from now on
     network.classifier, scale = mean_classifier(*bank, len(dataset.classes), config.method.tau)
     accelerator.print(f"cosines times {scale:.1f}, under which the training images are likeliest")
     seconds = time.perf_counter() - started

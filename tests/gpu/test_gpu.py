@@ -1,7 +1,9 @@
 """What only a GPU can tell. Run: python -m pytest tests/gpu"""
 
+import gc
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from itertools import islice
 
@@ -13,7 +15,7 @@ from accelerate.state import AcceleratorState
 from pipeline.kinds import LoaderKind
 from pipeline.loader import open_loader
 from pipeline.plan import EvalPlan, Stream, TrainPlan
-from pipeline.resident_loader import decoded_of
+from pipeline.resident_loader import decoded_of, let_go
 from shards.errors import UserError
 from shards.index import open_dataset
 from train.afg import run as run_stage_two
@@ -75,7 +77,11 @@ def test_the_resident_loader_keeps_and_cuts_images_on_the_gpu(photos, digits, na
     streams = (Stream("uniform", 1.0, augment), Stream("reversed", -1.0, augment))
     plan = TrainPlan(split, streams, 8, image_size, seed=5, epochs=3)
     assert_shows_what_the_reference_shows("resident", plan, within=0.3 if name == "photos" else 1e-6)
-    assert decoded_of(split, torch.empty(0, device="cuda").device, None).device.type == "cuda"
+    images = weakref.ref(decoded_of(split, torch.empty(0, device="cuda").device, None))
+    assert images().device.type == "cuda"
+    let_go(split, torch.device("cuda"))
+    gc.collect()
+    assert images() is None
 
 
 def test_images_that_do_not_fit_the_gpu_are_refused(digits):

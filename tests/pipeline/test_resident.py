@@ -17,7 +17,15 @@ from pipeline.loader import choose_loader, keep_resident, open_loader
 from pipeline.pictures import decode
 from pipeline.plan import EvalPlan, Stream, TrainPlan
 from pipeline.reader import ShardReader
-from pipeline.resident_loader import Decoded, ResidentLoader, TooLargeError, decoded_of, resize_on_gpu, room_for
+from pipeline.resident_loader import (
+    Decoded,
+    ResidentLoader,
+    TooLargeError,
+    decoded_of,
+    let_go,
+    resize_on_gpu,
+    room_for,
+)
 from pipeline.windows import resize_windows
 from shards.errors import UserError
 from shards.index import Split, open_dataset
@@ -116,6 +124,16 @@ def test_images_go_with_the_split(fresh):
         list(loader)
     assert images().to_come == 0
     del split, loader
+    gc.collect()
+    assert images() is None
+
+
+@pytest.mark.parametrize("device", ["cpu", CPU])
+def test_images_are_let_go_however_their_device_is_called(fresh, device):
+    """Accelerate calls the only GPU cuda, without the number under which its images are kept."""
+    split = fresh["photos"]
+    images = weakref.ref(decoded_of(split, CPU, None))
+    let_go(split, device)
     gc.collect()
     assert images() is None
 

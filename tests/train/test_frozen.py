@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from pipeline.kept import is_kept_with
+from pipeline.resident_loader import Decoded
 from shards.errors import UserError
 from train import afg, frozen, predict
 from train.features.means import _even_share, best_scale, mean_classifier
@@ -187,6 +189,20 @@ def test_a_signal_leaves_a_command_that_resumes(workplace, pretrained, capsys, m
     printed = capsys.readouterr().out.rpartition("resume with: tailstream train frozen ")[2]
     frozen.run(shlex.split(printed))
     assert (workplace / "runs/a b/summary.json").exists()
+
+
+def test_decoded_training_images_go_once_their_features_are_there(workplace, pretrained, monkeypatch):
+    from train.engine import evaluation
+
+    kept, finish = [], evaluation.finish
+
+    def look(method, config, dataset, *others):
+        kept.append([is_kept_with(dataset.splits[s], (Decoded, torch.device("cpu"))) for s in ("train", "test")])
+        finish(method, config, dataset, *others)
+
+    monkeypatch.setattr(evaluation, "finish", look)
+    frozen.run(["--run", "runs/frozen", *pretrained])
+    assert kept == [[False, True]]
 
 
 def test_few_classes_of_many_dimensions_take_no_more_memory(monkeypatch):
