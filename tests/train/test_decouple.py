@@ -310,6 +310,18 @@ def test_who_takes_the_features_anew_meanwhile_changes_no_prediction(here, monke
     assert_predictions_are_the_models("runs/one")
 
 
+def test_stage_one_may_be_given_more_epochs_while_classifiers_train(here, monkeypatch):
+    trained = Passes._train
+
+    def meanwhile(self, source, recipes):
+        Path("runs/ce/summary.json").unlink(missing_ok=True)
+        return trained(self, source, recipes)
+
+    monkeypatch.setattr(Passes, "_train", meanwhile)
+    decouple.run([*QUICK, "--run", "runs/one", "--method.rates", "[1.0]"])
+    assert summary_of("runs/one")["title"] == "CE + cRT"
+
+
 def test_views_change_no_class_weights(here, monkeypatch):
     seen = []
 

@@ -55,7 +55,7 @@ def close_stage(
     seconds = time.perf_counter() - stage.started
     summary = {
         "method": stage.name,
-        "title": f"{runs.read_summary(stage.source)['title']} + {title}",
+        "title": f"{stage.source_title} + {title}",
         "stage": 2,
         "from": stage.source.resolve().name,
         "from_weights": stage.weights,

@@ -57,6 +57,7 @@ class Stage:
         name: the launchable file's name.
         config: the resolved settings: method, optim, loop.
         source: the folder of the stage-one run.
+        source_title: what tables call that run.
         network: its network, frozen, on the accelerator's device.
         dataset: what it was trained on.
         run_folder: where this stage's results go.
@@ -76,6 +77,7 @@ class Stage:
     name: str
     config: Any
     source: Path
+    source_title: str
     network: Any
     dataset: Dataset
     run_folder: Path
@@ -136,9 +138,12 @@ def open_stage(
     if not (source / "summary.json").exists():
         again = f"tailstream train {saved['about']['method']} {runs.resuming(source)}"
         raise UserError(f"{source} is not finished; resume it: {again}")
-    if (stage := runs.read_summary(source)["stage"]) != 1:
+    first = runs.read_summary(source)  # now: it goes when that run is given more epochs
+    if first["stage"] != 1:
         begun_with = saved["about"].get("from", "RUN")
-        raise UserError(f"{source} is of stage {stage} itself; name the run that it began with: --from {begun_with}")
+        raise UserError(
+            f"{source} is of stage {first['stage']} itself; name the run that it began with: --from {begun_with}"
+        )
     dataset = find_dataset_of(source, about if "data" in about else saved["about"], asked.data)
     settings = parse(parser, argv, saved_settings or defaults(program, dataset, asked.variant))
     config = parser.instantiate(settings)
@@ -162,9 +167,9 @@ def open_stage(
         )
     described = read_description(source)
     if described is not None and described.classes != list(dataset.classes):
-        first = next(pair for pair in zip(described.classes, dataset.classes, strict=True) if pair[0] != pair[1])
+        one, other = next(pair for pair in zip(described.classes, dataset.classes, strict=True) if pair[0] != pair[1])
         raise UserError(
-            f"{source} was trained for other classes than {dataset.root} has: {first[0]!r} is {first[1]!r} there; name"
+            f"{source} was trained for other classes than {dataset.root} has: {one!r} is {other!r} there; name"
             " the dataset it was trained on with --data"
         )
     if saved["about"].get("fingerprint") not in (None, dataset.fingerprint):
@@ -213,10 +218,10 @@ def open_stage(
         about |= {"weights": weights, "variant": variant, "changed": changed}
         runs.write_config(run_folder, {"about": about, **sections})
         (run_folder / "metrics.jsonl").unlink(missing_ok=True)  # written once, at the end
-    doing = "resuming" if resumed else "->"
+    doing = "; resuming" if resumed else " ->"
     accelerator.print(
         f"{program.title} on the {weights} weights of {source} ({dataset.name}, {len(dataset.classes):,} classes)"
-        f" {doing} {run_folder}"
+        f"{doing} {run_folder}"
     )
 
     started = time.perf_counter()
@@ -262,6 +267,7 @@ def open_stage(
         name,
         config,
         source,
+        first["title"],
         network,
         dataset,
         run_folder,
