@@ -121,7 +121,7 @@ def run(argv: list[str] | None = None) -> None:
         from train.engine.interrupts import EXIT_STATUS, Interrupted, Stops
 
         try:
-            with Stops(), errors_in_one_line():
+            with Stops(), errors_in_one_line(begun, "lower input.batch_size"):
                 _run(parser, argv, asked, begun)
         except Interrupted as stop:
             resume = "resume with: tailstream train frozen "

@@ -520,9 +520,20 @@ def test_too_little_memory_is_one_line_and_leaves_nothing_locked(here, capsys, m
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(Passes, "_train", full)
-    assert "out of memory" in fails_with(capsys, *SHORT, "--run", "runs/afg")
+    message = fails_with(capsys, *SHORT, "--run", "runs/afg")
+    assert "out of memory (CUDA out of memory. Tried to allocate 20.00 GiB); lower optim.batch_size" in message
     assert not runs._held
     assert not list(here.glob("runs/**/.lock"))
+
+
+def test_a_full_disk_is_one_line_with_what_resumes(here, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "append_row", full)
+    message = fails_with(capsys, *SHORT, "--run", "runs/afg", "--method.beta", "0.4", "--method.baselines", "false")
+    assert "cannot write runs/afg (No space left on device); when that is solved, resume with" in message
+    assert message.endswith("--run runs/afg --resume")
 
 
 def test_settings_that_would_do_nothing_are_refused(here, capsys):

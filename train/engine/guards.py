@@ -6,7 +6,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -153,15 +153,24 @@ def check_devices(environment: Mapping[str, str], device: str, gpus: int) -> Non
 
 
 @contextmanager
-def errors_in_one_line(run_folder: Path | None = None) -> Iterator[None]:
-    """Turn errors of the machine, in memory, disk and network, into a `UserError`."""
+def errors_in_one_line(
+    run_folder: Path | Sequence[Path] | None = None,
+    more_memory: str = "lower input.batch_size, or work in parts with --optim.accumulate 2",
+) -> Iterator[None]:
+    """Turn errors of the machine, in memory, disk and network, into a `UserError`.
+
+    Args:
+        run_folder: of the run that can be resumed; or a list, in which it appears as soon as there is one.
+        more_memory: what to do where memory is too small.
+    """
     try:
         yield
     except UserError:
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise UserError(_out_of_memory(error)) from error
+        raise UserError(_out_of_memory(error, more_memory)) from error
     except OSError as error:
+        run_folder = run_folder if isinstance(run_folder, Path) else next(iter(run_folder or ()), None)
         if run_folder is None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
             raise
         raise UserError(
@@ -178,7 +187,7 @@ def errors_in_one_line(run_folder: Path | None = None) -> Iterator[None]:
     except RuntimeError as error:
         said = " ".join(str(error).split())
         if "not enough memory" in said or "can't allocate memory" in said:
-            raise UserError(_out_of_memory(error)) from error
+            raise UserError(_out_of_memory(error, more_memory)) from error
         if "EADDRINUSE" in said or "ddress already in use" in said:
             port = os.environ.get("MASTER_PORT", "?")
             raise UserError(
@@ -197,8 +206,5 @@ def errors_in_one_line(run_folder: Path | None = None) -> Iterator[None]:
         raise
 
 
-def _out_of_memory(error: BaseException) -> str:
-    return (
-        f"out of memory ({' '.join(str(error).split())[:160]}); lower input.batch_size, or work in parts with"
-        " --optim.accumulate 2"
-    )
+def _out_of_memory(error: BaseException, remedy: str) -> str:
+    return f"out of memory ({' '.join(str(error).split())[:160]}); {remedy}"

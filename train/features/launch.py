@@ -27,7 +27,7 @@ def run_stage(program: Program, train: "Callable[[Stage], None]", argv: list[str
         from train.features.stage_two import open_stage
 
         try:
-            with Stops(), errors_in_one_line():
+            with Stops(), errors_in_one_line(begun, "lower optim.batch_size, reference.batch_size or input.batch_size"):
                 stage = open_stage(program, argv, asked, begun)
                 if stage is not None:
                     train(stage)
