@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from shards.cli import program_name
 from shards.errors import UserError, user_errors_exit_2
@@ -45,6 +45,7 @@ from train.engine.config import (
 )
 from train.engine.method import Method, Progress, StepResult
 from train.engine.model import with_own_view
+from train.features.commands import STALL_MINUTES, Work
 
 if TYPE_CHECKING:  # torch comes with the run: see train/engine/launch.py
     import numpy as np
@@ -99,12 +100,14 @@ class Run:
         precision: no (float32), bf16, fp16, or auto (accelerate's setting).
         threads: CPU threads that each process computes with; by default OMP_NUM_THREADS where it is set, else the cores
             divided among the processes of this machine.
+        stall_minutes: how long to wait for a batch before the run ends with a message.
     """
 
     seed: NonNegativeInt = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     threads: PositiveInt | None = None
+    stall_minutes: PositiveFloat = STALL_MINUTES
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -176,7 +179,6 @@ def _take(
     from train.engine.evaluation import finish, test_split
     from train.engine.machine import make_accelerator
     from train.features.bank import feature_bank, keep_bank
-    from train.features.commands import Work
     from train.features.estimate import estimate_lines
     from train.features.means import mean_classifier
     from train.networks.model_files import save_model
@@ -211,7 +213,8 @@ def _take(
         f" {len(dataset.classes):,} classes -> {run_folder}"
     )
     started = time.perf_counter()
-    bank = feature_bank(run_folder, network, dataset, "train", config.input, accelerator)
+    patience = config.loop.stall_minutes
+    bank = feature_bank(run_folder, network, dataset, "train", config.input, accelerator, stall_minutes=patience)
     let_go(dataset.splits["train"], accelerator.device)  # only their features are looked at from now on
     network.classifier, scale = mean_classifier(*bank, len(dataset.classes), config.method.tau)
     accelerator.print(f"cosines times {scale:.1f}, under which the training images are likeliest")

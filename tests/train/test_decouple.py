@@ -20,6 +20,7 @@ from shards.index import open_dataset
 from train import afg, calibrate, decouple
 from train.bbn import BBN
 from train.engine.config import Input
+from train.engine.guards import StallGuard
 from train.engine.launch import run as run_stage_one
 from train.engine.predictions import read_predictions
 from train.engine.weights import class_weights
@@ -219,6 +220,20 @@ def test_mislas_shifts_batch_norm_and_leaves_the_rest_of_the_network(here, monke
     # The shifted features are no bank of stage one's.
     monkeypatch.setattr("train.features.bank._fill", lambda *a: pytest.fail("taken again"))
     decouple.run([*QUICK, "--run", "runs/crt"])
+
+
+def test_it_waits_for_images_as_long_as_it_is_told(here, monkeypatch):
+    limits = []
+
+    class Watched(StallGuard):
+        def __init__(self, loader, streams, rank, limit_s):
+            limits.append((streams, limit_s))
+            super().__init__(loader, streams, rank, limit_s)
+
+    for module in ("bank", "shift"):
+        monkeypatch.setattr(f"train.features.{module}.StallGuard", Watched)
+    decouple.run(["--classifier", "mislas", *QUICK, "--method.rates", "[1.0]", "--loop.stall_minutes", "3"])
+    assert limits == [(("shift",), 180.0), *[(("eval",), 180.0)] * 3]
 
 
 def test_a_stopped_mislas_resumes_with_the_shifted_network(here, monkeypatch):

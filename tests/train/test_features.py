@@ -157,11 +157,11 @@ import os, sys
 from pathlib import Path
 from accelerate import Accelerator
 from shards.index import open_dataset
-from train.features import bank as features
+from train.features import bank as features, rows
 from train.engine.config import Input
 from train.networks.model_files import load_model
 
-features.BATCHES_PER_SYNC = 2
+rows.BATCHES_PER_SYNC = 2
 take, left = features._features, [5]
 def until_killed(*arguments):
     for batch in take(*arguments):

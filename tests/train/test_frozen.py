@@ -201,7 +201,7 @@ def test_decoded_training_images_go_once_their_features_are_there(workplace, pre
         finish(method, config, dataset, *others)
 
     monkeypatch.setattr(evaluation, "finish", look)
-    frozen.run(["--run", "runs/frozen", *pretrained])
+    frozen.run(["--run", "runs/frozen", *pretrained, "--loop.stall_minutes", "3"])
     assert kept == [[False, True]]
 
 

@@ -37,14 +37,13 @@ from shards.index import MANIFEST, Dataset, Split
 from train.engine import runs
 from train.engine.config import Input
 from train.engine.guards import StallGuard
+from train.features.commands import STALL_MINUTES
+from train.features.rows import Rows
 from train.networks.model_files import FILES
 from train.networks.networks import BilateralNetwork, PlainNetwork
 
 FOLDER = "features"
 ARRAYS = ("features", "labels", "seen")
-# Batches between two moments at which what was taken is safe on the disk.
-BATCHES_PER_SYNC = 64
-STALL_MINUTES = 10.0  # without a batch, as in training
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,7 @@ def feature_bank(
     accelerator: Accelerator,
     views: int = 0,
     weights: str = "last",
+    stall_minutes: float = STALL_MINUTES,
 ) -> tuple[Tensor, Tensor]:
     """Return a split's features and labels, from the run's bank where it fits, else by extraction.
 
@@ -113,6 +113,7 @@ def feature_bank(
         accelerator: gives device, precision and ranks. Every rank returns the whole bank.
         views: how often each image is taken with the training recipe; 0: once, as in evaluation.
         weights: which of the run's weights the network has: "last" or "selected".
+        stall_minutes: how long to wait for a batch.
 
     Returns:
         features_RD, float16, and labels_R, int64, ascending: R = images × max(1, views), less those that do not
@@ -142,7 +143,7 @@ def feature_bank(
                     print(f"the features of {split} in {folder} differ in: {differing}; extracting them again")
                 _begin(folder, wanted)
         accelerator.wait_for_everyone()
-        _fill(folder, network, dataset.splits[split], input, accelerator, wanted)
+        _fill(folder, network, dataset.splits[split], input, accelerator, wanted, stall_minutes)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_json(folder / "bank.json", wanted | {"complete": True})
@@ -281,6 +282,7 @@ def _fill(
     input: Input,
     accelerator: Accelerator,
     wanted: dict[str, Any],
+    stall_minutes: float,
 ) -> None:
     """Take this rank's share of the features that are missing."""
     views = max(1, wanted["views"])
@@ -288,26 +290,29 @@ def _fill(
     accelerator.wait_for_everyone()  # before anyone fills rows
     place_N = np.empty(len(split), np.int64)
     place_N[split.by_class] = np.arange(len(split))
-    with _Rows(folder, wanted["dimensions"]) as bank:
+    with Rows(folder, wanted["dimensions"]) as bank:
         for view in range(views):
             ids = np.sort(split.by_class[missing_RV[:, view]])  # in the order of the shards
             mine = ids[rank_slice(len(ids), accelerator.process_index, accelerator.num_processes)]
             plan = ViewPlan(split, mine, input.batch_size, input.image_size, wanted["recipe"], view)
-            for ids_B, features_BD in _features(network, plan, input, accelerator):
+            for ids_B, features_BD in _features(network, plan, input, accelerator, stall_minutes):
                 bank.write(place_N[ids_B] * views + view, features_BD)
 
 
 @torch.no_grad()
 def _features(
-    network: PlainNetwork | BilateralNetwork, plan: ViewPlan, input: Input, accelerator: Accelerator
+    network: PlainNetwork | BilateralNetwork,
+    plan: ViewPlan,
+    input: Input,
+    accelerator: Accelerator,
+    stall_minutes: float,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float16]]]:
     if not plan.steps:
         return
     network.eval()
-    rank = accelerator.process_index
     with (
         input.open_loader(plan, accelerator.device) as loader,
-        StallGuard(loader, plan.streams, rank, 60 * STALL_MINUTES) as batches,
+        StallGuard(loader, plan.streams, accelerator.process_index, 60 * stall_minutes) as batches,
     ):
         title = f"features of {plan.split.name}"
         silent = not accelerator.is_main_process or None
@@ -323,37 +328,3 @@ def _features(
                     " has diverged: train it again with a lower optim.lr"
                 )
             yield batch["eval"].ids_B, half_BD.cpu().numpy()
-
-
-class _Rows:
-    """Writes rows of a bank, and says that they are there only when they are safe.
-
-    Not by memory mapping: machines that share the filesystem would overwrite each other's pages.
-    """
-
-    def __init__(self, folder: Path, dimensions: int) -> None:
-        self._row_bytes = 2 * dimensions
-        self._files = [(folder / f"{name}.npy").open("r+b") for name in ("features", "seen")]
-        self._starts = [np.load(file.name, mmap_mode="r").offset for file in self._files]
-        self._unsaid: list[NDArray[np.int64]] = []
-
-    def __enter__(self) -> "_Rows":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._say()
-        for file in self._files:
-            file.close()
-
-    def write(self, rows_B: NDArray[np.int64], features_BD: NDArray[np.float16]) -> None:
-        for row, feature_D in zip(rows_B.tolist(), features_BD, strict=True):
-            os.pwrite(self._files[0].fileno(), feature_D.data, self._starts[0] + row * self._row_bytes)
-        self._unsaid.append(rows_B)
-        if len(self._unsaid) == BATCHES_PER_SYNC:
-            self._say()
-
-    def _say(self) -> None:
-        os.fsync(self._files[0].fileno())
-        for row in (row for rows_B in self._unsaid for row in rows_B.tolist()):
-            os.pwrite(self._files[1].fileno(), b"\1", self._starts[1] + row)
-        self._unsaid.clear()

@@ -12,6 +12,7 @@ from shards.errors import UserError
 from shards.index import Dataset
 from train.engine.config import make_parser, preset
 
+STALL_MINUTES = 10.0  # as in training
 # Factors of a learning rate that the held-out split chooses from. The first is taken where nothing chooses.
 RATES = (1.0, 0.25, 4.0)
 # ε of the largest and of the smallest class that the held-out split chooses from, for MiSLAS.
@@ -93,17 +94,19 @@ class Loop:
     """How the run goes about it.
 
     Attributes:
-        seed: of everything random.
+        seed: of everything random but the views, which all seeds share.
         device: cpu, cuda, or auto (GPUs where there are any).
         precision: of the feature extraction: no (float32), bf16, fp16, or auto (as accelerate is configured).
         threads: CPU threads that each process computes with; by default OMP_NUM_THREADS where it is set, else the cores
             divided among the processes of this machine.
+        stall_minutes: how long to wait for a batch of images before the run ends with a message.
     """
 
     seed: NonNegativeInt = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     threads: PositiveInt | None = None
+    stall_minutes: PositiveFloat = STALL_MINUTES
 
 
 def stage_parser(name: str, description: str, settings: type) -> ArgumentParser:

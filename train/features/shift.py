@@ -22,6 +22,8 @@ from tqdm import tqdm
 from pipeline.plan import Stream, TrainPlan
 from shards.index import MANIFEST, Dataset
 from train.engine.config import Input
+from train.engine.guards import StallGuard
+from train.features.commands import STALL_MINUTES
 from train.networks.model_files import SPEC_FILE, load_model, save_model
 from train.networks.networks import BilateralNetwork, Network, PlainNetwork
 
@@ -31,7 +33,13 @@ BATCHES = 16
 
 
 def shifted(
-    network: Network, folder: Path, dataset: Dataset, input: Input, accelerator: Accelerator, seed: int
+    network: Network,
+    folder: Path,
+    dataset: Dataset,
+    input: Input,
+    accelerator: Accelerator,
+    seed: int,
+    stall_minutes: float = STALL_MINUTES,
 ) -> tuple[PlainNetwork | BilateralNetwork, Path]:
     """Return the network with shifted statistics, and where it is kept: read there, or made by a pass over images.
 
@@ -42,6 +50,7 @@ def shifted(
         input: how stage one showed images: its training recipe is used, as in the authors' code; and the batch size.
         accelerator: gives device, precision and ranks, which share the images.
         seed: of the draws.
+        stall_minutes: how long to wait for a batch.
     """
     digest = hashlib.sha256((dataset.root / MANIFEST).read_bytes())
     for tensor in network.state_dict().values():
@@ -52,7 +61,7 @@ def shifted(
     kept = (home / SPEC_FILE).exists()
     accelerator.wait_for_everyone()  # all have looked
     if not kept:
-        shift(network, dataset, input, accelerator, seed)
+        shift(network, dataset, input, accelerator, seed, stall_minutes)
         if accelerator.is_main_process:
             save_model(network, home)
         accelerator.wait_for_everyone()
@@ -60,7 +69,14 @@ def shifted(
 
 
 @torch.no_grad()
-def shift(network: Network, dataset: Dataset, input: Input, accelerator: Accelerator, seed: int) -> None:
+def shift(
+    network: Network,
+    dataset: Dataset,
+    input: Input,
+    accelerator: Accelerator,
+    seed: int,
+    stall_minutes: float = STALL_MINUTES,
+) -> None:
     """Replace the running statistics of every batch norm by the means over one epoch of class-balanced batches."""
     norms = batch_norms(network)
     plan = TrainPlan(
@@ -79,10 +95,13 @@ def shift(network: Network, dataset: Dataset, input: Input, accelerator: Acceler
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over all batches
         norm.train()
-    with input.open_loader(plan, accelerator.device) as loader:
+    with (
+        input.open_loader(plan, accelerator.device) as loader,
+        StallGuard(loader, plan.streams, accelerator.process_index, 60 * stall_minutes) as batches,
+    ):
         steps = max(plan.steps_per_epoch, BATCHES)
         silent = not accelerator.is_main_process or None
-        bar = tqdm(islice(loader, steps), "shifting batch norm", steps, unit="batch", leave=False, disable=silent)
+        bar = tqdm(islice(batches, steps), "shifting batch norm", steps, unit="batch", leave=False, disable=silent)
         for batch in bar:
             with accelerator.autocast():
                 network.features(batch["shift"].images_BHWC)

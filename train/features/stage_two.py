@@ -224,11 +224,13 @@ def open_stage(
         f"{doing} {run_folder}"
     )
 
-    started = time.perf_counter()
+    started, patience = time.perf_counter(), config.loop.stall_minutes
     home, of = source, weights
     if program.shifts(config) if shifts is None else shifts:
         if batch_norms(network):
-            network, home = shifted(network, run_folder / SHIFTED, dataset, input, accelerator, config.loop.seed)
+            network, home = shifted(
+                network, run_folder / SHIFTED, dataset, input, accelerator, config.loop.seed, patience
+            )
             of = "last"
         else:
             accelerator.print(f"the network of {source} has no batch norm, so that there is nothing to shift")
@@ -237,7 +239,7 @@ def open_stage(
         seen = views if split == "train" else 0
         if weights_digest(source, weights) != digest:  # features would be kept under weights that did not make them
             raise UserError(f"{source} was trained on while its features were taken; start again when it is finished")
-        features_ND, labels_N = feature_bank(home, network, dataset, split, input, accelerator, seen, of)
+        features_ND, labels_N = feature_bank(home, network, dataset, split, input, accelerator, seen, of, patience)
         let_go(dataset.splits[split], accelerator.device)  # only its features are looked at from now on
         if branch != "both":
             features_ND = features_ND.chunk(2, dim=1)[branch == "rebalancing"]
