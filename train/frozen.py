@@ -178,7 +178,7 @@ def _take(
     from train.engine.checkpoints import Counters
     from train.engine.evaluation import finish, test_split
     from train.engine.machine import make_accelerator
-    from train.features.bank import feature_bank, keep_bank
+    from train.features.bank import feature_bank, keep_bank, rows_to_take
     from train.features.estimate import estimate_lines
     from train.features.means import mean_classifier
     from train.networks.model_files import save_model
@@ -213,14 +213,15 @@ def _take(
         f" {len(dataset.classes):,} classes -> {run_folder}"
     )
     started = time.perf_counter()
+    images = rows_to_take(run_folder, network, dataset, "train", config.input, accelerator)
     patience = config.loop.stall_minutes
     bank = feature_bank(run_folder, network, dataset, "train", config.input, accelerator, stall_minutes=patience)
     let_go(dataset.splits["train"], accelerator.device)  # only their features are looked at from now on
     network.classifier, scale = mean_classifier(*bank, len(dataset.classes), config.method.tau)
     accelerator.print(f"cosines times {scale:.1f}, under which the training images are likeliest")
     seconds = time.perf_counter() - started
-    images = len(dataset.splits["train"])
-    counters = Counters(images=images, seconds=seconds, training_seconds=seconds)
+    # Of images that were taken before the run was stopped nothing is known.
+    counters = Counters(images=images, seconds=seconds, training_seconds=seconds if images else 0.0)
     finish(method, config, dataset, run_folder, accelerator, counters)
     if accelerator.is_main_process:
         keep_bank(run_folder, "train")

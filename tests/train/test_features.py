@@ -186,7 +186,10 @@ def test_after_a_kill_only_what_is_missing_is_taken(stage_one, digits, extracted
     )
     assert killed.returncode == -9, killed.stderr
     input = Input(image_size=16, batch_size=16, loader="torch", threads=0)
+    of = (*stage_one, digits, "val", input, Accelerator(cpu=True))
+    to_take = module.rows_to_take(*of)
     features, _ = bank(stage_one, digits, input=input)
+    assert (to_take, module.rows_to_take(*of)) == (len(features) - 4 * 16, 0)
     assert len(extracted) == len(features) - 4 * 16  # of five batches four were safe
     assert "resuming the features of val" in capsys.readouterr().out
     extracted.clear()
@@ -195,7 +198,7 @@ def test_after_a_kill_only_what_is_missing_is_taken(stage_one, digits, extracted
     torch.testing.assert_close(features, whole, rtol=2e-3, atol=1e-3)
 
 
-def test_images_that_are_left_out_leave_no_row(stage_one, digits, monkeypatch):
+def test_images_that_are_left_out_leave_no_row(stage_one, digits, monkeypatch, capsys):
     take = module._features
 
     def without_the_first(*arguments):
@@ -213,6 +216,10 @@ def test_images_that_are_left_out_leave_no_row(stage_one, digits, monkeypatch):
     kept = np.delete(np.arange(len(labels)), place[:: INPUT.batch_size])
     assert torch.equal(features, whole[kept])
     assert torch.equal(fewer, labels[kept])
+    missing = f"{batches} of {len(labels)} features of val are missing, because their images did not decode; once they"
+    assert missing in capsys.readouterr().out
+    bank(stage_one, digits)  # which finds them, and says it again
+    assert missing in capsys.readouterr().out
 
 
 def test_somebody_elses_run_is_to_be_copied(stage_one, digits, permissions):

@@ -152,6 +152,10 @@ def feature_bank(
     features_RD, labels_R, seen_R = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ARRAYS)
     if not seen_R.all():
         features_RD, labels_R = features_RD[seen_R], labels_R[seen_R]
+        accelerator.print(
+            f"{len(seen_R) - len(labels_R):,} of {len(seen_R):,} features of {split} are missing, because their images"
+            f" did not decode; once they do, remove {folder} to take them again"
+        )
     return torch.from_numpy(features_RD).to(accelerator.device), torch.from_numpy(labels_R).to(accelerator.device)
 
 
@@ -180,7 +184,7 @@ def _wanted(
     }
 
 
-def has_bank(
+def rows_to_take(
     run: Path,
     network: PlainNetwork | BilateralNetwork,
     dataset: Dataset,
@@ -189,10 +193,13 @@ def has_bank(
     accelerator: Accelerator,
     views: int = 0,
     weights: str = "last",
-) -> bool:
-    """Return whether the run keeps such a bank, whole; arguments as for `feature_bank`."""
-    wanted = _wanted(run, network, dataset, split, input, accelerator, views, weights)
-    return _read(run / FOLDER / split) == wanted | {"complete": True}
+) -> int:
+    """Return how many rows of such a bank the run does not keep yet; arguments as for `feature_bank`."""
+    wanted, folder = _wanted(run, network, dataset, split, input, accelerator, views, weights), run / FOLDER / split
+    found, rows = _read(folder), sum(wanted["class_counts"])
+    if found is None or found | {"complete": True} != wanted | {"complete": True}:
+        return rows
+    return 0 if found["complete"] else rows - int(np.load(folder / "seen.npy").sum())
 
 
 def keep_bank(run: Path, split: str, weights: str = "last") -> None:

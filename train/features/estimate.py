@@ -13,7 +13,7 @@ from shards.index import Dataset
 from train.engine.config import Input
 from train.engine.estimate import resident_bytes
 from train.engine.limits import said_bytes, said_parameters, said_time
-from train.features.bank import has_bank
+from train.features.bank import rows_to_take
 from train.features.commands import Work
 from train.networks.networks import BilateralNetwork, PlainNetwork
 
@@ -46,12 +46,10 @@ def estimate_lines(
     """
     device, linear = accelerator.device, network.classifier
     images = {name: len(split) * (max(1, views) if name == "train" else 1) for name, split in dataset.splits.items()}
-    taken = {
-        name: run is not None
-        and has_bank(run, network, dataset, name, input, accelerator, views if name == "train" else 0, weights)
-        for name in images
-    }
-    left = sum(number for name, number in images.items() if not taken[name])
+    left = sum(images.values())
+    if run is not None:
+        of = (input, accelerator)
+        left = sum(rows_to_take(run, network, dataset, s, *of, views * (s == "train"), weights) for s in images)
     counts = dataset.train_counts
     steps = math.ceil(len(counts) * int(counts.max()) * max(1, views) / work.batch_size)
 
