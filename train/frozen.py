@@ -74,6 +74,9 @@ class Frozen(Method):
     def __init__(self, config: Any, train_counts_C: "NDArray[np.int64]") -> None:
         from train.networks.networks import build_network
 
+        for name in ("adapt", "drop_path"):
+            if value := getattr(config.model, name):
+                raise UserError(f"model.{name}={value} is for training, and nothing is trained here; leave it out")
         tau = config.method.tau
         self.title = "class means" if tau == 1 else f"class means, tau={tau:g}"
         self.streams = ()
@@ -144,7 +147,8 @@ def _run(parser: ArgumentParser, argv: list[str] | None, asked: Namespace, begun
     if resumed is not None and (resumed / "config.yaml").exists():
         saved, about = runs.read_begun(resumed, Frozen.name)
         if (resumed / "summary.json").exists():
-            print(f"{resumed} is finished")
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{resumed} is finished")
             return
         dataset, usual = find_dataset_of(resumed, about, asked.data), saved
     else:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,16 @@ def test_a_stopped_mislas_resumes_with_the_shifted_network(here, monkeypatch):
     monkeypatch.setattr("train.features.shift.shift", lambda *a: pytest.fail("shifted again"))
     decouple.run(["--resume", "--run", "runs/cut"])
     assert summary_of("runs/cut")["last"] == summary_of("runs/whole")["last"]
+
+
+def test_a_variant_that_changes_nothing_of_the_stage_is_refused(here, capsys):
+    shutil.copytree((here / "data/digits").resolve(), here / "data/cifar")
+    manifest = here / "data/cifar/dataset.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"preset": "cifar100"}))
+    words = ["--from", "runs/ce", "--data", "data/cifar", "--dry-run"]
+    message = fails_with(capsys, *words, "--variant", "glag")
+    assert "--variant glag changes nothing of train/decouple.py here; leave it out" in message
+    afg.run([*words, "--variant", "glag"])
 
 
 def test_a_second_stage_is_no_stage_one(here, capsys):

@@ -136,9 +136,14 @@ def test_a_run_that_was_cut_off_is_resumed_with_its_features(workplace, pretrain
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [([], "random weights know nothing"), (["--loop.seed", str(2**32)], "loop.seed=4294967296 must be below 2**32")],
+    [
+        ([], "random weights know nothing"),
+        (["--loop.seed", str(2**32)], "loop.seed=4294967296 must be below 2**32"),
+        (["--model.adapt", "lora"], "model.adapt=lora is for training, and nothing is trained here; leave it out"),
+        (["--model.drop_path", "0.1"], "model.drop_path=0.1 is for training"),
+    ],
 )
-def test_random_weights_and_seeds_that_numpy_cannot_have_are_refused(workplace, capsys, options, message):
+def test_what_cannot_be_or_would_do_nothing_is_refused(workplace, capsys, options, message):
     with pytest.raises(SystemExit) as exit_:
         frozen.run(["--run", "runs/a", *options])
     assert exit_.value.code == 2

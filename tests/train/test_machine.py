@@ -11,7 +11,14 @@ import torch
 from shards.errors import UserError
 from train.engine import machine
 from train.engine.launch import run
-from train.engine.machine import check_launcher, launched_by, make_accelerator, take_threads, unusable_gpu
+from train.engine.machine import (
+    check_launcher,
+    launched_by,
+    make_accelerator,
+    started_by,
+    take_threads,
+    unusable_gpu,
+)
 from train.erm import ERM
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +147,18 @@ def test_the_launcher_is_the_parents_command_line(parent, monkeypatch, line, wor
     assert launched_by("a.py") == ["python"]
     monkeypatch.setenv("PATH", "/nowhere")
     assert launched_by("a.py") == [str(folder / "python")]
+
+
+def test_a_second_stage_is_resumed_on_as_many_processes(parent, monkeypatch):
+    parent("torchrun|--nproc-per-node|2|a b.py|--|tailstream")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(sys, "argv", ["a b.py"])
+    assert started_by("afg") == "torchrun --nproc-per-node 2 'a b.py'"
+    monkeypatch.setattr(sys, "argv", ["/bin/tailstream"])
+    assert started_by("afg") == "torchrun --nproc-per-node 2 'a b.py' -- tailstream train afg"
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert started_by("afg") == "tailstream train afg"
 
 
 @pytest.mark.parametrize("seen", ["driver", "device"])

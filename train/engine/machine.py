@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import sys
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from shards.cli import program_name
 from shards.cores import cores
 from shards.errors import UserError
 from train.engine.guards import check_devices, errors_in_one_line
@@ -153,6 +155,14 @@ def launched_by(script: str) -> list[str]:
     elif words and _is_on_path(words[0]):
         words = [Path(words[0]).name, *words[1:]]
     return words
+
+
+def started_by(name: str) -> str:
+    """Return what starts a program again, on as many processes as now: `tailstream train NAME`, or with a launcher."""
+    program = program_name(sys.argv[0], f"train {name}")
+    words = [program] if program == sys.argv[0] else program.split()
+    launcher = launched_by(words[0]) if _is_launched(os.environ) else []
+    return shlex.join([*launcher, *words]) if launcher else f"tailstream train {name}"
 
 
 def _is_on_path(program: str) -> bool:

@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.kinds import Decode, LoaderKind
+from shards.cli import program_name
 from shards.errors import UserError
 from shards.index import Dataset
 from train.engine.config import make_parser, preset
@@ -32,7 +33,7 @@ class Extraction:
         views: how often each training image is taken with stage one's training recipe; 0: once, as in evaluation.
         branch: of a bilateral network: both, or the features of one alone, conventional or rebalancing (BBN, Table 5).
         shift_batch_norm: whether batch norm's running statistics are first taken again, from classes in balance
-            (train/features/shift.py); by default where the classifier's reference does so: for mislas.
+            (train/features/shift.py); by default for mislas, whose authors do so on CIFAR-100 and ImageNet-LT.
         decode: what DALI decodes of an image: window, whole or auto; by default as in stage one.
         resident_gb: how many gigabytes decoded images may take in each process; by default as in stage one.
         fault_limit: how many images of a split may fail to decode before the run ends; by default as in stage one.
@@ -112,7 +113,7 @@ class Loop:
 def stage_parser(name: str, description: str, settings: type) -> ArgumentParser:
     """Make the parser of a second stage; `settings` is its own section, `method`."""
     parser = make_parser(
-        f"train/{name}.py",
+        program_name(f"train/{name}.py", f"train {name}"),
         description,
         input=Extraction,
         method=settings,
@@ -173,6 +174,8 @@ def defaults(program: Program, dataset: Dataset, variant: str | None) -> dict[st
     except UserError as error:
         known = ", ".join(program.variants)
         raise UserError(f"{error}; for every dataset there is: {known}" if variant and known else str(error)) from None
+    if variant and not own and merged == preset(dataset, "second_stage", program.name):
+        raise UserError(f"--variant {variant} changes nothing of train/{program.name}.py here; leave it out")
     for section, values in (own or {}).items():
         merged[section] = merged.get(section, {}) | values
     return merged

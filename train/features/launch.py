@@ -24,6 +24,7 @@ def run_stage(program: Program, train: "Callable[[Stage], None]", argv: list[str
         asked = peek(program.parser, argv)
         from train.engine.guards import errors_in_one_line
         from train.engine.interrupts import EXIT_STATUS, Interrupted, Stops
+        from train.engine.machine import started_by
         from train.features.stage_two import open_stage
 
         try:
@@ -32,9 +33,7 @@ def run_stage(program: Program, train: "Callable[[Stage], None]", argv: list[str
                 if stage is not None:
                     train(stage)
         except Interrupted as interrupted:
-            again = (
-                f"resume with: tailstream train {program.name} {runs.resuming(begun[0])}" if begun else "start again"
-            )
+            again = f"resume with: {started_by(program.name)} {runs.resuming(begun[0])}" if begun else "start again"
             if (export := getattr(asked, "export", None)) and not Path(export).exists():
                 again += f" --export {shlex.quote(str(export))}"
             if os.environ.get("RANK", "0") == "0":

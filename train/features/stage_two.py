@@ -6,6 +6,7 @@ finished run of stage one ─ open_stage ─> Stage: frozen network, features of
 """
 
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -129,7 +130,8 @@ def open_stage(
     if resumed is not None and (resumed / "config.yaml").exists():
         saved_settings, about = runs.read_begun(resumed, name)
         if (resumed / "summary.json").exists():
-            print(f"{resumed} is finished")
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{resumed} is finished")
             return None
         _check_resumed(resumed, asked, about)
     place = asked["from"] or about.get("from")
