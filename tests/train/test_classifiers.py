@@ -470,5 +470,10 @@ def test_families_of_other_momenta_train_on_the_same_features():
     assert [len(found[name]) for name in ("LWS", "cRT", "oversampling")] == [1, 1, 1]
 
 
+def test_a_batch_may_be_larger_than_all_features():
+    ((features, labels),) = mixed(make_mixture((40, 9, 2)), 0.4, 10**12, seeded())
+    assert len(features) == len(labels) == 120
+
+
 def test_a_single_epoch_has_the_whole_rate():
     assert Recipe("linear", epochs=1, lr=0.2, early_cosine=True).rate(1) == 0.2

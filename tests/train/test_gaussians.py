@@ -171,6 +171,16 @@ def test_support_against_brute_force(monkeypatch):
         assert found == expected
 
 
+def test_many_classes_to_borrow_from_take_no_more_memory(monkeypatch):
+    sizes, gather = [], Tensor.gather
+    monkeypatch.setattr(Tensor, "gather", lambda self, *of: sizes.append(self.numel()) or gather(self, *of))
+    gaussians, _ = make([9, *[8] * 40, *[1] * 40], dim=2)
+    monkeypatch.setattr(module, "PARENTS_PER_BLOCK", 16)
+    for k in (1, 32):
+        find_support(gaussians, k)
+    assert max(sizes) <= 16 * module.SHORTLIST
+
+
 def test_support_on_top_of_a_mean_stays_finite():
     gaussians = fit(torch.tensor([[1.0]] * 3 + [[1.0]]), torch.tensor([0, 0, 0, 1]), 2)
     assert find_support(gaussians, k=1).weights_NK[-1].item() == 1

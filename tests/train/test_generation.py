@@ -204,6 +204,22 @@ def test_memory_that_is_held_is_not_asked_for_again(monkeypatch):
         generate_chunks(gaussians, support, targets, 0.4, torch.Generator())
 
 
+def test_processes_share_what_is_free(monkeypatch):
+    gaussians = fit(*skewed([40, 9], 6), num_classes=2)
+    monkeypatch.setattr(generation, "free_memory", lambda device: 3 * 4 * 31 * 6)
+    arguments = (gaussians, find_support(gaussians), torch.tensor([0, 31]), 0.4, torch.Generator())
+    assert len(list(generate_chunks(*arguments))) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"lower method\.chunk"):
+        generate_chunks(*arguments)
+
+
+def test_features_that_a_network_gave_with_gradients_are_taken():
+    features, labels = skewed([9, 4], 3)
+    made, _ = generate(features.requires_grad_(), labels)
+    assert not made.requires_grad
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.int32])
 def test_integers_of_any_kind_are_labels(dtype):
     features, labels = (part.numpy() for part in skewed([9, 4], 3))

@@ -35,7 +35,7 @@ LOG_SHIFT = 1e-6
 # Candidates per parent whose distances are computed exactly. The matrix product that finds them may run in
 # reduced precision (TF32), which loses the exact nearest ones but keeps them among the first 16.
 SHORTLIST = 16
-# Features per block of `fit` and parents per block of `find_support`: bounds on memory.
+# Features per block of `fit`, and parents per block of `find_support` for such a shortlist: bounds on memory.
 FEATURES_PER_BLOCK = 16384
 PARENTS_PER_BLOCK = 1024
 
@@ -238,8 +238,8 @@ def find_support(gaussians: ClassGaussians, k: int = 2, head_C: Tensor | None = 
     parents_P = available_N.nonzero().flatten()
     # Parents with like prefixes share a block.
     parents_P = parents_P[torch.argsort(available_N[parents_P], stable=True)]
-    for start in range(0, len(parents_P), PARENTS_PER_BLOCK):
-        parents_B = parents_P[start : start + PARENTS_PER_BLOCK]
+    block = max(1, PARENTS_PER_BLOCK * SHORTLIST // max(k, SHORTLIST))
+    for parents_B in parents_P.split(block) if len(parents_P) else ():
         features_BD, available_B1 = features_ND[parents_B], available_N[parents_B, None]
         prefix = int(available_B1.max())
         closeness_BL = features_BD @ sorted_means_CD[:prefix].T - half_squares_C[:prefix]

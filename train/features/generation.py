@@ -15,6 +15,7 @@ Where n_j > D, noise of length D meets the factor R_j instead. All mathematics i
 """
 
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -171,11 +172,11 @@ def check_memory(rows: int, features_ND: Tensor) -> None:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Return the free bytes of a device, with those that torch keeps for itself on a GPU."""
+    """Return what this process may use of a device's free bytes, with those that torch keeps for itself on a GPU."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free_memory(device) + kept
-    return free_memory(device)
+    return free_memory(device) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine, all at once
 
 
 def take_turns(gaussians: ClassGaussians, numbers_C: Tensor, generator: torch.Generator) -> Tensor:
@@ -310,7 +311,7 @@ def generate(
         UserError: shapes that do not fit each other, labels out of range, or as `fit`, `find_support` and
             `generate_chunks` do.
     """
-    features, labels = torch.as_tensor(features_ND), torch.as_tensor(labels_N)
+    features, labels = torch.as_tensor(features_ND).detach(), torch.as_tensor(labels_N)
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise UserError(
             f"features must have shape (N, D) and labels (N,), got {tuple(features.shape)} and {tuple(labels.shape)}"

@@ -124,10 +124,11 @@ def mixed_epoch(
     made: Iterator[tuple[Tensor, ...]] = (
         mixture.parts(generator, memory) if several else mixture.generated(betas[0], generator, memory)
     )
-    space_BD = mixture.gaussians.features_ND.new_empty(batch_size, mixture.features_ND.shape[1])
     mine_N = mixture.share(torch.randperm(len(mixture.labels_N), generator=generator))
     nothing = (mixture.labels_N[:0],)
     rows = max(1, mixture.chunk // 2) if several else mixture.chunk
+    most = min(batch_size, min(rows, share) + len(mine_N))
+    space_BD = mixture.gaussians.features_ND.new_empty(most, mixture.features_ND.shape[1])
     for mine_R in mine_N.tensor_split(max(1, -(-share // rows))):
         *parts, labels_M = next(made, nothing)
         done = 0
