@@ -445,13 +445,13 @@ def test_adaptive_beta_follows_the_control_within_its_bounds(monkeypatch):
     def watched(stack_linear, bank):
         total, loss = measure(stack_linear, bank)
         reported.append(total)
-        if len(reported) <= 24:  # 12 epochs of the control and of the adaptive one, by turns
+        if len(reported) <= 24:  # of the first 12 epochs, the control and the adaptive one by turns
             control = len(reported) % 2
             total.correct_C[:] = [5, 1, 2, 3] if control else [5, 2, 1, 3]
         return total, loss
 
     monkeypatch.setattr(beta, "measure", watched)
-    recipe = Recipe("scaled", 12, 0.01, beta=0.0)
+    recipe = Recipe("scaled", 13, 0.01, beta=0.0)
     found = train_adaptive(families.passes, Source("generated", 64), recipe, families.judge)
     beta_C = found.trained.beta_C
     assert beta_C[0] == 0  # head
@@ -459,6 +459,8 @@ def test_adaptive_beta_follows_the_control_within_its_bounds(monkeypatch):
     assert beta_C[2].item() == pytest.approx(0, abs=1e-6)  # always worse: 0.6 − 12·0.05
     assert beta_C[3].item() == pytest.approx(0.6)
     assert found.trained.rows[0]["beta"] == pytest.approx(0.6)
+    # The classifier, the sample, the export and the summary have one β.
+    assert found.trained.rows[-1]["beta"] == found.setting["beta"] == pytest.approx(beta_C[1:].mean().item())
 
 
 def test_adaptive_beta_below_its_control_says_so(monkeypatch):
@@ -467,7 +469,7 @@ def test_adaptive_beta_below_its_control_says_so(monkeypatch):
     real = train_adaptive
     monkeypatch.setattr(beta, "train_adaptive", lambda *a: replace(real(*a), score=(-1.0, 0.0)))
     choice = choose_beta(families, Settings(beta="adaptive"))
-    assert "adaptive β ends below its control: -100.0 % balanced accuracy on val" in choice.note
+    assert "adaptive β ends below β = 0: -100.0 % balanced accuracy on val, against" in choice.note
     monkeypatch.setattr(beta, "train_adaptive", lambda *a: replace(real(*a), score=(2.0, 0.0)))
     assert choose_beta(families, Settings(beta="adaptive")).note is None
 

@@ -224,7 +224,10 @@ def weights_digest(run: Path, weights: str) -> str:
     try:
         return _digest(run / FILES[weights])
     except FileNotFoundError:
-        raise UserError(f"{run} has no {FILES[weights]} any more; it is being trained, or was tidied up") from None
+        raise UserError(
+            f"{run} has no {FILES[weights]} any more: it is being trained, or was tidied up; start again when it is"
+            " finished, or name another run with --from"
+        ) from None
 
 
 def _digest(path: Path) -> str:

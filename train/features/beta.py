@@ -61,7 +61,9 @@ def choose_beta(families: Families, settings: Any) -> Choice:
     judge, source = families.judge, Source("generated", families.optim.batch_size)
     wanted = settings.beta
     if isinstance(wanted, str) and not judge.chooses:
-        families.passes.say(f"β is {BETA_START}, the paper's, because nothing can choose it; or give --method.beta")
+        families.passes.say(
+            f"β is {BETA_START}, where the paper's starts, since nothing can choose it; --method.beta sets another"
+        )
         wanted = BETA_START
     grid = {"select": settings.beta_grid, "adaptive": [0.0]}[wanted] if isinstance(wanted, str) else [wanted]
     found = families.search(source, {"AFG": recipes(settings, families, grid[0])})["AFG"]
@@ -80,8 +82,8 @@ def choose_beta(families: Families, settings: Any) -> Choice:
         note = None
         if adaptive.score[0] < first.score[0]:
             note = (
-                f"adaptive β ends below its control: {100 * adaptive.score[0]:.1f} % balanced accuracy on val, and"
-                f" {100 * first.score[0]:.1f} % with β = 0; --method.beta select would have taken the better one"
+                f"adaptive β ends below β = 0: {100 * adaptive.score[0]:.1f} % balanced accuracy on val, against"
+                f" {100 * first.score[0]:.1f} %; --method.beta select takes the better one"
             )
         return Choice(adaptive, first, {}, on_held_out=True, note=note)
     best = judge.best([at_beta[beta] for beta in grid if beta in at_beta])
@@ -98,6 +100,8 @@ def scored(judge: Judge, one: Trained) -> Candidate:
 def train_adaptive(passes: Passes, source: Source, recipe: Recipe, judge: Judge) -> Candidate:
     """Train with a β per class, beside a control with β = 0 on the same noise, which it follows after each epoch.
 
+    After the last one it stays, so that β in the end is the one that was trained with.
+
     Args:
         passes: trains.
         source: generated features.
@@ -113,8 +117,10 @@ def train_adaptive(passes: Passes, source: Source, recipe: Recipe, judge: Judge)
     def mean() -> float:
         return round(beta_C[~head_C].mean().item(), 6) if not head_C.all() else 0.0
 
-    def follow(_epoch: int) -> None:
+    def follow(epoch: int) -> None:
         betas.append(mean())
+        if epoch == recipe.epochs:
+            return
         control, adaptive = (measure(stack.linear(0), watched)[0] for stack in stacks)
         better_C = torch.from_numpy(adaptive.correct_C - control.correct_C).sign().to(beta_C)
         beta_C.add_(BETA_STEP * better_C).clamp_(0, BETA_MOST).masked_fill_(head_C, 0)

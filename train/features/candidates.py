@@ -6,11 +6,13 @@
     NCM                 the nearest class mean, by angle or by distance        (section 4.2)
     LWS                 learnable weight scaling on balanced draws, 5 epochs   (section 4.2)
     cRT                 a fresh classifier, likewise, 10 epochs                (section 4.1)
+    MiSLAS              scales and weights on balanced draws, smoothed labels  (Zhong et al., CVPR 2021)
     no generation       AFG's classifier on the real features alone
     oversampling        AFG's classifier on real features, every class n_max times
     own Gaussian        AFG with β = 0: nothing is borrowed
 
-from simple to complex. train/afg.py shows all but NCM beside itself; train/decouple.py makes one of them a run.
+from simple to complex. train/afg.py shows all but NCM and MiSLAS beside itself; train/decouple.py makes one of them a
+run.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -160,7 +162,8 @@ class Families:
             plain = Recipe(kind, epochs, r.lr, r.momentum, r.weight_decay, early_cosine=True, weights=self.weights)
             source = Source("oversampled" if self.q == 0 else "each-once", r.batch_size)
             if name == "MiSLAS":
-                # ε of the largest and the smallest class, and the rate of W beside that of the scales.
+                # ε of the largest and the smallest class, and the rate of W beside that of the scales, which in the
+                # authors' configurations lies between 0.05 and 0.5.
                 plain = replace(plain, early_cosine=False, weight_rate=0.1)
                 return source, [replace(plain, smoothing=ends) for ends in SMOOTHINGS]
             return source, [plain]
@@ -213,7 +216,7 @@ class Families:
                 if not found[name]:
                     raise UserError(
                         f"{name}: the loss is not finite at any rate from {min(tried[name]):g} to"
-                        f" {max(tried[name]):g}; lower the learning rate"
+                        f" {max(tried[name]):g}; lower {'reference' if name in REFERENCES else 'optim'}.lr"
                     )
                 if len(rates) > 1:
                     further = _further(self.judge.best(found[name]), tried[name], recipes[0].lr)

@@ -44,7 +44,8 @@ class Passes:
     Attributes:
         stage_one: its classifier.
         mixture: the features.
-        seed: of everything random: every pass of a source sees the same features.
+        seed: of everything random: every pass of a source sees the same real features in the same order. Generated
+            ones have the same parents, and other noise where a pass has one β and not several.
         average: gives the mean of a tensor over all ranks.
         say: takes a line per pass.
         silent: no progress bar.
@@ -115,8 +116,7 @@ class Passes:
         started = time.perf_counter()
         stacks, places = self.stacks(recipes)
         batches, steps = self.epochs(source, [recipes[inside[0]].beta for inside in places])
-        what = "classifier" if len(recipes) == 1 else "classifiers"
-        title = f"{len(recipes)} {what} on {SEEN[source.sampling]}"
+        title = _title(source, recipes)
         per_stack = train_together(stacks, batches, steps, title, self.average, silent=self.silent)
         found: dict[int, Trained] = {}
         for inside, trained in zip(places, per_stack, strict=True):
@@ -150,7 +150,7 @@ class Passes:
                     found.append(Trained(recipe, linear, rows))
         except (OSError, SafetensorError, ValueError, KeyError):
             return None  # damaged: trained again
-        self.say(f"{len(recipes)} on {SEEN[source.sampling]}: trained before the run was stopped")
+        self.say(f"{_title(source, recipes)}: trained before the run was stopped")
         return found
 
     def _write(self, source: Source, recipes: Sequence[Recipe], trained: Sequence[Trained]) -> None:
@@ -171,3 +171,8 @@ class Passes:
                 (temporary / path.name).rename(path)
         except OSError as error:  # it would only save time
             self.say(f"note: this pass is not kept for a run that is resumed ({error})")
+
+
+def _title(source: Source, recipes: Sequence[Recipe]) -> str:
+    what = "classifier" if len(recipes) == 1 else "classifiers"
+    return f"{len(recipes)} {what} on {SEEN[source.sampling]}"
