@@ -147,8 +147,7 @@ def train(stage: "Stage") -> None:
 
     settings = stage.config.method
     title, family = TITLES[settings.classifier]
-    # λ = 1: no Gaussian is drawn from, and features may be negative.
-    families = make_families(stage, lam=1.0, rates=settings.rates, q=settings.q, weights=settings.weights)
+    families = make_families(stage, rates=settings.rates, q=settings.q, weights=settings.weights, generates=False)
     closed = settings.classifier in CLOSED
     tried = None if closed else families.on_real_features(family)[family]
     best = stage.judge.best(families.closed(family) if tried is None else tried)

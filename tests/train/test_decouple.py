@@ -26,6 +26,7 @@ from train.engine.launch import run as run_stage_one
 from train.engine.predictions import read_predictions
 from train.engine.weights import class_weights
 from train.features import stage_two
+from train.features.mixing import Mixture
 from train.features.passes import Passes
 from train.features.shift import shift
 from train.networks.model_files import load_model
@@ -120,6 +121,14 @@ def assert_predictions_are_the_models(run: str) -> None:
     scores, labels = logits_NC.softmax(1).sort(descending=True)
     np.testing.assert_allclose(kept_scores_NK, scores, atol=5e-3)  # features are kept in half precision
     assert (kept_labels_NK[:, 0] == labels[:, 0].numpy()).mean() > 0.99
+
+
+@pytest.mark.parametrize("classifier", ["tau", "crt"])
+def test_nothing_is_fitted_where_nothing_is_generated(here, monkeypatch, classifier):
+    for name in ("fit", "find_support"):
+        monkeypatch.setattr(stage_two, name, lambda *_: pytest.fail("fitted"))
+    monkeypatch.setattr(Mixture, "unit", property(lambda _: pytest.fail("read")))
+    decouple.run(["--classifier", classifier, *QUICK, "--run", "runs/one"])
 
 
 def test_features_of_any_sign_are_classified(here, monkeypatch):

@@ -134,6 +134,15 @@ def test_fit_names_the_class_without_features():
         fit(torch.ones(0, 3), torch.zeros(0, dtype=torch.int64), 1)
 
 
+def test_features_that_nothing_is_drawn_from_are_held_as_they_are():
+    features_ND, labels_N = torch.rand(5, 3).half() - 0.5, torch.tensor([0, 0, 1, 2, 2])
+    held = module.held(features_ND, labels_N, 3)
+    assert held.features_ND is features_ND
+    assert (held.counts_C.tolist(), held.starts_C.tolist(), held.factors) == ([2, 1, 2], [0, 2, 3], {})
+    with pytest.raises(UserError, match=r"class 3 has no features \(1 such classes\)"):
+        module.held(features_ND, labels_N, 4)
+
+
 def test_support_matches_the_paper_by_hand():
     # Class means on a line at 0, 1, 3, 10; the parent of class 3 stands at 2.5 (λ=1 keeps the numbers plain).
     positions = [0.0] * 4 + [1.0] * 3 + [3.0] * 2 + [2.5]

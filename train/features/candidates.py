@@ -16,7 +16,8 @@ run.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -129,10 +130,11 @@ class Families:
     rates: Sequence[float] = RATES
     q: Literal[0, 1] = 0
     weights: str = "none"
-    unit: float = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.unit = self.mixture.unit
+    @cached_property
+    def unit(self) -> float:
+        """See `Mixture.unit`, which reads all features."""
+        return self.mixture.unit
 
     def closed(self, name: str) -> Iterator[Candidate]:
         """Yield the candidates of a family that needs no training: with thousands of classes each takes memory."""

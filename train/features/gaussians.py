@@ -149,13 +149,7 @@ def fit(features_ND: Tensor, labels_N: Tensor, num_classes: int, lam: float = 0.
     """
     assert features_ND.ndim == 2, features_ND.shape
     assert labels_N.shape == features_ND.shape[:1], (labels_N.shape, features_ND.shape)
-    counts_C = torch.bincount(labels_N, minlength=num_classes)
-    assert len(counts_C) == num_classes, f"labels up to {len(counts_C) - 1} for {num_classes} classes"
-    if empty := (counts_C == 0).nonzero().flatten().tolist():
-        raise UserError(
-            f"class {empty[0]} has no features ({len(empty)} such classes);"
-            " every class needs a training image: build the dataset without the empty ones"
-        )
+    counts_C = _counted(labels_N, num_classes)
     labels_N, order_N = torch.sort(labels_N, stable=True)
     sorted_ND = torch.empty(features_ND.shape, device=features_ND.device)
     for rows_B, block_BD in zip(order_N.split(FEATURES_PER_BLOCK), sorted_ND.split(FEATURES_PER_BLOCK), strict=True):
@@ -170,6 +164,34 @@ def fit(features_ND: Tensor, labels_N: Tensor, num_classes: int, lam: float = 0.
         lam=lam,
         factors={c: _factor(X_nD) for c, X_nD in enumerate(by_class) if len(X_nD) > X_nD.shape[1]},
     )
+
+
+def held(features_ND: Tensor, labels_N: Tensor, num_classes: int) -> ClassGaussians:
+    """Return features in the place of Gaussians that nothing is drawn from: no copy, and neither means nor factors.
+
+    Args:
+        features_ND: of any floating dtype, sorted by class.
+        labels_N: int64 in [0, num_classes), ascending.
+        num_classes: C.
+
+    Raises:
+        UserError: a class without features.
+    """
+    counts_C = _counted(labels_N, num_classes)
+    nothing_0D = torch.empty(0, features_ND.shape[1], device=features_ND.device)
+    return ClassGaussians(features_ND, labels_N, counts_C, counts_C.cumsum(0) - counts_C, nothing_0D, lam=1.0)
+
+
+def _counted(labels_N: Tensor, num_classes: int) -> Tensor:
+    """Return n_c of every class, each at least 1."""
+    counts_C = torch.bincount(labels_N, minlength=num_classes)
+    assert len(counts_C) == num_classes, f"labels up to {len(counts_C) - 1} for {num_classes} classes"
+    if empty := (counts_C == 0).nonzero().flatten().tolist():
+        raise UserError(
+            f"class {empty[0]} has no features ({len(empty)} such classes);"
+            " every class needs a training image: build the dataset without the empty ones"
+        )
+    return counts_C
 
 
 def _factor(features_nD: Tensor) -> Tensor:
@@ -198,6 +220,11 @@ class Support:
     classes_NK: Tensor
     weights_NK: Tensor
     head_C: Tensor
+
+
+def no_support(labels_N: Tensor, head_C: Tensor) -> Support:
+    """Return a support of nobody; head classes stay."""
+    return Support(labels_N.new_empty(len(labels_N), 0), torch.empty(len(labels_N), 0, device=labels_N.device), head_C)
 
 
 def find_support(gaussians: ClassGaussians, k: int = 2, head_C: Tensor | None = None) -> Support:

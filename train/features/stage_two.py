@@ -42,7 +42,7 @@ from train.features.bank import bank_ids, feature_bank, weights_digest
 from train.features.candidates import IMAGES_TO_CHOOSE, Families, Judge
 from train.features.commands import RATES, Program, defaults
 from train.features.estimate import estimate_lines
-from train.features.gaussians import find_support, fit, fitting_lambda, head_classes
+from train.features.gaussians import find_support, fit, fitting_lambda, head_classes, held, no_support
 from train.features.mixing import Mixture
 from train.features.shift import FOLDER as SHIFTED
 from train.features.shift import batch_norms, shifted
@@ -319,21 +319,28 @@ def make_families(
     rates: list[float] | None = None,
     q: Literal[0, 1] = 0,
     weights: str = "none",
+    generates: bool = True,
 ) -> Families:
     """Fit the Gaussians, and return all that makes candidates; arguments as settings of the same names.
 
-    λ is 1 where features are negative.
+    λ is 1 where features are negative. Where nothing is generated, nothing is fitted: that takes minutes and gigabytes.
     """
     accelerator, seed = stage.accelerator, stage.config.loop.seed
-    lam = fitting_lambda(stage.features_ND, lam)
-    gaussians = fit(stage.features_ND, stage.labels_N, num_classes=len(stage.dataset.classes), lam=lam)
+    classes = len(stage.dataset.classes)
     # By images: several views of one make no class larger.
     images_C = torch.from_numpy(stage.dataset.train_counts).to(stage.labels_N.device)
+    head_C = head_classes(images_C, head_above)
+    if generates:
+        lam = fitting_lambda(stage.features_ND, lam)
+        gaussians = fit(stage.features_ND, stage.labels_N, classes, lam)
+        support = find_support(gaussians, k, head_C)
+    else:
+        gaussians, support = held(stage.features_ND, stage.labels_N, classes), no_support(stage.labels_N, head_C)
     mixture = Mixture(
         stage.features_ND,
         stage.labels_N,
         gaussians,
-        find_support(gaussians, k, head_classes(images_C, head_above)),
+        support,
         gaussians.counts_C.max() - gaussians.counts_C,
         gamma=gamma,
         chunk=chunk,
