@@ -101,7 +101,7 @@ def _work(config: Any, chooses: bool) -> Work:
         tried *= len(SMOOTHINGS)
     if classifier in ("crt", "lws", "mislas"):
         return Work(tried, reference.lws_epochs if classifier == "lws" else reference.crt_epochs, reference.batch_size)
-    return Work(tried, config.optim.epochs, config.optim.batch_size)
+    return Work(tried, config.optim.epochs, config.optim.batch_size, each_once=classifier == "plain")
 
 
 def _shifts(config: Any) -> bool:

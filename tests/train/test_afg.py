@@ -84,6 +84,7 @@ def test_stage_two_needs_no_arguments_and_leaves_a_whole_folder(here):
             "22 classifiers, each 40 epochs of ",
         ),  # 3 rates of 2 teachers, 4 more β, 3 rates of 4 baselines, β = 0
         (decouple.run, ["--classifier", "crt"], "3 classifiers, each 10 epochs of "),
+        (decouple.run, ["--classifier", "plain"], "3 classifiers, each 40 epochs of 1 step of 512 features"),
         (decouple.run, ["--classifier", "tau"], None),
     ],
 )

@@ -51,7 +51,8 @@ def estimate_lines(
         of = (input, accelerator)
         left = sum(rows_to_take(run, network, dataset, s, *of, views * (s == "train"), weights) for s in images)
     counts = dataset.train_counts
-    steps = math.ceil(len(counts) * int(counts.max()) * max(1, views) / work.batch_size)
+    shown_once = int(counts.sum()) if work.each_once else len(counts) * int(counts.max())
+    steps = math.ceil(shown_once * max(1, views) / work.batch_size)
 
     shown = min(input.batch_size, 32)
     images_BHWC = torch.zeros(shown, input.image_size, input.image_size, 3, dtype=torch.uint8, device=device)
@@ -85,7 +86,8 @@ def estimate_lines(
         lines.append(
             f"about {said_time(learning)} for"
             f" {'1 classifier,' if work.classifiers == 1 else f'{work.classifiers} classifiers, each'}"
-            f" {work.epochs} epochs of {steps:,} steps of {work.batch_size} features (measured: {STEPS} steps)"
+            f" {work.epochs} epochs of {steps:,} step{'s' * (steps > 1)} of {work.batch_size} features"
+            f" (measured: {STEPS} steps)"
         )
     return lines
 
