@@ -117,7 +117,7 @@ def _work(config: Any, chooses: bool) -> Work:
     betas = len(settings.beta_grid) - 1 if settings.beta == "select" else 1
     ours = len(settings.rates) * teachers + betas if chooses else 1
     baselines = 4 * (len(settings.rates) if chooses else 1) if settings.baselines else 0
-    return Work(ours + baselines, config.optim.epochs, config.optim.batch_size)
+    return Work(ours + baselines, config.optim.epochs, config.optim.batch_size, generates=True)
 
 
 def _check(config: Any) -> None:

@@ -100,6 +100,14 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(here, capsys, stage, op
     assert sorted(here.rglob("*")) == before
 
 
+@pytest.mark.parametrize(("stage", "bytes_each"), [(run, 4), (decouple.run, 0)])
+def test_a_dry_run_counts_the_copy_that_features_are_generated_from(here, capsys, monkeypatch, stage, bytes_each):
+    monkeypatch.setattr("train.features.estimate.resident_bytes", lambda: 0)
+    stage(["--dry-run", "--input.views", "2"])
+    size = bytes_each * 64 * 2 * open_dataset("data/digits").train_counts.sum()  # the bank is mapped
+    assert f"of features, about {size / 1e6:.3g} MB of memory;" in capsys.readouterr().out
+
+
 def test_the_baselines_are_in_the_summary_and_on_the_screen(here, capsys):
     run([*SHORT, "--run", "runs/afg"])
     summary = json.loads((here / "runs/afg/summary.json").read_text())

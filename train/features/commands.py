@@ -136,13 +136,15 @@ def stage_parser(name: str, description: str, settings: type) -> ArgumentParser:
 class Work(NamedTuple):
     """So many classifiers, as far as that is known beforehand, and the epochs and the batch of the longest.
 
-    An epoch holds every class as often as the largest one, unless it is each feature once.
+    An epoch holds every class as often as the largest one, unless it is each feature once. What generates features
+    holds a float32 copy of the real ones.
     """
 
     classifiers: int
     epochs: int
     batch_size: int
     each_once: bool = False
+    generates: bool = False
 
 
 @dataclass

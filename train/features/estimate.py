@@ -74,12 +74,15 @@ def estimate_lines(
     extracting = _seconds(extract, device) / shown * left / accelerator.num_processes
     learning = _seconds(learn, device) * work.epochs * steps * work.classifiers / accelerator.num_processes
     bank = sum(images.values()) * linear.in_features * 2
+    # On a CPU the bank is mapped, and the system may have its memory back.
+    held = bank if device.type == "cuda" else resident_bytes()
+    held += 4 * images["train"] * linear.in_features * work.generates
     parameters = sum(p.numel() for p in network.parameters())
     lines = [
         f"{sum(images.values()):,} images, of which {left:,} have no features yet;"
         f" {said_parameters(parameters)} parameters,"
         f" of which {linear.weight.numel() + linear.out_features:,} are the classifier's",
-        f"{said_bytes(bank)} of features, about {said_bytes(bank + resident_bytes())} of memory;"
+        f"{said_bytes(bank)} of features, about {said_bytes(held)} of memory;"
         f" about {said_time(extracting)} for the features",
     ]
     if work.classifiers:
