@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jsonargparse import ArgumentParser
@@ -185,3 +186,20 @@ def defaults(program: Program, dataset: Dataset, variant: str | None) -> dict[st
     for section, values in (own or {}).items():
         merged[section] = merged.get(section, {}) | values
     return merged
+
+
+def check_resumed(run: Path, asked: Any, about: dict[str, Any]) -> None:
+    """Refuse to resume a run from something else than it began with; stage one's folder may have moved.
+
+    Raises:
+        UserError: --from, --weights or --variant differ.
+    """
+    if asked.variant not in (None, about.get("variant")):
+        raise UserError(f"--variant {asked.variant} comes too late for {run}, which has its settings; leave it out")
+    for key in ("from", "weights"):
+        begun, given = about.get(key), asked[key]
+        same = begun is None or given is None or given == begun
+        if not same and key == "from":
+            same = Path(given).resolve() == Path(str(begun)).resolve() or not Path(str(begun)).exists()
+        if not same:
+            raise UserError(f"{run} began with --{key} {begun}, not {given}; leave --{key} out, or begin another run")

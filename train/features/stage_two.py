@@ -40,7 +40,7 @@ from train.features import passes
 from train.features.bank import FOLDER as BANK
 from train.features.bank import bank_ids, feature_bank, weights_digest
 from train.features.candidates import IMAGES_TO_CHOOSE, Families, Judge
-from train.features.commands import RATES, Program, defaults
+from train.features.commands import RATES, Program, check_resumed, defaults
 from train.features.estimate import estimate_lines
 from train.features.gaussians import find_support, fit, fitting_lambda, head_classes, held, no_support
 from train.features.mixing import Mixture
@@ -133,7 +133,7 @@ def open_stage(
             if os.environ.get("RANK", "0") == "0":
                 print(f"{resumed} is finished")
             return None
-        _check_resumed(resumed, asked, about)
+        check_resumed(resumed, asked, about)
     place = asked["from"] or about.get("from")
     source = Path(place) if place else runs.newest_run({1}, dataset=wanted)
     saved = runs.read_config(source)
@@ -288,23 +288,6 @@ def open_stage(
         ids,
         made_of,
     )
-
-
-def _check_resumed(run: Path, asked: Any, about: dict[str, Any]) -> None:
-    """Refuse to resume a run from something else than it began with; stage one's folder may have moved.
-
-    Raises:
-        UserError: --from, --weights or --variant differ.
-    """
-    if asked.variant not in (None, about.get("variant")):
-        raise UserError(f"--variant {asked.variant} comes too late for {run}, which has its settings; leave it out")
-    for key in ("from", "weights"):
-        begun, given = about.get(key), asked[key]
-        same = begun is None or given is None or given == begun
-        if not same and key == "from":
-            same = Path(given).resolve() == Path(str(begun)).resolve() or not Path(str(begun)).exists()
-        if not same:
-            raise UserError(f"{run} began with --{key} {begun}, not {given}; leave --{key} out, or begin another run")
 
 
 def make_families(
