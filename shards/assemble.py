@@ -67,7 +67,11 @@ def assemble(
                 if record["entry"]["samples"]
             }
             splits[split], samples = _write_split(staging, split, entries, len(source.classes))
-            _check_something_left(split, splits[split]["class_counts"], source, Counter(i["label"] for i in rejected))
+            try:
+                _check_something_left(split, splits[split]["class_counts"], source, Counter(i["label"] for i in rejected))
+            except UserError:
+                staging.clear()  # these images would fail again
+                raise
             sizes.append(samples[["height", "width"]])
 
     image = image_sizes(sizes)

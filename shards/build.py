@@ -256,11 +256,7 @@ def _build(
     _write_shards(staging, [job for split_jobs in jobs.values() for job in split_jobs], strict, workers, scheduler)
     name = printable(Path(out).resolve().name) if options["dataset"] in OWN_NAMES else options["dataset"]
     shards = {split: [job.name for job in split_jobs] for split, split_jobs in jobs.items()}
-    try:
-        manifest = assemble(staging, name, images, options, shards, findings, build_id)
-    except UserError:
-        staging.clear()  # these images would fail again
-        raise
+    manifest = assemble(staging, name, images, options, shards, findings, build_id)
     shared = list(pictures_in_two_splits(staging, shards))
     staging.publish()
     for line in shared:

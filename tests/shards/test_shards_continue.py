@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -351,3 +352,22 @@ def test_the_lock_is_closed_before_its_folder_goes(tmp_path, monkeypatch):
     with staged(LocalStore(tmp_path / "new" / "out")):
         pass
     assert os.listdir(tmp_path) == []
+
+
+def test_one_late_shard_costs_no_other(tmp_path, pets, monkeypatch, capsys):
+    """It takes the place of one that is done; the command that is given again writes that one alone."""
+    options = {"dataset": "folder", "source": pets, "out": tmp_path / "out", "workers": 1, "shard_samples": 4}
+    write_shards = shards.build._write_shards
+
+    def then_a_late_one(staging, jobs, *others):
+        write_shards(staging, jobs, *others)
+        write_shard(replace(jobs[0], build="another"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.build, "_write_shards", then_a_late_one)
+        with pytest.raises(UserError, match="another build was at work in the same place; give the same command again"):
+            build(**options)
+    capsys.readouterr()
+    build(**options)
+    assert "continuing: 6 of 7 shards" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == contents(build(**{**options, "out": tmp_path / "undisturbed" / "out"}))
