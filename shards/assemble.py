@@ -68,7 +68,9 @@ def assemble(
             }
             splits[split], samples = _write_split(staging, split, entries, len(source.classes))
             try:
-                _check_something_left(split, splits[split]["class_counts"], source, Counter(i["label"] for i in rejected))
+                _check_something_left(
+                    split, splits[split]["class_counts"], source, Counter(i["label"] for i in rejected)
+                )
             except UserError:
                 staging.clear()  # these images would fail again
                 raise

@@ -32,8 +32,9 @@ from shards.parallel import run_jobs
 from shards.plan import Plan, plan_splits
 from shards.profiles import PROFILES
 from shards.progress import Progress, say
-from shards.remote import RemoteStore, cached_source, is_url
+from shards.remote import RemoteStore, is_url
 from shards.show import summary
+from shards.source_copy import on_this_machine
 from shards.sources import Source, check_dataset, open_source
 from shards.sources.files import printable, some
 from shards.staging import FINDINGS, PLAN, REJECTED, Staging, staged
@@ -135,64 +136,63 @@ def build(
     if source is not None and is_url(source) and is_url(out) and f"{out}/".startswith(f"{str(source).rstrip('/')}/"):
         raise UserError(f"--out {out} lies inside --source {source}, among the images; give an --out outside")
     check_dataset(dataset)  # before anything is copied
-    if source is not None:
-        source = cached_source(str(source)) if is_url(source) else Path(source)
-        if scheduler is not None:
-            source = source.absolute()  # the cluster's workers were started elsewhere
-    check_apart(dataset, source, out)
-    listed = time.time_ns() - FILE_TIMES
-    images = open_source(dataset, source)
-    profile = profile or images.profile
-    if profile == "natural" and imbalance_factor is not None:
-        raise UserError(
-            f"--imbalance-factor {imbalance_factor:g} has no effect with the natural profile;"
-            " leave it out or choose --profile exp, step or pareto"
-        )
-    options: dict[str, Any] = {
-        "dataset": dataset,
-        "source": images.fingerprint,
-        "profile": profile,
-        "imbalance_factor": None if profile == "natural" else float(imbalance_factor or images.imbalance_factor),
-        "seed": seed,
-        "test_fraction": _fraction(images, "test", test_fraction, TEST_FRACTION),
-        "val_fraction": _fraction(images, "val", val_fraction, images.val_fraction),
-        "shorter_side": shorter_side,
-        "quality": QUALITY if quality is None else quality,
-        "keep_bytes": keep_bytes,
-        "shard_samples": shard_samples,
-    }
-    if strict and images.skipped:
-        raise UserError(f"{images.skipped[0]}; fix that or leave out --strict")
-    store = RemoteStore(str(out)) if is_url(out) else LocalStore(Path(out).resolve())
-    encoding = partial(encode, **{name: options[name] for name in ("shorter_side", "quality", "keep_bytes")})
-    there = partial(already_built, out, store, options, images, encoding, strict=strict)
-    try:
-        # An equal dataset may lie where nobody may write.
-        if STAGING not in (store.names() or ()) and there(overwrite=overwrite):
-            return out
-        with staged(store) as staging:
-            recovered = staging.recover()
-            just_built = recovered is not None and not difference(recovered["options"], options)
-            if not there(overwrite=overwrite and not just_built):
-                _build(out, staging, images, listed, options, encoding, overwrite, strict, workers, scheduler)
-            elif staging.read_json(PLAN) in (None, _plan_file(options)):
-                staging.clear()  # an --overwrite with the same options that was interrupted
-    except (KeyboardInterrupt, SystemExit):
-        names = store.names() or ()
-        if STAGING in names or MANIFEST not in names:
-            say(f"{out} is unfinished; the same command resumes it")
-        raise
-    except MemoryError:
-        raise UserError(
-            f"not enough memory to build {out}; resume with the same command and fewer --workers, or"
-            " start over with --shorter-side and --overwrite"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written: {error.strerror or error}; fix that or give another --out"
-            " (shards that are done are kept, and the same command resumes the build)"
-        ) from None
-    return out
+    with on_this_machine(source) as place:
+        if place is not None and scheduler is not None:
+            place = place.absolute()  # the cluster's workers were started elsewhere
+        check_apart(dataset, place, out)
+        listed = time.time_ns() - FILE_TIMES
+        images = open_source(dataset, place)
+        profile = profile or images.profile
+        if profile == "natural" and imbalance_factor is not None:
+            raise UserError(
+                f"--imbalance-factor {imbalance_factor:g} has no effect with the natural profile;"
+                " leave it out or choose --profile exp, step or pareto"
+            )
+        options: dict[str, Any] = {
+            "dataset": dataset,
+            "source": images.fingerprint,
+            "profile": profile,
+            "imbalance_factor": None if profile == "natural" else float(imbalance_factor or images.imbalance_factor),
+            "seed": seed,
+            "test_fraction": _fraction(images, "test", test_fraction, TEST_FRACTION),
+            "val_fraction": _fraction(images, "val", val_fraction, images.val_fraction),
+            "shorter_side": shorter_side,
+            "quality": QUALITY if quality is None else quality,
+            "keep_bytes": keep_bytes,
+            "shard_samples": shard_samples,
+        }
+        if strict and images.skipped:
+            raise UserError(f"{images.skipped[0]}; fix that or leave out --strict")
+        store = RemoteStore(str(out)) if is_url(out) else LocalStore(Path(out).resolve())
+        encoding = partial(encode, **{name: options[name] for name in ("shorter_side", "quality", "keep_bytes")})
+        there = partial(already_built, out, store, options, images, encoding, strict=strict)
+        try:
+            # An equal dataset may lie where nobody may write.
+            if STAGING not in (store.names() or ()) and there(overwrite=overwrite):
+                return out
+            with staged(store) as staging:
+                recovered = staging.recover()
+                just_built = recovered is not None and not difference(recovered["options"], options)
+                if not there(overwrite=overwrite and not just_built):
+                    _build(out, staging, images, listed, options, encoding, overwrite, strict, workers, scheduler)
+                elif staging.read_json(PLAN) in (None, _plan_file(options)):
+                    staging.clear()  # an --overwrite with the same options that was interrupted
+        except (KeyboardInterrupt, SystemExit):
+            names = store.names() or ()
+            if STAGING in names or MANIFEST not in names:
+                say(f"{out} is unfinished; the same command resumes it")
+            raise
+        except MemoryError:
+            raise UserError(
+                f"not enough memory to build {out}; resume with the same command and fewer --workers, or"
+                " start over with --shorter-side and --overwrite"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{out} cannot be written: {error.strerror or error}; fix that or give another --out"
+                " (shards that are done are kept, and the same command resumes the build)"
+            ) from None
+        return out
 
 
 def _fraction(images: Source, split: str, fraction: float | None, default: float) -> float | None:

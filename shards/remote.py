@@ -6,7 +6,7 @@ providers' own settings, such as AWS_PROFILE and AWS_ENDPOINT_URL.
     ~/.cache/tailstream/           or $TAILSTREAM_CACHE
         dataset-4f0c…/             a dataset: its small files, and each shard once it was asked for
             .origin                its URL
-        source-91ab…/              images to build from
+        source-91ab…/              images to build from (source_copy.py)
 """
 
 import fcntl
@@ -27,8 +27,6 @@ from shards.errors import UserError
 
 TRANSFERS = 16  # at the same time: object stores answer slowly and serve many
 ORIGIN = ".origin"
-# What object stores, file servers and folders say of a file that changes when its contents do: any of these.
-VERSION = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "updated", "mtime", "created")
 
 
 def is_url(path: Path | str) -> bool:
@@ -38,8 +36,9 @@ def is_url(path: Path | str) -> bool:
 
 def cache_folder() -> Path:
     """Where copies of remote files are kept."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TAILSTREAM_CACHE") or Path(cache, "tailstream"))
+    if cache := os.environ.get("TAILSTREAM_CACHE"):
+        return Path(cache)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tailstream")
 
 
 @dataclass(frozen=True)
@@ -53,22 +52,22 @@ class RemoteStore:
     url: str
 
     def names(self) -> set[str] | None:  # noqa: D102
-        with _remote(self.url) as (files, root):
+        with connected(self.url) as (files, root):
             return {_base(path) for path in _listing(files, root)}
 
     def sizes(self, folder: str) -> dict[str, int]:  # noqa: D102
-        with _remote(self.url) as (files, root):
+        with connected(self.url) as (files, root):
             found = _listing(files, f"{root}/{folder}".rstrip("/")).items()
             sizes = {_base(path): about["size"] for path, about in found if about["type"] == "file"}
             return {name: size for name, size in sizes.items() if size is not None}  # web servers say none
 
     def read(self, name: str) -> bytes:  # noqa: D102
-        with _remote(self.url) as (files, root):
+        with connected(self.url) as (files, root):
             data: bytes = files.cat_file(f"{root}/{name}")
             return data
 
     def as_of(self, name: str) -> int:  # noqa: D102
-        with _remote(self.url) as (files, root):
+        with connected(self.url) as (files, root):
             try:
                 return int(files.modified(f"{root}/{name}").timestamp() * 1e9)
             except NotImplementedError:  # then everything may have changed since
@@ -79,7 +78,7 @@ class RemoteStore:
         with tempfile.TemporaryDirectory() as folder:
             paths = [Path(folder, _base(name)) for name in names]
             yield paths
-            with _remote(self.url) as (files, root):
+            with connected(self.url) as (files, root):
                 for path, name in zip(paths, names, strict=True):
                     files.put_file(str(path), f"{root}/{name}")
 
@@ -92,7 +91,7 @@ class RemoteStore:
             else:
                 files.rm_file(f"{root}/{old}")
 
-        with _remote(self.url) as (files, root), ThreadPoolExecutor(TRANSFERS) as pool:
+        with connected(self.url) as (files, root), ThreadPoolExecutor(TRANSFERS) as pool:
             for future in [pool.submit(move, *pair) for pair in names]:
                 future.result()
 
@@ -101,7 +100,7 @@ class RemoteStore:
             with suppress(FileNotFoundError):
                 files.rm_file(f"{root}/{name}")
 
-        with _remote(self.url) as (files, root), ThreadPoolExecutor(TRANSFERS) as pool:
+        with connected(self.url) as (files, root), ThreadPoolExecutor(TRANSFERS) as pool:
             list(pool.map(delete, names))
 
     @contextmanager
@@ -135,7 +134,7 @@ class RemoteShards:
             for left_over in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
                 left_over.unlink()
             if not path.exists() or _sha256(path) != self.digests[shard]:
-                _fetch(self.url, path.name, path)
+                copy_file(self.url, path.name, path)
                 if _sha256(path) != self.digests[shard]:
                     path.unlink()
                     raise UserError(
@@ -178,7 +177,7 @@ def cached_dataset(url: str, manifest_name: str) -> Path:
         raise UserError(f"{url} cannot be read: {error.strerror or error}") from None
     digest = hashlib.sha256(url.encode() + manifest).hexdigest()
     folder = cache_folder() / f"dataset-{digest[:16]}"
-    _make(folder)
+    make_folder(folder)
     for name, data in ((ORIGIN, url.encode()), (manifest_name, manifest)):
         _put(folder / name, data)
     return folder
@@ -204,7 +203,7 @@ def whole_cached_dataset(url: str, manifest_name: str, *others: str) -> tuple[Pa
         digest = digests[name]
         try:
             if digest is None:
-                _fetch(url, name, folder / name)
+                copy_file(url, name, folder / name)
             else:
                 fetch_file(url, folder / name, digest)
         except UserError as error:
@@ -228,76 +227,11 @@ def fetch_file(url: str, path: Path, digest: str) -> None:
     RemoteShards(url, (digest,)).fetch(0, path)
 
 
-def cached_source(url: str) -> Path:
-    """Copy a remote folder of images into the cache, as far as it is not there yet; return the folder there.
-
-    Of a URL of a file the folder around it is copied. Processes that want the same folder wait for each other.
-
-    Files of which another size or version lies there now are copied again, and those that are gone there are deleted.
-
-    Raises:
-        UserError: nothing there, or no answer.
-    """
-    folder = cache_folder() / f"source-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
-    try:
-        _make(folder.parent)
-        # Listed under the lock: what another process copies meanwhile may be newer than a listing from before.
-        with folder.with_name(f"{folder.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with _remote(url) as (files, root):
-                found = files.find(root, detail=True)
-                # An empty object whose name ends with "/" stands for a folder, as consoles make one.
-                names = [path for path in found if not path.endswith("/")]
-                there = {path.removeprefix(root).lstrip("/"): found[path] for path in names}
-            if not there:
-                raise UserError(f"--source {url} holds no files")
-            if "" in there:  # a file, such as a list of images beside it
-                parent, _, name = url.rpartition("/")
-                return cached_source(parent) / name
-            _make(folder)
-            _copy(url, there, folder)
-    except OSError as error:
-        raise UserError(f"--source {url} cannot be read: {error.strerror or error}") from None
-    return folder
-
-
-def _copy(url: str, there: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Make a folder hold the files of a URL, of which the store says this, and no others."""
-    versions = folder.with_name(f"{folder.name}.versions")  # a line for each copied file; the last one counts
-    lines = versions.read_text(encoding="utf-8").splitlines() if versions.exists() else []
-    copied = {name: version for version, _, name in (line.partition("\t") for line in lines)}
-    here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    for name in here.keys() - there.keys():
-        here[name].unlink()
-        for parent in here[name].parents:  # object stores know no empty folders
-            if parent == folder or any(parent.iterdir()):
-                break
-            parent.rmdir()
-
-    def is_here(name: str) -> bool:
-        if name not in here or here[name].stat().st_size != there[name]["size"]:
-            return False
-        return copied.get(name) == _version(there[name])
-
-    missing = [name for name in there if not is_here(name)]
-    for name in missing:
-        if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"--source {url}: {name!r} leads out of the folder")
-        _make((folder / name).parent)
-    with ThreadPoolExecutor(TRANSFERS) as pool, versions.open("a", encoding="utf-8") as file:
-        for name, _ in zip(missing, pool.map(lambda name: _fetch(url, name, folder / name), missing), strict=True):
-            file.write(f"{_version(there[name])}\t{name}\n")
-
-
-def _version(about: dict[str, Any]) -> str:
-    """What tells a file from a later one of its name, as far as the store says."""
-    return " ".join(str(about[key]) for key in ("size", *VERSION) if about.get(key) is not None)
-
-
-def _fetch(url: str, name: str, path: Path) -> None:
+def copy_file(url: str, name: str, path: Path) -> None:
+    """Copy a file of a remote folder to `path`, where it appears whole; UserError where that fails."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with _remote(url) as (files, root):
+        with connected(url) as (files, root):
             files.get_file(f"{root}/{name}", str(temporary))
         temporary.replace(path)
     except OSError as error:
@@ -309,13 +243,22 @@ def _fetch(url: str, name: str, path: Path) -> None:
 def _put(path: Path, data: bytes) -> None:
     # Containers that share a cache may all be process 1.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with writing_cache(path.parent):
+        temporary.write_bytes(data)
+        temporary.replace(path)
 
 
-def _make(folder: Path) -> None:
-    try:
+def make_folder(folder: Path) -> None:
+    """Make a folder in the cache; UserError where that fails."""
+    with writing_cache(folder):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def writing_cache(folder: Path) -> Iterator[None]:
+    """Turn what a file system refuses into a UserError that says how to have the cache elsewhere."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"the cache {folder} cannot be written: {error.strerror}; set TAILSTREAM_CACHE") from None
 
@@ -337,7 +280,7 @@ def _listing(files: Any, folder: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _remote(url: str) -> Iterator[tuple[Any, str]]:
+def connected(url: str) -> Iterator[tuple[Any, str]]:
     """Yield fsspec's file system for a URL and the path in it; what its libraries raise becomes an OSError."""
     try:
         import fsspec

@@ -1,5 +1,6 @@
 """Datasets and images behind URLs, on a real S3-compatible server on loopback (moto) and in fsspec's memory."""
 
+import fcntl
 import os
 import shutil
 import socket
@@ -18,6 +19,7 @@ import pytest
 import shards.build
 import shards.progress
 import shards.remote
+import shards.source_copy
 from pipeline.loader import open_loader
 from pipeline.plan import Stream, TrainPlan
 from pipeline.reader import ShardReader
@@ -27,6 +29,7 @@ from shards.errors import UserError
 from shards.index import open_dataset
 from shards.remote import RemoteStore
 from shards.show import lost_shards
+from shards.source_copy import kept_copy
 from shards.staging import STAGING, staged
 from shards.verify import verify
 from shards.writer import write_shard
@@ -260,7 +263,7 @@ def test_shards_are_read_while_others_come(remote, monkeypatch):
     split = open_dataset(remote).splits["train"]
     firsts = [int(np.flatnonzero(split.samples["shard"] == shard)[0]) for shard in range(len(split.shard_paths))]
     coming, go_on, together = set(), threading.Event(), threading.Barrier(len(firsts) - 1)
-    fetch = shards.remote._fetch
+    fetch = shards.remote.copy_file
 
     def slow(url, name, path):
         if name != "train-000000.tar":
@@ -269,7 +272,7 @@ def test_shards_are_read_while_others_come(remote, monkeypatch):
             assert go_on.wait(20)
         fetch(url, name, path)
 
-    monkeypatch.setattr(shards.remote, "_fetch", slow)
+    monkeypatch.setattr(shards.remote, "copy_file", slow)
     reader = ShardReader(split)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(reader.encoded, firsts[1:])
@@ -284,8 +287,8 @@ def test_many_shards_take_a_few_threads(tmp_path, memory, image_folder, monkeypa
     source = image_folder(tmp_path / "source", {"a": 20, "b": 20})
     build("folder", source=source, out=memory, workers=1, shard_samples=1, test_fraction=0, val_fraction=0)
     split, go_on = open_dataset(memory).splits["train"], threading.Event()
-    fetch, begun = shards.remote._fetch, []
-    monkeypatch.setattr(shards.remote, "_fetch", lambda *of: begun.append(of) or (go_on.wait(20) and fetch(*of)))
+    fetch, begun = shards.remote.copy_file, []
+    monkeypatch.setattr(shards.remote, "copy_file", lambda *of: begun.append(of) or (go_on.wait(20) and fetch(*of)))
     reader, before = ShardReader(split), threading.active_count()
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(reader.encoded, np.arange(40))
@@ -299,14 +302,14 @@ def test_many_shards_take_a_few_threads(tmp_path, memory, image_folder, monkeypa
 
 def test_nobody_waits_for_a_slow_link_once_the_reader_is_closed(remote, monkeypatch):
     split, begun, go_on = open_dataset(remote).splits["train"], threading.Event(), threading.Event()
-    fetch = shards.remote._fetch
+    fetch = shards.remote.copy_file
 
     def slow(*where):
         begun.set()
         assert go_on.wait(20)
         fetch(*where)
 
-    monkeypatch.setattr(shards.remote, "_fetch", slow)
+    monkeypatch.setattr(shards.remote, "copy_file", slow)
     reader = ShardReader(split)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(reader.encoded, [0])
@@ -321,8 +324,8 @@ def test_nobody_waits_for_a_slow_link_once_the_reader_is_closed(remote, monkeypa
 
 def test_a_reader_that_is_closed_before_anybody_waits_fetches_nothing_more(remote, monkeypatch):
     split, go_on = open_dataset(remote).splits["train"], threading.Event()
-    fetch, fetching = shards.remote._fetch, ShardReader._fetching
-    monkeypatch.setattr(shards.remote, "_fetch", lambda *where: (go_on.wait(3), fetch(*where)))
+    fetch, fetching = shards.remote.copy_file, ShardReader._fetching
+    monkeypatch.setattr(shards.remote, "copy_file", lambda *where: (go_on.wait(3), fetch(*where)))
 
     def close_next(self, wanted):
         monkeypatch.setattr(ShardReader, "_fetching", fetching)
@@ -351,7 +354,7 @@ def test_what_the_first_steps_want_is_fetched_when_a_loader_is_opened(remote, ca
 def test_builds_from_one_url_copy_it_by_turns(tmp_path, pets, memory, monkeypatch):
     files, root = fsspec.core.url_to_fs(memory)
     files.put(f"{pets}/", root, recursive=True)
-    fetch, begun, copied = shards.remote._fetch, threading.Event(), []
+    fetch, begun, copied = shards.remote.copy_file, threading.Event(), []
 
     def slow(url, name, path):
         temporary = path.with_name(f"{path.name}.1.tmp")  # of another process
@@ -362,29 +365,93 @@ def test_builds_from_one_url_copy_it_by_turns(tmp_path, pets, memory, monkeypatc
         copied.append(name)
         fetch(url, name, path)
 
-    monkeypatch.setattr(shards.remote, "_fetch", slow)
+    def copy():
+        with kept_copy(memory) as folder:
+            return folder
+
+    monkeypatch.setattr(shards.source_copy, "copy_file", slow)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(shards.remote.cached_source, memory)
+        first = pool.submit(copy)
         assert begun.wait(20)
-        second = pool.submit(shards.remote.cached_source, memory)
+        second = pool.submit(copy)
         assert first.result() == second.result()
     assert len(copied) == len(set(copied))
+
+
+def test_nobody_changes_a_copy_while_a_build_reads_it(memory, capsys):
+    files, root = fsspec.core.url_to_fs(memory)
+    files.pipe({f"{root}/a/1.png": b"one", f"{root}/b/2.png": b"two"})
+
+    def copy():
+        with kept_copy(memory) as folder:
+            return {path.name for path in folder.rglob("*.png")}
+
+    with ThreadPoolExecutor(2) as pool:
+        with kept_copy(memory) as folder:
+            assert pool.submit(copy).result(20) == {"1.png", "2.png"}  # where nothing has changed nobody waits
+            files.rm_file(f"{root}/a/1.png")
+            other = pool.submit(copy)
+            with pytest.raises(TimeoutError):
+                other.result(0.2)
+            assert (folder / "a" / "1.png").read_bytes() == b"one"
+        assert other.result(20) == {"2.png"}
+    assert capsys.readouterr().err == (
+        f"waiting for another build, which reads the copy of {memory}: other files lie there now\n"
+    )
+
+
+def test_a_build_holds_its_copy_to_the_end(tmp_path, pets, memory, monkeypatch):
+    files, root = fsspec.core.url_to_fs(memory)
+    files.put(f"{pets}/", root, recursive=True)
+
+    def held(job):
+        (lock,) = (tmp_path / "cache").glob("source-*.lock")
+        with lock.open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return write_shard(job)
+
+    monkeypatch.setattr(shards.build, "write_shard", held)
+    build("folder", source=memory, out=tmp_path / "out", workers=1)
+
+
+def test_a_class_whose_copying_was_interrupted_may_be_gone(tmp_path, pets, memory, monkeypatch):
+    files, root = fsspec.core.url_to_fs(memory)
+    files.put(f"{pets}/", root, recursive=True)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.source_copy, "copy_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build("folder", source=memory, out=tmp_path / "out", workers=1)
+    files.rm(f"{root}/eel", recursive=True)
+    assert open_dataset(build("folder", source=memory, out=tmp_path / "out", workers=1)).classes == ["cat", "dog"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(pets, memory, cache):
+    files, root = fsspec.core.url_to_fs(memory)
+    files.put(f"{pets}/", root, recursive=True)
+    cache.write_text("a file")
+    with pytest.raises(UserError, match=f"the cache {cache} cannot be written: .*; set TAILSTREAM_CACHE"):
+        build("folder", source=memory)
 
 
 def test_a_file_that_was_replaced_by_one_of_its_size_is_copied_anew(memory, monkeypatch):
     files, root = fsspec.core.url_to_fs(memory)
     files.pipe({f"{root}/labels.csv": b"a.png,cat", f"{root}/a.png": b"pixels"})
-    fetch, copied = shards.remote._fetch, []
-    monkeypatch.setattr(shards.remote, "_fetch", lambda *what: copied.append(what[1]) or fetch(*what))
+    fetch, copied = shards.remote.copy_file, []
+    monkeypatch.setattr(shards.source_copy, "copy_file", lambda *what: copied.append(what[1]) or fetch(*what))
     for labels, names in ((b"a.png,cat", ["a.png", "labels.csv"]), (b"a.png,cat", []), (b"a.png,dog", ["labels.csv"])):
         if files.cat_file(f"{root}/labels.csv") != labels:
             files.pipe_file(f"{root}/labels.csv", labels)
-        folder = shards.remote.cached_source(memory)
-        assert (folder / "labels.csv").read_bytes() == labels
+        with kept_copy(memory) as folder:
+            assert (folder / "labels.csv").read_bytes() == labels
         assert sorted(copied) == names
         copied.clear()
     (folder / "a.png").write_bytes(b"pix")
-    assert (shards.remote.cached_source(memory) / "a.png").read_bytes() == b"pixels"
+    with kept_copy(memory) as folder:
+        assert (folder / "a.png").read_bytes() == b"pixels"
     assert copied == ["a.png"]
 
 
@@ -450,7 +517,7 @@ def test_folders_that_somebody_made_in_a_bucket_are_no_files(tmp_path, pets, buc
     files.put(f"{pets}/", root, recursive=True)
     name, _, key = root.partition("/")
     files.pipe_file(f"{name}/some/other.bin", b"of somebody else")
-    for folder in (f"{key}/", f"{key}/cat/"):
+    for folder in (f"{key}/", f"{key}/cat/", key, f"{key}/dog"):  # consoles end its name with a slash, others do not
         files.call_s3("put_object", Bucket=name, Key=folder, Body=b"")
     local = build("folder", source=pets, out=tmp_path / "one" / "out", workers=1)
     out = build("folder", source=bucket, out=tmp_path / "two" / "out", workers=1)
@@ -507,14 +574,14 @@ def test_an_unknown_dataset_copies_nothing(pets, memory, cache):
 
 def test_a_resident_loader_is_closed_while_a_shard_comes(remote, cache, monkeypatch):
     split, begun, go_on = open_dataset(remote).splits["train"], threading.Event(), threading.Event()
-    fetch = shards.remote._fetch
+    fetch = shards.remote.copy_file
 
     def slow(url, name, path):
         begun.set()
         assert go_on.wait(20)
         fetch(url, name, path)
 
-    monkeypatch.setattr(shards.remote, "_fetch", slow)
+    monkeypatch.setattr(shards.remote, "copy_file", slow)
     monkeypatch.setattr("pipeline.loader._fetch_first", lambda plan, start_step: None)
     loader = open_loader(TrainPlan(split, (Stream("s"),), 4, 16, seed=0, epochs=1), "resident", threads=1)
     with ThreadPoolExecutor(1) as pool:
