@@ -41,7 +41,7 @@ class Findings:
         copies: groups of identical training images, by position in the source's listing.
         lost: labels of the classes that are left out, ascending.
         lost_splits: held-out splits that are left out.
-        rejected: their images, as in `rejected.jsonl`; the labels are null.
+        rejected: their images, and those in whose place others are kept, as in `rejected.jsonl`; the labels are null.
         grey_bits: of 16-bit grey images.
         colour: the largest upper byte of the 16-bit colour images that were looked at; -1 where none was.
         unreadable: training images of classes of which the profile would keep no other, by position likewise; it keeps
@@ -60,7 +60,7 @@ class Findings:
         """Lines for the user."""
         if self.lost:
             names = [source.classes[j] for j in self.lost]
-            first = self.rejected[0]
+            first = _first_of(names, self.rejected)
             yield (
                 f"classes of which no training image can be read are left out: {some(names)}, for example"
                 f" {first['source']}: {first['reason']}"
@@ -116,7 +116,7 @@ def find_out(
     workers: int | None,
     scheduler: str | None,
 ) -> Findings:
-    """Look at the planned images.
+    """Look at the planned images, and where they would leave a class without one at the others of it.
 
     Raises:
         UserError: fewer than two classes have a readable training image, or an official split has none.
@@ -135,15 +135,23 @@ def find_out(
         found = _until_one_is_good(images, partial(look, f"look at class {source.classes[j]}"))
         deepest = _larger(deepest, found.depth)
         bad = next((i for i, reason in enumerate(found.reasons) if not reason), len(images))
-        if bad >= kept_C[j]:
-            rejected += _lines("train", source, images[np.arange(bad)], found.reasons[:bad])
         if bad == len(images):
             lost.append(j)
+            rejected += _lines("train", source, images, found.reasons)
             for split in sorted(HELD_OUT & plan.splits.keys()):
                 others = plan.splits[split][np.flatnonzero(plan.splits[split].labels == j)]
                 rejected += _lines(split, source, others, [LEFT_OUT] * len(others))
         elif bad >= kept_C[j]:
             unreadable += plan.pools[j][:bad].tolist()
+            # The first of them fill the class up where too few others are left: their shards list those.
+            again = max(0, int(kept_C[j]) - (len(images) - bad))
+            rejected += _lines("train", source, images[np.arange(again, bad)], found.reasons[again:bad])
+    if len(trained) - len(lost) < 2:
+        line = _first_of([source.classes[j] for j in lost], rejected)
+        raise UserError(
+            f"classes with a training image that can be read: {len(trained) - len(lost)}; a dataset needs at least two"
+            f" (class {line['class']!r}: {line['source']}: {line['reason']})"
+        )
     lost_splits = []
     for split in sorted(HELD_OUT & plan.splits.keys()):
         listing = plan.splits[split]
@@ -152,16 +160,10 @@ def find_out(
         deepest = _larger(deepest, found.depth)
         if all(found.reasons):
             if split in source.splits:
-                raise UserError(f"no image of the {split} split can be read; nothing was built")
+                why = f"{images.names[0]}: {found.reasons[0]}" if len(images) else "no class of it is left"
+                raise UserError(f"no image of the {split} split can be read ({why}); nothing was built")
             lost_splits.append(split)
             rejected += _lines(split, source, images, found.reasons)
-
-    if len(trained) - len(lost) < 2:
-        line = rejected[0]
-        raise UserError(
-            f"classes with a training image that can be read: {len(trained) - len(lost)}; a dataset needs at least two"
-            f" (class {line['class']!r}: {line['source']}: {line['reason']})"
-        )
     # One scale for all: every file that may hold 16 bits is opened, and its header says whether it does.
     for listing in plan.splits.values():
         images = listing if deepest.grey >= 0 else _maybe_deep(listing)
@@ -232,6 +234,11 @@ def _look(job: _Job) -> _Looked:
 
 def _larger(*depths: Depth) -> Depth:
     return Depth(*map(max, *depths)) if len(depths) > 1 else depths[0]
+
+
+def _first_of(classes: Sequence[str], rejected: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first line about an image of these classes."""
+    return next(line for line in rejected if line["class"] in classes)
 
 
 def _lines(split: str, source: Source, images: Listing, reasons: Sequence[str]) -> list[dict[str, Any]]:

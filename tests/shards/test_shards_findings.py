@@ -12,6 +12,8 @@ import shards.build
 from shards.build import build
 from shards.errors import UserError
 from shards.index import open_dataset
+from shards.plan import plan_splits
+from shards.sources import open_source
 from shards.verify import verify
 from shards.writer import write_shard
 
@@ -185,3 +187,40 @@ def test_a_class_is_not_lost_to_the_bad_images_that_the_profile_would_keep(tmp_p
         assert only not in bad
         bad.append(only)
         (source / only).write_bytes(b"no image")
+
+
+@pytest.mark.parametrize("bad", [14, 16])
+def test_each_bad_image_is_listed_once_where_too_few_others_are_left(tmp_path, image_folder, capsys, bad):
+    source = image_folder(tmp_path / "source", {"a": 20, "b": 20, "c": 20})
+    options = {"source": source, "workers": 1, "test_fraction": 0, "val_fraction": 0}
+    options |= {"profile": "exp", "imbalance_factor": 2}  # of the classes 20, 14 and 10 are kept
+    images = open_source("folder", source)
+    plan = plan_splits(images, profile="exp", imbalance_factor=2, test_fraction=0, val_fraction=0, seed=0)
+    names = [images.splits["train"].names[i] for i in plan.pools[1][:bad].tolist()]
+    for name in names:
+        (source / name).write_text("no image")
+    for path in (source / "c").iterdir():
+        path.write_text("no image")
+    out = build("folder", out=tmp_path / "out", **options)
+    rejected = [json.loads(line)["source"] for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert sorted(name for name in rejected if name.startswith("b/")) == sorted(names)
+    assert open_dataset(out).train_counts.tolist() == [20, 20 - bad]
+    assert "can be read are left out: 1 (c), for example c/" in capsys.readouterr().err
+    assert verify(out, workers=1) == []
+
+
+@pytest.mark.parametrize(("trained", "why"), [(3, "test/b/x.jpg: not an image"), (0, "no class of it is left")])
+def test_a_test_split_of_which_nothing_can_be_read_says_why(tmp_path, image_folder, trained, why):
+    source = image_folder(tmp_path / "source", {"train/a": 3, "train/b": trained, "train/c": 3, "test/b": 0})
+    (source / "train" / "b" / "x.jpg").write_text("no image")
+    (source / "test" / "b" / "x.jpg").write_text("no image")
+    with pytest.raises(UserError, match=rf"no image of the test split can be read \({why}\); nothing was built"):
+        build("folder", source=source, out=tmp_path / "out", workers=1)
+
+
+def test_where_no_training_image_can_be_read_that_is_said_first(tmp_path, image_folder):
+    source = image_folder(tmp_path / "source", {"train/a": 0, "train/b": 0, "test/a": 0})
+    for folder in ("train/a", "train/b", "test/a"):
+        (source / folder / "x.jpg").write_text("no image")
+    with pytest.raises(UserError, match=r"classes with a training image that can be read: 0; .*train/a/x\.jpg: not an"):
+        build("folder", source=source, out=tmp_path / "out", workers=1)
