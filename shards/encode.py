@@ -1,7 +1,7 @@
 """From an image file's bytes to the bytes that are stored: proved decodable, 8-bit, upright.
 
-The loaders cannot skip a bad image in the middle of training, so none gets into a shard: each one is fully
-decoded here, once.
+DALI cannot skip a bad image, and in the middle of training another one would have to take its place; so none gets into
+a shard: each one is fully decoded here, once.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
-from shards.strict import check_png, markers_follow
+from shards.strict import check_png, has_large_text, markers_follow
 
 try:
     import pi_heif
@@ -271,7 +271,7 @@ def _encode(
         return Encoded.of(data, "jpg" if kind == "JPEG" else "png", image)
     if keep_bytes:
         image.load()  # a damaged image is called that first
-        raise BadImageError(_why_not_kept(image, orientation))
+        raise BadImageError(_why_not_kept(image, data, orientation))
 
     if shrink:
         # The box is exact where the decoder's rounded size is not.
@@ -304,24 +304,18 @@ def _is_plain(image: Image.Image, data: bytes) -> bool:
         and data[24] == 8  # bits, of the IHDR chunk, always a PNG's first; PIL hides 16-bit colour behind mode RGB
         and "transparency" not in image.info
         and not getattr(image, "is_animated", False)
-        and not _has_large_text(image)
+        and not has_large_text(data, MOST_TEXT)
     )
 
 
-def _has_large_text(image: Image.Image) -> bool:
-    """Whether a PNG's colour profile or a text of it is larger than PIL unpacks by default."""
-    texts = getattr(image, "text", {}).values()  # after the picture is loaded, as they may stand behind it
-    return any(len(text) > MOST_TEXT for text in (image.info.get("icc_profile") or b"", *texts))
-
-
-def _why_not_kept(image: Image.Image, orientation: int) -> str:
+def _why_not_kept(image: Image.Image, data: bytes, orientation: int) -> str:
     if image.format not in ("JPEG", "PNG"):
         return "cannot be kept: neither a JPEG nor a PNG"
     if orientation != 1:
         return "cannot be kept: EXIF does not say upright"
     if image.format == "JPEG" and image.mode in ("L", "RGB"):
         return "cannot be kept: bytes between its markers"
-    if image.format == "PNG" and _has_large_text(image):
+    if image.format == "PNG" and has_large_text(data, MOST_TEXT):
         return "cannot be kept: a colour profile or text of more than a megabyte"
     return "cannot be kept: not plain 8-bit RGB or grey"
 

@@ -7,6 +7,7 @@ its end: PIL fills what is lacking with black, and says nothing.
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 
 SCAN = 0xDA
 NO_LENGTH = {0x00, 0x01, *range(0xD0, 0xDA)}  # markers that nothing follows, none of which belongs before the scan
@@ -55,6 +56,23 @@ def check_png(data: bytes) -> None:
                 raise ValueError("it lacks rows, or their checksum")
             return
     raise ValueError("it has no end")
+
+
+def has_large_text(data: bytes, most: int) -> bool:
+    """Whether a colour profile or a compressed text of a whole PNG comes to more than so many bytes."""
+    for name, content in _chunks(data):
+        if name == b"IEND":
+            break
+        if name in (b"iCCP", b"zTXt", b"iTXt"):
+            packed = bytes(content).partition(b"\0")[2][1:]  # behind its name and how it is packed
+            if name == b"iTXt":
+                packed = packed[1:].split(b"\0", 2)[-1]  # behind its language and a translated name
+            unpacker = zlib.decompressobj()
+            with suppress(zlib.error):  # not packed, or damaged: PIL passes over it
+                unpacker.decompress(packed, most)
+                if unpacker.unconsumed_tail:
+                    return True
+    return False
 
 
 def check_chunks(data: bytes | memoryview) -> None:

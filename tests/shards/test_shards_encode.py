@@ -295,16 +295,32 @@ def test_16_bit_grey_needs_little_memory():
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("kind", ["profile", "text"])
-def test_a_large_profile_or_text_does_not_cost_the_image(kind):
+@pytest.mark.parametrize("kind", ["profile", "text", "wide letters", "two of one name"])
+def test_a_large_profile_or_text_does_not_cost_the_image(kind, monkeypatch):
     text = PngImagePlugin.PngInfo()
-    if kind == "text":
+    if kind in ("text", "two of one name"):
         text.add_text("project", "x" * 1_500_000, zip=True)
+    if kind == "two of one name":
+        text.add_text("project", "x", zip=True)
+    if kind == "wide letters":
+        text.add_itxt("project", "\u8a9e" * 500_000, zip=True)
     options = {"icc_profile": bytes(1_500_000)} if kind == "profile" else {"pnginfo": text}
     data = encoded(picture(), "PNG", **options)
     stored = encode(data)
-    assert np.array_equal(pixels(stored.data), np.asarray(picture()))
-    assert len(stored.data) < 5000  # PIL opens it anywhere
-    assert encode(stored.data).data is stored.data
     with pytest.raises(BadImageError, match="a colour profile or text of more than a megabyte"):
         encode(data, keep_bytes=True)
+    assert encode(stored.data).data is stored.data
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", shards.encode.MOST_TEXT)  # as where PIL is used alone
+    assert np.array_equal(pixels(stored.data), np.asarray(picture()))
+
+
+@pytest.mark.parametrize("kind", ["plain", "other letters", "small"])
+def test_a_text_that_every_pil_reads_stays(kind):
+    text = PngImagePlugin.PngInfo()
+    if kind == "other letters":
+        text.add_itxt("project", "\u8a9e" * 500_000)
+    else:
+        text.add_text("project", "x" * (1000 if kind == "small" else 1_500_000), zip=kind == "small")
+    data = encoded(picture(), "PNG", pnginfo=text, icc_profile=bytes(1000))
+    assert encode(data).data is data
+    assert encode(data, keep_bytes=True).data is data
