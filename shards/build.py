@@ -264,7 +264,7 @@ def _build(
     if rejected := manifest["rejected"]["total"]:
         total = sum(len(listing) for listing in plan.splits.values()) + len(findings.rejected)
         kinds = ", ".join(f"{n} {reason}" for reason, n in Counter(manifest["rejected"]["reasons"]).most_common())
-        say(f"note: {rejected} of {total} images are left out ({kinds}); {REJECTED} names them")
+        say(f"note: images left out: {rejected} of {total} ({kinds}); {REJECTED} names them")
     asked, reached = options["imbalance_factor"], manifest["imbalance_factor"]
     if asked is not None and f"{asked:.4g}" != f"{reached:.4g}":
         say(f"note: the imbalance factor is {reached:.4g}, not the {asked:.4g} that was asked for")
@@ -324,7 +324,7 @@ def _write_shards(
         else:
             done += count(written)
     if done:
-        say(f"continuing: {len(jobs) - len(waiting)} of {len(jobs)} shards are done")
+        say(f"continuing: {len(jobs) - len(waiting)} of {len(jobs)} shards done")
     total = sum(len(job.images) for job in jobs)
     with Progress("build", total, done) as progress:
         run_jobs(write_shard, waiting, n_images=total - done, workers=workers, scheduler=scheduler, done=tell)

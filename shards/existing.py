@@ -106,7 +106,7 @@ def already_built(
         )
     if strict and (rejected := manifest["rejected"]["total"]):
         raise UserError(
-            f"{out} was built without {rejected} images that {REJECTED} names; leave out --strict, or fix them"
+            f"{out} was built without images that {REJECTED} names ({rejected}); leave out --strict, or fix them"
         )
     say(f"already built: {out} (the same images and options; --overwrite builds it again)")
     return True

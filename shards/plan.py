@@ -134,7 +134,7 @@ def _copies_note(source: Source, copies: Sequence[Sequence[int]]) -> str:
     train = source.splits["train"]
     named = [[printable(train.names[i]) for i in group] for group in copies]
     note = (
-        f"identical images: {sum(map(len, copies)):,} in {len(copies):,} groups such as {' = '.join(named[0][:3])};"
+        f"identical images: {sum(map(len, copies)):,}, groups: {len(copies):,}, such as {' = '.join(named[0][:3])};"
         " each group is kept in one split"
     )
     if torn := [names for names, group in zip(named, copies, strict=True) if len(set(train.labels[group])) > 1]:

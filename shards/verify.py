@@ -122,7 +122,7 @@ def _split_problems(root: Path, split: Split, n_classes: int) -> Iterator[str]:
     except OSError:
         return  # reported already: its checksum differs
     if n_names != len(split):
-        yield f"{split.name}.names.txt: {n_names} names for {len(split)} samples"
+        yield f"{split.name}.names.txt: names: {n_names}, samples: {len(split)}"
 
 
 def _manifest_problems(root: Path, manifest: dict[str, Any], sizes: list[NDArray[np.void]]) -> Iterator[str]:
@@ -141,7 +141,7 @@ def _manifest_problems(root: Path, manifest: dict[str, Any], sizes: list[NDArray
         yield f"{REJECTED}: damaged ({error!r})"
     else:
         if len(lines) != manifest["rejected"]["total"]:
-            yield f"{REJECTED}: {len(lines)} lines, the manifest counts {manifest['rejected']['total']}"
+            yield f"{REJECTED}: lines: {len(lines)}, the manifest counts {manifest['rejected']['total']}"
         elif reasons != manifest["rejected"]["reasons"]:
             yield f"{REJECTED}: the reasons are not those that the manifest counts"
     known = file_names(manifest)
@@ -187,7 +187,7 @@ def _shard_problems(path: Path, check: _ShardCheck) -> Iterator[str]:
         with tarfile.open(path, "r:") as tar:
             members = tar.getmembers()
     except tarfile.TarError as error:
-        yield f"{path.name}: no whole tar ({error})"
+        yield f"{path.name}: not a complete tar file ({error})"
         return
     images, labels = members[0::2], members[1::2]
     if [member.name for member in labels] != [f"{Path(member.name).stem}.cls" for member in images]:
@@ -195,12 +195,12 @@ def _shard_problems(path: Path, check: _ShardCheck) -> Iterator[str]:
         return
     keys = [member.name for member in labels]
     if any(key >= following for key, following in pairwise(keys)):
-        yield f"{path.name}: its keys do not rise"
+        yield f"{path.name}: its keys are not in ascending order"
     if index_path.is_file() and index_path.read_bytes() != index_text(members).encode():
         yield f"{index_path.name}: does not describe {path.name}"
     n_rows = check.entry["samples"] if check.rows is None else len(check.rows)
     if len(images) != n_rows:
-        yield f"{path.name}: {len(images)} samples, expected {n_rows}"
+        yield f"{path.name}: samples: {len(images)}, expected {n_rows}"
         return
     with path.open("rb") as file:
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):

@@ -74,5 +74,5 @@ def _read_idx(path: Path, n_axes: int) -> NDArray[np.uint8]:
     start = 4 + 4 * n_axes
     shape = [int(n) for n in np.frombuffer(data[4:start], ">i4")] if len(data) >= start else []
     if data[:4] != bytes([0, 0, 8, n_axes]) or len(data) != start + int(np.prod(shape, dtype=np.int64)):
-        raise UserError(f"{path} is not a whole IDX file of {n_axes} axes; fetch it again")
+        raise UserError(f"{path} is not a complete IDX file (axes: {n_axes}); fetch it again")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)

@@ -101,7 +101,7 @@ def escaped_note(splits: Mapping[str, Listing]) -> list[str]:
     """A line about names that are not stored as they are."""
     names = (name for listing in splits.values() for name in listing.names if not name.isprintable())
     if escaped := [shown for name in names if (shown := printable(name)) != name]:
-        return [f"names with bytes that are no UTF-8 text, or control codes, are stored with escapes: {some(escaped)}"]
+        return [f"names with bytes that are not UTF-8 text, or control codes, are stored with escapes: {some(escaped)}"]
     return []
 
 
@@ -225,7 +225,7 @@ def _check_files(root: Path, splits: dict[str, Listing], classes: Sequence[str],
         missing += [listing.names[i] for i in absent]
         if len(listing) and len(absent) == len(listing):
             raise UserError(
-                f"none of the {len(listing):,} {split} images is there: {root / listing.names[0]} is missing"
+                f"no {split} image is there (listed: {len(listing):,}): {root / listing.names[0]} is missing"
             )
     if missing:
         notes.append(f"files that are listed and not there: {some(missing)}")
@@ -236,7 +236,7 @@ def _check_files(root: Path, splits: dict[str, Listing], classes: Sequence[str],
         j = int(gone[0])
         first = train.names[int(np.flatnonzero(train.labels == j)[0])]
         raise UserError(
-            f"none of the {listed_C[j]} training images of class {classes[j]!r} is there: {root / first} is missing"
+            f"no training image of class {classes[j]!r} is there (listed: {listed_C[j]:,}): {root / first} is missing"
         )
 
 

@@ -63,7 +63,7 @@ def open_source(path: Path | None) -> Source:
         notes.append(f"images that lie in no class folder are skipped: {loose}")
     unreadable = _unread(others)
     if plain := others - unreadable:
-        notes.append(f"files that are no images are skipped: {_kinds(plain)}")
+        notes.append(f"files that are not images are skipped: {_kinds(plain)}")
     skipped = (unread(unreadable),) if unreadable else ()
     notes += escaped_note(splits)
     classes = [printable(name) for name in folder_names]

@@ -56,7 +56,7 @@ def split_roots(
     if len(found) + len(resembling) == len(folders) and resembling:
         folder, known = next(iter(resembling.items()))
         raise UserError(
-            f"{root} holds {folder.name!r}, which looks like {known!r} and is no name of a split;"
+            f"{root} holds {folder.name!r}, which looks like {known!r} and is not the name of a split;"
             " rename it to train, val or test, or classes to something else"
         )
     splits = found if not others else {f: split for f, split in found.items() if holds_folders(f)}

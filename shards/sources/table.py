@@ -48,7 +48,7 @@ def open_source(path: Path | None) -> Source:
             if not any(cell.strip() for cell in row):
                 continue
             if len(row) != len(header):
-                raise UserError(f"{path} line {rows.line_num}: {len(row)} values for {len(header)} columns")
+                raise UserError(f"{path} line {rows.line_num}: values: {len(row)}, columns: {len(header)}")
             name, label, split = row[at["path"]].strip(), row[at["label"]].strip(), "train"
             if "split" in at:
                 split = split_of(row[at["split"]]) or ""

@@ -58,7 +58,7 @@ def test_missing_files_are_reported_before_and_listed_after(tmp_path, listing, c
     assert rejected(root) == {"ü2.jpg": "cannot be read"}
     err = capsys.readouterr().err
     assert "note: files that are listed and not there: 1 (ü2.jpg)\n" in err
-    assert "note: 1 of 4 images are left out (1 cannot be read)" in err
+    assert "note: images left out: 1 of 4 (1 cannot be read)" in err
     with pytest.raises(
         UserError, match=r"files that are listed and not there: 1 \(ü2\.jpg\); fix that or leave out --st"
     ):

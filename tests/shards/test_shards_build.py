@@ -96,7 +96,7 @@ def test_images_that_do_not_decode_are_left_out_and_named(tmp_path, pets, capsys
         {"split": "train", "label": 0, "class": "cat", "source": "cat/zero.png", "reason": "empty file"},
     ]
     assert dataset.manifest["rejected"] == {"total": 2, "reasons": {"empty file": 1, "not an image": 1}}
-    assert "note: 2 of 25 images are left out (" in capsys.readouterr().err
+    assert "note: images left out: 2 of 25 (" in capsys.readouterr().err
     assert verify(root, workers=1) == []
 
 

@@ -48,7 +48,7 @@ def test_no_image_lies_in_two_splits(tmp_path, copied, seed, capsys):
     # A dog that is held out takes its copies among the cats along.
     assert (dataset.splits["test"].class_counts - np.array([13, 12]) <= [3, 0]).all()
     assert (
-        "note: identical images: 29 in 13 groups such as cat/000.png = cat/copy-0.png = dog/copy-0.png;"
+        "note: identical images: 29, groups: 13, such as cat/000.png = cat/copy-0.png = dog/copy-0.png;"
         " each group is kept in one split; 3 have different labels, such as cat/000.png = cat/copy-0.png = dog/copy-0"
     ) in capsys.readouterr().err
 

@@ -46,7 +46,7 @@ def test_a_class_of_bad_images_is_left_out_and_reported(tmp_path, half_lost, cap
     assert len(rejected) == dataset.manifest["rejected"]["total"] == 8
     assert {(image["class"], image["label"]) for image in rejected} == {("b", None)}
     assert {image["reason"] for image in rejected} == {"not an image", "its class is left out"}
-    assert "note: 8 of 32 images are left out (" in err
+    assert "note: images left out: 8 of 32 (" in err
     assert verify(out, workers=1) == []
 
 

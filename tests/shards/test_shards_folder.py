@@ -77,7 +77,7 @@ def test_extensions_in_any_case_count_and_other_files_are_reported(tmp_path, ima
     (root / "list.csv").write_text("beside the classes")
     source = opened(root)
     assert source.splits["train"].names == ["a/000.png", "a/X.JPG", "b/000.png"]
-    assert source.notes == ("files that are no images are skipped: 1 .txt, 1 without extension",)
+    assert source.notes == ("files that are not images are skipped: 1 .txt, 1 without extension",)
 
 
 def test_thumbnails_that_a_network_drive_made_are_no_images(tmp_path, image_folder):
@@ -128,7 +128,10 @@ def test_the_fingerprint_follows_names_and_sizes(tmp_path, image_folder):
         ({"train/a": 1, "train/b": 1, "Training/a": 1}, "holds both Training and train; merge them"),
         ({"train/a": 1, "train/b": 1, "testt/a": 1}, "holds 'testt', which looks like 'test'"),
         ({"train/a": 1, "train/b": 1, "trian/a": 1}, "holds 'trian', which looks like 'train'"),
-        ({"trian/a": 1, "tset/b": 1}, "holds 'trian', which looks like 'train' and is no name of a split; rename it"),
+        (
+            {"trian/a": 1, "tset/b": 1},
+            "holds 'trian', which looks like 'train' and is not the name of a split; rename",
+        ),
         ({"train2018/a": 1, "val2018/b": 1}, "holds 'train2018', which looks like 'train'"),
         ({"train_images/a": 1, "test-set/b": 1}, "holds 'test-set', which looks like 'test'"),
         ({"train/a": 1, "train/b": 1, "unlabelled": 4}, r"holds splits \(train\) beside 'unlabelled'; move that away"),
@@ -173,7 +176,7 @@ def test_names_that_no_text_file_can_list_are_stored_with_escapes(tmp_path, imag
         file.write(b"no image")
     source = opened(root)
     assert source.notes == (
-        "names with bytes that are no UTF-8 text, or control codes, are stored with escapes:"
+        "names with bytes that are not UTF-8 text, or control codes, are stored with escapes:"
         r" 4 (a/a\nb.png, a/\xff.png, b/bad\xff.png, …)",
     )
     out = build("folder", source=root, out=tmp_path / "out", workers=2, test_fraction=0, val_fraction=0)
@@ -198,7 +201,7 @@ def test_photographs_that_this_pil_does_not_read_are_reported_with_a_remedy(tmp_
         (root / "a" / name).write_bytes(b"picture")
     (root / "a" / "notes.txt").write_text("no image")
     source = opened(root)
-    assert source.notes == ("files that are no images are skipped: 1 .txt",)
+    assert source.notes == ("files that are not images are skipped: 1 .txt",)
     assert source.skipped == (
         "images that this PIL does not read are left out: 2 .heic, 1 .jxl;"
         " for .heic: pip install pi-heif; ImageMagick turns .jxl into JPEG: magick mogrify -format jpg *.jxl",

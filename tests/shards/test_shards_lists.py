@@ -100,7 +100,7 @@ def test_what_is_missing_is_named(tmp_path):
     write(tmp_path, PLACES)
     (tmp_path / "data_256").rename(tmp_path / "gone")
     with pytest.raises(
-        UserError, match=r"none of the 3 train images is there: \S+/data_256/a/attic/1 b\.jpg is missing"
+        UserError, match=r"no train image is there \(listed: 3\): \S+/data_256/a/attic/1 b\.jpg is missing"
     ):
         open_source("places-lt", tmp_path)
     (tmp_path / "Places_LT_val.txt").unlink()

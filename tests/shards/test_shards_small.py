@@ -166,9 +166,9 @@ def test_fashion_mnist_lies_where_debian_puts_it(tmp_path, fashion_files, monkey
         (Path.unlink, r"t10k-labels-idx1-ubyte\.gz is missing; give"),
         (lambda path: write_idx(path, np.arange(9)), "10 test images and 9 labels"),
         (lambda path: write_idx(path, np.arange(10) + 1), "the test labels are not 0 to 9, see 0"),
-        (lambda path: write_idx(path, np.zeros((2, 5))), "is not a whole IDX file of 1 axes"),
-        (lambda path: path.write_bytes(b""), "is not a whole IDX file of 1 axes"),
-        (lambda path: path.write_bytes(b"\0\0\x08\1\0\0\0\x0a12"), "is not a whole IDX file of 1 axes"),
+        (lambda path: write_idx(path, np.zeros((2, 5))), r"is not a complete IDX file \(axes: 1\); fetch"),
+        (lambda path: path.write_bytes(b""), r"is not a complete IDX file \(axes: 1\); fetch"),
+        (lambda path: path.write_bytes(b"\0\0\x08\1\0\0\0\x0a12"), r"is not a complete IDX file \(axes: 1\); fetch"),
     ],
 )
 def test_idx_files_that_will_not_do(fashion_files, change, message):
