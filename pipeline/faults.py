@@ -11,6 +11,7 @@ draw on that reaches it.) It shows the part of itself that the bad one would hav
 size.
 """
 
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -177,7 +178,7 @@ class Faults:
         bad = list(dict.fromkeys(samples))
         more = [f"{len(bad) - 3} more"] if len(bad) > 3 else []
         folder = self.bad[bad[0]].shard.parent
-        return f"{', '.join([*map(self._describe, bad[:3]), *more])}; run: tailstream verify {folder}"
+        return f"{', '.join([*map(self._describe, bad[:3]), *more])}; run: tailstream verify {shlex.quote(str(folder))}"
 
 
 def faults_of(split: Split) -> Faults:

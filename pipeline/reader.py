@@ -1,6 +1,7 @@
 """Encoded images straight out of the shards."""
 
 import os
+import shlex
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Future, InvalidStateError
@@ -106,7 +107,7 @@ class ShardReader:
     def _unreadable(self, shard: int, error: OSError) -> UserError:
         self._split.check_edition()
         path = self._split.shard_paths[shard]
-        return UserError(f"shard {path} cannot be read ({error}); run: tailstream verify {path.parent}")
+        return UserError(f"shard {path} cannot be read ({error}); run: {_verify(path)}")
 
     def _opened(self, shard: int, coming: dict[int, Future[Path]]) -> "_OpenFile":
         with self._lock:
@@ -172,9 +173,7 @@ class ShardReader:
 
     def _too_short(self, shard: int, length: int, end: int) -> UserError:
         path = self._split.shard_paths[shard]
-        return UserError(
-            f"{path} is {length} bytes long but the index points to byte {end}; run: tailstream verify {path.parent}"
-        )
+        return UserError(f"{path} is {length} bytes long but the index points to byte {end}; run: {_verify(path)}")
 
     def close(self) -> None:
         """Close the shards. Reading afterwards opens them again.
@@ -188,6 +187,10 @@ class ShardReader:
                 with suppress(InvalidStateError):
                     coming.set_exception(CancelledError())
             self._here.clear()
+
+
+def _verify(path: Path) -> str:
+    return f"tailstream verify {shlex.quote(str(path.parent))}"
 
 
 class _OpenFile:

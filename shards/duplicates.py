@@ -9,6 +9,7 @@ photographs all were found again at half their size, at double, and at JPEG qual
 """
 
 import hashlib
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -142,7 +143,8 @@ def _marks(job: _Job) -> NDArray[np.void]:
                 mark["bytes"] = hashlib.sha256(data).digest()[:16]
                 mark["hash"], mark["thumb"] = _looks(data)
     except (OSError, SyntaxError, ValueError) as error:  # what PIL calls damaged pictures
-        raise UserError(f"{job.path} cannot be read ({error}); run: tailstream verify {job.path.parent}") from None
+        verify = f"tailstream verify {shlex.quote(str(job.path.parent))}"
+        raise UserError(f"{job.path} cannot be read ({error}); run: {verify}") from None
     return marks
 
 

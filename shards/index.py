@@ -309,7 +309,7 @@ def open_split(root: Path, name: str, entry: dict[str, Any], edition: Edition | 
         if array.dtype != dtype or array.shape != (entry["samples"],):
             raise UserError(
                 f"{path} holds {array.shape[0] if array.ndim else 0} entries of the manifest's {entry['samples']};"
-                " run: tailstream verify, then build the dataset again"
+                f" run: tailstream verify {shlex.quote(str(root))}, then build the dataset again"
             )
         arrays[kind] = array
     return Split(

@@ -3,6 +3,7 @@ import os
 import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,15 @@ def test_a_missing_shard_is_named(split):
     split.shard_paths[0].unlink()
     with pytest.raises(UserError, match=r"train-000000.tar cannot be read \(.*No such file.* verify /"):
         ShardReader(split).encoded([0])
+
+
+def test_a_folder_with_a_space_is_quoted_in_the_command_that_is_given(split, tmp_path):
+    (tmp_path / "my birds").mkdir()
+    paths = tuple(tmp_path / "my birds" / path.name for path in split.shard_paths)
+    for path in paths:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"run: tailstream verify '/.*/my birds'$"):
+        ShardReader(replace(split, shard_paths=paths, edition=None)).encoded([0])
 
 
 def test_failing_storage_is_named(split, monkeypatch):
