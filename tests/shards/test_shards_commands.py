@@ -163,13 +163,21 @@ def test_an_interrupt_leaves_no_process_and_says_how_to_go_on(tmp_path, workers,
 
 
 def test_the_script_takes_paths_from_where_it_is_called(tmp_path, image_folder):
-    if not (REPOSITORY / ".venv" / "bin" / "python").exists():
+    if not (REPOSITORY / ".venv" / "bin" / "tailstream").exists():
         pytest.skip("the script would set up .venv first")
     image_folder(tmp_path / "pets", {"a": 2, "b": 2})
     (tmp_path / "shards").mkdir()  # as people call what they keep
     script = REPOSITORY / "scripts" / "build_shards.sh"
     subprocess.run([script, "folder", "--source", "pets", "--out", "here/pets"], cwd=tmp_path, check=True)
     assert open_dataset(tmp_path / "here" / "pets").name == "pets"
+
+
+def test_the_script_finds_its_own_folder_where_cd_says_where_it_went():
+    if not (REPOSITORY / ".venv" / "bin" / "tailstream").exists():
+        pytest.skip("the script would set up .venv first")
+    command = ["scripts/build_shards.sh", "--help"]
+    ran = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"CDPATH": "."}, capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.mark.parametrize("name", ["", "dataset.json", "train.samples.npy"])
