@@ -8,6 +8,7 @@ interruptions.
 import hashlib
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -113,7 +114,7 @@ def build(
     count = "a whole number of at least 1"
     for option, value, low, high, wanted in (
         ("--imbalance-factor", imbalance_factor, 1, sys.float_info.max, "a number of at least 1"),
-        ("--seed", seed, 0, sys.maxsize, "a whole number of at least 0"),
+        ("--seed", seed, 0, sys.maxsize, f"a whole number from 0 to {sys.maxsize}"),
         ("--test-fraction", test_fraction, 0, math.nextafter(1, 0), share),
         ("--val-fraction", val_fraction, 0, math.nextafter(1, 0), share),
         ("--shorter-side", shorter_side, 1, sys.maxsize, count),
@@ -122,7 +123,7 @@ def build(
         ("--workers", workers, 1, sys.maxsize, count),
     ):
         if value is not None and not low <= value <= high:
-            raise UserError(f"{option} is {value:g}; give {wanted}")
+            raise UserError(f"{option} is {value if isinstance(value, int) else f'{value:g}'}; give {wanted}")
     if profile is not None and profile not in PROFILES:
         raise UserError(f"unknown --profile {profile!r}; choose one of: {', '.join(PROFILES)}")
     if keep_bytes and shorter_side is not None:
@@ -163,9 +164,9 @@ def build(
         }
         if strict and images.skipped:
             raise UserError(f"{images.skipped[0]}; fix that or leave out --strict")
-        store = RemoteStore(str(out)) if is_url(out) else LocalStore(Path(out).resolve())
+        store = RemoteStore(str(out)) if is_url(out) else LocalStore(Path(os.path.realpath(out)))
         encoding = partial(encode, **{name: options[name] for name in ("shorter_side", "quality", "keep_bytes")})
-        there = partial(already_built, out, store, options, images, encoding, strict=strict)
+        there = partial(already_built, out, store, options, images, encoding, strict=strict, workers=workers)
         try:
             # An equal dataset may lie where nobody may write.
             if STAGING not in (store.names() or ()) and there(overwrite=overwrite):

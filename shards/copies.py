@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from shards.progress import Progress
 from shards.sources import Listing, Source
 from shards.staging import Staging
+from shards.writer import MOST_BYTES
 
 READERS = 16  # at the same time: files may lie behind a network
 STEP = 1000  # images, for the progress
@@ -25,13 +26,17 @@ def identical_images(source: Source) -> list[list[int]]:
     """Find the training images that have the same bytes.
 
     Files of the same size are compared by their last bytes, and those that are alike there as a whole: of a hundred
-    different photographs few are read to the end. Images that cannot be read have no copies.
+    different photographs few are read to the end. Images that cannot be read have no copies, nor have files that are
+    too large to be stored.
 
     Returns:
         The positions in the training listing of each group of two or more, ascending; groups by their first one.
     """
     train = source.splits["train"]
-    groups = [np.arange(len(train))] if train.sizes is None else _alike(np.flatnonzero(train.sizes > 0), train.sizes)
+    if train.sizes is None:
+        groups = [np.arange(len(train))]
+    else:
+        groups = _alike(np.flatnonzero((train.sizes > 0) & (train.sizes <= MOST_BYTES)), train.sizes)
     for read in filter(None, (source.peek, source.read)):
         ids = np.concatenate(groups) if groups else np.zeros(0, np.int64)
         digests = _digests(train, ids, read)

@@ -7,6 +7,7 @@ image that was replaced by one of the same size is found, and nothing is read wh
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def check_apart(dataset: str, source: Path | None, out: Path | str) -> None:
     """Refuse to write a dataset among the images it is built from, or around them (UserError)."""
     if source is None or is_url(out):
         return
-    images, place = source.resolve(), Path(out).resolve()
+    images, place = Path(os.path.realpath(source)), Path(os.path.realpath(out))  # links may lead round in circles
     if place == images or place in images.parents:
         where = "is --source" if place == images else f"holds --source {source}"
         raise UserError(f"--out {out} {where}; give another --out, such as {place_for(images)}")
@@ -59,6 +60,7 @@ def already_built(
     *,
     overwrite: bool,
     strict: bool,
+    workers: int | None = None,
 ) -> bool:
     """Whether `out` holds this very dataset, and say so; UserError where something else is in the way.
 
@@ -70,6 +72,7 @@ def already_built(
         encode: takes an image's bytes and the keyword `grey_bits`.
         overwrite: another dataset may be replaced.
         strict: nothing may have been left out.
+        workers: processes that compare images; if None, one per available core.
     """
     names = store.names()
     if names is not None and not names - {STAGING}:
@@ -99,7 +102,7 @@ def already_built(
         )
     if built_otherwise := difference(manifest["options"], options):
         raise UserError(f"{out} holds a dataset built {built_otherwise}; give --overwrite or another --out")
-    if changed := _changed_image(out, store, manifest, images, encode):
+    if changed := _changed_image(out, store, manifest, images, encode, workers):
         raise UserError(
             f"{out} holds a dataset built from other images ({changed} has changed since); give --overwrite or"
             " another --out"
@@ -137,7 +140,12 @@ class _Compared(NamedTuple):
 
 
 def _changed_image(
-    out: Path | str, store: Store, manifest: dict[str, Any], images: Source, encode: Callable[..., Encoded]
+    out: Path | str,
+    store: Store,
+    manifest: dict[str, Any],
+    images: Source,
+    encode: Callable[..., Encoded],
+    workers: int | None,
 ) -> str:
     """Name an image that was touched since and would be stored differently now; "" if there is none."""
     since = store.as_of(MANIFEST)
@@ -161,7 +169,7 @@ def _changed_image(
     total = sum(len(job.images) for job in jobs)
     with Progress("compare touched files", total) as progress:
         found = run_jobs(
-            _first_changed, jobs, n_images=total, workers=None, done=lambda compared: progress.add(compared.images)
+            _first_changed, jobs, n_images=total, workers=workers, done=lambda compared: progress.add(compared.images)
         )
     return next((compared.changed for compared in found if compared.changed), "")
 

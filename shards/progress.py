@@ -2,6 +2,7 @@
 
 import sys
 import time
+from unicodedata import category
 
 from tqdm import tqdm
 
@@ -9,8 +10,9 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def say(line: str) -> None:
-    """Print one line on stderr, without breaking a running bar."""
-    tqdm.write(line, file=sys.stderr)
+    """Print one line on stderr, without breaking a running bar; names in it do not steer the terminal."""
+    shown = "".join(c.encode("unicode_escape").decode() if category(c) in ("Cc", "Zl", "Zp") else c for c in line)
+    tqdm.write(shown, file=sys.stderr)
 
 
 class Progress:

@@ -56,7 +56,7 @@ class Written(NamedTuple):
 
 
 def write_shard(job: ShardJob) -> Written:
-    """Read, check, encode and write one shard's images, and a record of it for `read_record`.
+    """Read, check, encode and write one shard's images, and a record of it for `read_written`.
 
     Raises:
         OSError: the shard cannot be written.

@@ -19,6 +19,7 @@ from shards.progress import Progress
 from shards.sources.source import Listing, Source, fingerprint
 
 PEEKED = 4096  # bytes
+LATEST = 2**63 - 1  # nanoseconds since 1970: in 2262, after which file systems may date files, too
 LOOKED_AT = 1000  # files, for a step of the progress bar
 
 
@@ -31,7 +32,7 @@ class FileReader:
     def __call__(self, name: str) -> bytes:
         """Return a file's bytes; none of a pipe, for which a reader would wait."""
         with open(self.root / name, "rb", buffering=0, opener=_without_waiting) as file:
-            return file.read()
+            return file.read() or b""  # None of a pipe that somebody may yet write to
 
     def peek(self, name: str) -> bytes:
         """Return a file's last bytes: its first ones are often those of its kind."""
@@ -126,7 +127,8 @@ class FoundFiles:
         self.sizes.append(found.st_size)
         # A file that is moved to another's place keeps its time of writing, but not the other one. A link that leads to
         # another file now may lead to one that is old in both.
-        self.changed.append(max(found.st_mtime_ns, found.st_ctime_ns, link.st_ctime_ns))
+        changed = max(found.st_mtime_ns, found.st_ctime_ns, link.st_ctime_ns)
+        self.changed.append(min(changed, LATEST))
 
     def listing(self, labels: Sequence[int]) -> Listing:
         """Return them with their labels."""

@@ -10,8 +10,10 @@ from shards_pictures import encoded, picture
 
 import shards.encode
 from shards.build import build
+from shards.copies import identical_images
 from shards.errors import UserError
 from shards.index import open_dataset
+from shards.sources import open_source
 from shards.sources.files import FileReader
 from shards.verify import verify
 
@@ -125,3 +127,35 @@ def test_a_huge_file_is_named_and_not_read(tmp_path, image_folder):
     out = build("folder", source=source, out=tmp_path / "out", workers=1, test_fraction=0, val_fraction=0)
     (line,) = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
     assert (line["source"], line["reason"]) == ("a/huge.png", "more than a gigabyte")
+
+
+def test_huge_files_are_not_read_to_look_for_copies(tmp_path, image_folder):
+    source = image_folder(tmp_path / "source", {"a": 4, "b": 4})
+    for name in ("huge.png", "other.png"):
+        (source / "a" / name).touch()
+        os.truncate(source / "a" / name, 1 << 40)  # a hole
+    assert identical_images(open_source("folder", source)) == []
+
+
+def test_a_pipe_that_somebody_may_write_to_is_an_empty_file(tmp_path, image_folder):
+    source = image_folder(tmp_path / "source", {"a": 4, "b": 4})
+    os.mkfifo(source / "a" / "pipe.png")
+    writer = os.open(source / "a" / "pipe.png", os.O_RDWR | os.O_NONBLOCK)
+    try:
+        out = build("folder", source=source, out=tmp_path / "out", workers=1, test_fraction=0, val_fraction=0)
+    finally:
+        os.close(writer)
+    assert rejected(out) == {"a/pipe.png": "empty file"}
+
+
+def test_a_file_of_another_century_is_an_image(tmp_path, image_folder):
+    source = image_folder(tmp_path / "source", {"a": 4, "b": 4})
+    os.utime(source / "a" / "000.png", (1e10, 1e10))
+    out = build("folder", source=source, out=tmp_path / "out", workers=1)
+    assert open_dataset(out).manifest["rejected"]["total"] == 0
+
+
+def test_names_in_notes_do_not_steer_the_terminal(tmp_path, listing, capsys):
+    source = listing({"0.jpg": JPEG, "1.jpg": JPEG, "\x1b[2J.jpg": None, "3.jpg": JPEG})
+    built(source, tmp_path / "out")
+    assert r"note: files that are listed and not there: 1 (\x1b[2J.jpg)" in capsys.readouterr().err

@@ -247,3 +247,31 @@ def test_a_manifest_that_cannot_be_read_says_what_to_remove(tmp_path, pets, text
     (out / "dataset.json").write_text(text)
     with pytest.raises(UserError, match=f"; remove {out}, or give another --out$"):
         build("folder", source=pets, out=out, workers=1, overwrite=overwrite)
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "message"),
+    [
+        ("loop", "out", "--source .*loop does not exist"),
+        ("pets", "loop", "loop exists and is not a dataset"),
+        ("pets", "loop/out", "out cannot be written: Too many levels of symbolic links"),
+    ],
+)
+def test_links_that_lead_round_in_circles(tmp_path, pets, source, out, message):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match=message):
+        build("folder", source=tmp_path / source, out=tmp_path / out, workers=1)
+
+
+def test_touched_files_are_compared_by_as_many_processes_as_asked_for(tmp_path, pets, monkeypatch):
+    out = build("folder", source=pets, out=tmp_path / "out", workers=1)
+    (pets / "cat" / "4.bmp").touch()
+    run_jobs, asked = shards.existing.run_jobs, []
+
+    def here(*jobs, workers, **rest):
+        asked.append(workers)
+        return run_jobs(*jobs, workers=1, **rest)
+
+    monkeypatch.setattr(shards.existing, "run_jobs", here)
+    build("folder", source=pets, out=out, workers=3)
+    assert asked == [3]
