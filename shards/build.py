@@ -236,7 +236,8 @@ def _build(
     else:
         copies = identical_images(images) if options["test_fraction"] or options["val_fraction"] else []
         first = _plan(images, options, copies)
-        findings = find_out(images, first, copies, encoding, workers=workers, scheduler=scheduler)
+        keep_bytes = options["keep_bytes"]
+        findings = find_out(images, first, copies, encoding, keep_bytes, workers=workers, scheduler=scheduler)
     plan = _plan(images, options, findings.copies, findings.unreadable)
     if strict and findings.rejected:
         raise UserError(_not_strict("{source}: {reason}".format(**findings.rejected[0])))

@@ -112,11 +112,14 @@ def find_out(
     plan: Plan,
     copies: list[list[int]],
     encode: Callable[[bytes], Encoded],
+    keep_bytes: bool = False,
     *,
     workers: int | None,
     scheduler: str | None,
 ) -> Findings:
     """Look at the planned images, and where they would leave a class without one at the others of it.
+
+    Where `keep_bytes` turns 16-bit images away, nobody asks how deep they are.
 
     Raises:
         UserError: fewer than two classes have a readable training image, or an official split has none.
@@ -165,7 +168,8 @@ def find_out(
             lost_splits.append(split)
             rejected += _lines(split, source, images, found.reasons)
     # One scale for all: every file that may hold 16 bits is opened, and its header says whether it does.
-    for listing in plan.splits.values():
+    deepest = Depth() if keep_bytes else deepest
+    for listing in () if keep_bytes else plan.splits.values():
         images = listing if deepest.grey >= 0 else _maybe_deep(listing)
         if len(images):
             deepest = _larger(deepest, look("look for 16-bit images", images, encode=None).depth)

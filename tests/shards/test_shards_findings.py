@@ -170,6 +170,14 @@ def test_one_32_bit_image_does_not_darken_the_others(tmp_path):
     assert open_dataset(out).manifest["grey_bits"] == 12
 
 
+def test_nothing_is_said_of_16_bit_images_that_are_turned_away(tmp_path, image_folder, capsys):
+    source = image_folder(tmp_path / "source", {"a": 9, "b": 9})
+    grey(source / "a", [4000, 2000])
+    out = build("folder", source=source, out=tmp_path / "out", workers=1, keep_bytes=True)
+    assert open_dataset(out).manifest["rejected"]["reasons"] == {"cannot be kept: not plain 8-bit RGB or grey": 2}
+    assert "16-bit" not in capsys.readouterr().err
+
+
 def test_a_class_is_not_lost_to_the_bad_images_that_the_profile_would_keep(tmp_path, image_folder):
     source = image_folder(tmp_path / "source", {"a": 20, "b": 20, "c": 20})
     options = {"source": source, "test_fraction": 0.1, "val_fraction": 0, "profile": "exp", "imbalance_factor": 18}
