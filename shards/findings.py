@@ -132,6 +132,7 @@ def find_out(
     lost: list[int] = []
     rejected: list[dict[str, Any]] = []
     unreadable: list[int] = []
+    instead: list[int] = []
     kept_C = train.class_counts(len(source.classes))
     for j in [int(j) for j, reason in zip(trained, first.reasons, strict=True) if reason]:
         images = listing[plan.pools[j]]
@@ -146,6 +147,7 @@ def find_out(
                 rejected += _lines(split, source, others, [LEFT_OUT] * len(others))
         elif bad >= kept_C[j]:
             unreadable += plan.pools[j][:bad].tolist()
+            instead += plan.pools[j][bad : bad + kept_C[j]].tolist()
             # The first of them fill the class up where too few others are left: their shards list those.
             again = max(0, int(kept_C[j]) - (len(images) - bad))
             rejected += _lines("train", source, images[np.arange(again, bad)], found.reasons[again:bad])
@@ -169,7 +171,8 @@ def find_out(
             rejected += _lines(split, source, images, found.reasons)
     # One scale for all: every file that may hold 16 bits is opened, and its header says whether it does.
     deepest = Depth() if keep_bytes else deepest
-    for listing in () if keep_bytes else plan.splits.values():
+    planned = [*plan.splits.values(), source.splits["train"][np.array(instead, np.int64)]]
+    for listing in () if keep_bytes else planned:
         images = listing if deepest.grey >= 0 else _maybe_deep(listing)
         if len(images):
             deepest = _larger(deepest, look("look for 16-bit images", images, encode=None).depth)

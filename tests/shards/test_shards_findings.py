@@ -9,6 +9,7 @@ from PIL import Image
 from shards_pictures import encoded, png_of_16_bits
 
 import shards.build
+import shards.findings
 from shards.build import build
 from shards.errors import UserError
 from shards.index import open_dataset
@@ -232,3 +233,18 @@ def test_where_no_training_image_can_be_read_that_is_said_first(tmp_path, image_
         (source / folder / "x.jpg").write_text("no image")
     with pytest.raises(UserError, match=r"classes with a training image that can be read: 0; .*train/a/x\.jpg: not an"):
         build("folder", source=source, out=tmp_path / "out", workers=1)
+
+
+def test_images_that_are_kept_in_the_place_of_bad_ones_are_asked_how_deep_they_are(tmp_path, image_folder, monkeypatch):
+    source = image_folder(tmp_path / "source", {"a": 20, "b": 20})
+    options = {"profile": "exp", "imbalance_factor": 4, "test_fraction": 0, "val_fraction": 0}
+    pool = plan_splits(open_source("folder", source), **options, seed=0).pools[1].tolist()
+    names = sorted((source / "b").iterdir())
+    for i in pool[:5]:  # as many as are kept
+        names[i - 20].write_text("no image")
+    grey(tmp_path / "deep", [4000])
+    (tmp_path / "deep" / "0.png").replace(names[pool[9] - 20])
+    monkeypatch.setattr(shards.findings, "AT_ONCE", 2)
+    out = build("folder", source=source, out=tmp_path / "out", workers=1, **options)
+    assert open_dataset(out).train_counts.tolist() == [20, 5]
+    assert open_dataset(out).manifest["grey_bits"] == 12
