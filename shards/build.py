@@ -78,7 +78,7 @@ def build(
             inat2018, inat2019, inat2021, imagenet-lt, places-lt, folder (a sub-folder of images per class) or csv
             (a file with the columns path, label and perhaps split).
         source: where the images are: the folder of the official files, as they are unpacked; for csv the file. A
-            URL such as s3://bucket/folder is copied to this machine first (see shards/remote.py).
+            URL such as s3://bucket/folder is copied to this machine first (see shards/source_copy.py).
         out: the folder to make, or a URL such as s3://bucket/folder; data/DATASET if not given.
         profile: how training images are thinned: natural (not at all), exp, step or pareto; if not given,
             exp for digits, cifar10, cifar100 and fashion-mnist, else natural.

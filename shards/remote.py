@@ -1,4 +1,4 @@
-"""Datasets and images behind URLs such as s3://bucket/folder: building into them, and a cache on this machine.
+"""Datasets behind URLs such as s3://bucket/folder: building into them, and a cache on this machine.
 
 Whatever fsspec opens will do (extra `remote`: fsspec and s3fs). Credentials and endpoints are fsspec's and the
 providers' own settings, such as AWS_PROFILE and AWS_ENDPOINT_URL.
