@@ -12,7 +12,7 @@ import json
 import math
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ from train.predict import check_new, printable
 
 FIGURES = {"top1": "overall", "balanced_accuracy": "balanced", "many": "many", "medium": "medium", "few": "few"}
 MOST_CLASSES = 200  # named in the card; model.json names all
+# Settings that make another experiment, by section: all of it, or these. The rest says how the machine works.
+RESULT_OF: dict[str, tuple[str, ...]] = {"model": (), "method": (), "optim": (), "reference": ()}
+RESULT_OF["input"] = ("batch_size", "augment", "eval_augment", "views", "branch", "shift_batch_norm")
+NOT_THE_RESULT = {"method.baselines", "method.chunk"}
 
 
 def plain(text: object) -> str:
@@ -84,7 +88,8 @@ def figures_table(models: Sequence[Model]) -> list[str]:
     for key in FIGURES:
         values = [one.get(key) for one in figures]
         mean = statistics.fmean(values) if None not in values else None
-        cells.append(percent(mean) + (f" ± {100 * error:.1f}" if mean is not None and (error := spread[key]) else ""))
+        error = spread[key] if mean is not None else None
+        cells.append(percent(mean) + ("" if error is None else f" ± {100 * error:.1f}"))
     groups = ["more than 100", "20 to 100", "fewer than 20"]
     counts = np.unique_counts(class_groups(np.array(first.description.train_counts)))
     sizes = dict(zip(counts.values.tolist(), counts.counts.tolist(), strict=True))
@@ -134,7 +139,7 @@ def card(models: Sequence[Model]) -> str:
         else f" The network's own have an expected calibration error of {figures['ece']:.3f}."
     )
     epoch = about.weights[model.weights]["epoch"]
-    chosen = f"the last epoch, epoch {epoch}" if epoch else "nothing was trained"
+    chosen = f"the last epoch, epoch {epoch}" if epoch else "those of a stage without epochs of training"
     if model.weights == "selected":
         chosen = f"the epoch that did best on val, epoch {epoch}"
         if "name" in figures:  # of a second stage
@@ -157,8 +162,8 @@ def card(models: Sequence[Model]) -> str:
         "",
         f"# {name}",
         "",
-        f"Recognises {len(about.classes):,} classes of images, trained with {plain(about.method)} on a long-tailed"
-        f" dataset ({dataset}) by tailstream.",
+        f"Recognises {len(about.classes):,} class{'es' * (len(about.classes) > 1)} of images, trained with"
+        f" {plain(about.method)} on a long-tailed dataset ({dataset}) by tailstream.",
         "",
         "- **Licence:** *fill in: of the weights, and whether that of the training images allows it*",
         "- **Contact:** *fill in*",
@@ -211,18 +216,46 @@ def _how(model: Model) -> list[str]:
     return lines
 
 
-def _shared(model: Model) -> list[Any]:
-    """Return what runs of other seeds have in common."""
+def _stages(run: Path) -> Iterator[dict[str, Any]]:
+    """Yield a run's configuration, and that of the stage one that it began with, as far as they lie beside each other.
+
+    Of model files that were copied there is none.
+    """
+    while (run / "config.yaml").exists():
+        config: dict[str, Any] = {"about": {}, "input": {}, "loop": {}} | runs.read_config(run)
+        yield config
+        if "from" not in config["about"]:
+            return
+        run = run.resolve().parent / Path(config["about"]["from"]).name
+
+
+def _shared(model: Model) -> dict[str, Any]:
+    """Return what runs of other seeds have in common, by name."""
     about = model.description
-    data = [about.classes, about.train_counts, about.image_size, about.evaluated_on]
-    return [*data, about.method, model.weights, model.network.spec]
+    found: dict[str, Any] = {"dataset": about.dataset["name"], "method": about.method, "weights": model.weights}
+    found |= {"classes": about.classes, "images of the classes": about.train_counts}
+    found |= {"image size": about.image_size, "split": about.evaluated_on, "network": model.network.spec}
+    for config, of in zip(_stages(model.run), ("", "stage one's "), strict=False):
+        if "from" in config["about"]:
+            found["weights of stage one"] = config["about"].get("weights")
+            config["input"].pop("batch_size", None)  # features do not depend on it
+        for section, names in RESULT_OF.items():
+            settings = config.get(section, {})
+            found |= {f"{of}{section}.{name}": settings[name] for name in names or settings if name in settings}
+    return {name: value for name, value in found.items() if name not in NOT_THE_RESULT}
+
+
+def _difference(one: Model, other: Model) -> str | None:
+    """Return in what two runs are no seeds of one experiment; a setting that one of them does not know counts not."""
+    ours, theirs = _shared(one), _shared(other)
+    return next((name for name in ours if name in theirs and ours[name] != theirs[name]), None)
 
 
 def _seed(model: Model) -> Any:
-    if not (model.run / "summary.json").exists():
-        return model.run.resolve()
-    summary = runs.read_summary(model.run)
-    return summary["seed"], summary["from"]
+    """Return what distinguishes a run's seeds: its own, stage one's, and the images that they were trained on."""
+    stages = list(_stages(model.run))
+    unknown = stages[-1]["about"].get("from") if stages else str(model.run.resolve())
+    return unknown, *((one["loop"].get("seed"), one["about"].get("fingerprint")) for one in stages)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -240,10 +273,12 @@ def main(argv: list[str] | None = None) -> None:
         out = asked.out or asked.run / "README.md"
         check_new(out)
         for model in models[1:]:
-            if _shared(model) != _shared(models[0]):
-                raise UserError(f"{model.run} is another experiment than {models[0].run}; leave it out")
-        if len({_seed(model) for model in models}) < len(models):
-            raise UserError("two of the runs have the same seed, which says nothing about others; leave one out")
+            if (name := _difference(models[0], model)) is not None:
+                raise UserError(f"{model.run} is another experiment than {models[0].run} ({name}); leave it out")
+        seen: dict[Any, Model] = {}
+        for model in models:
+            if (same := seen.setdefault(_seed(model), model)) is not model:
+                raise UserError(f"{model.run} has the seed of {same.run}, and says nothing about others; leave it out")
         write_text(out, card(models))
         print(f"wrote {printable(out)}; fill in the lines in italics")
 

@@ -94,13 +94,89 @@ def test_a_run_that_is_not_there_is_what_is_named(tmp_path, capsys):
     assert "--out" not in error
 
 
-@pytest.mark.parametrize("changes", [{"kind": "bilateral"}, {"train_counts": [60, 30, 6]}, {"image_size": 24}])
-def test_another_experiment_and_the_run_itself_are_no_seeds(tmp_path, capsys, changes):
+def refused(capsys, run, seed, out) -> str:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--run", str(run), "--seed-run", str(seed), "--out", str(out)])
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"kind": "bilateral"}, "network"),
+        ({"train_counts": [60, 30, 6]}, "images of the classes"),
+        ({"image_size": 24}, "image size"),
+        ({"dataset": {"name": "others", "fingerprint": None}}, "dataset"),
+    ],
+)
+def test_another_experiment_and_the_run_itself_are_no_seeds(tmp_path, capsys, changes, name):
     run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other", seed=1, **changes)
-    for seed in (other, run):
-        with pytest.raises(SystemExit, match="2"):
-            main(["--run", str(run), "--seed-run", str(seed), "--out", str(tmp_path / "card.md")])
-        assert "error: " in capsys.readouterr().err
+    assert f"is another experiment than {run} ({name})" in refused(capsys, run, other, tmp_path / "card.md")
+    assert f"{run} has the seed of {run}" in refused(capsys, run, run, tmp_path / "card.md")
+
+
+def configured(run, seed, begun_with=None, **changes):
+    """Write what a run's folder says of its settings."""
+    about = {"method": "erm"} if begun_with is None else {"method": "afg", "from": begun_with, "weights": "last"}
+    input = {"batch_size": 128 + 128 * (begun_with is not None), "threads": seed}
+    config = {"input": input, "optim": {"lr": 0.1, "epochs": 200}, "loop": {"seed": seed}}
+    for setting, value in changes.items():
+        section, _, key = setting.partition("_")
+        config.setdefault(section, {})[key] = value
+    run.mkdir(exist_ok=True)
+    (run / "config.yaml").write_text(yaml.safe_dump({"about": about, **config}))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"optim_epochs": 90}, "optim.epochs"),
+        ({"input_batch_size": 64}, "input.batch_size"),
+        ({"input_loader": "dali", "loop_device": "cpu", "method_chunk": 9, "optim_ema": None}, None),
+    ],
+)
+def test_seeds_have_the_same_settings(tmp_path, capsys, changes, name):
+    run = configured(make_run(tmp_path / "run"), 0)
+    other = configured(make_run(tmp_path / "other", seed=1), 1, **changes)
+    out = tmp_path / "card.md"
+    if name is not None:
+        assert f"is another experiment than {run} ({name}); leave it out" in refused(capsys, run, other, out)
+    else:
+        main(["--run", str(run), "--seed-run", str(other), "--out", str(out)])
+        assert "over 2 runs of other seeds" in out.read_text()
+        out.unlink()
+    again = configured(make_run(tmp_path / "again", seed=1), 0)
+    assert f"{again} has the seed of {run}" in refused(capsys, run, again, out)
+
+
+def test_of_a_second_stage_the_first_ones_seed_and_settings_count(tmp_path, capsys):
+    for place, seed, lr in (("a", 0, 0.1), ("b", 1, 0.1), ("c", 2, 0.2)):
+        (tmp_path / place).mkdir()
+        configured(tmp_path / place / "ce", seed, optim_lr=lr)
+    run, other, third = (
+        configured(make_run(tmp_path / place / "afg"), 0, begun_with="runs/ce", input_batch_size=size)
+        for place, size in (("a", 256), ("b", 64), ("c", 256))
+    )
+    main(["--run", str(run), "--seed-run", str(other)])
+    assert "over 2 runs of other seeds" in (run / "README.md").read_text()
+    out = tmp_path / "card.md"
+    assert "(stage one's optim.lr)" in refused(capsys, run, third, out)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("weights: last", "weights: selected"))
+    assert "(weights of stage one)" in refused(capsys, run, other, out)
+
+
+def test_seeds_that_agree_have_a_spread_of_0(tmp_path):
+    runs = [described(tmp_path / f"run{seed}", seed) for seed in range(2)]
+    main(["--run", str(runs[0]), "--seed-run", str(runs[1])])
+    assert "| 50.0 ± 0.0 | 40.0 ± 0.0 | – | 70.0 ± 0.0 | 10.0 ± 0.0 |" in (runs[0] / "README.md").read_text()
+
+
+def test_a_classifier_without_epochs_stands_on_what_was_trained(tmp_path):
+    weights = {"last": {"file": "model.safetensors", "epoch": 0, "figures": FIGURES}}
+    main(["--run", str(make_run(tmp_path / "run", weights=weights, method="CE + NCM"))])
+    text = (tmp_path / "run/README.md").read_text()
+    assert "**Weights:** those of a stage without epochs of training" in text
 
 
 def test_it_says_below_what_predictions_have_no_label(tmp_path):
