@@ -248,6 +248,10 @@ def test_a_run_starts_from_another_one(kind, plain, bilateral, tmp_path):
             build_network("plain", "resnet32", 7, "default")
     with pytest.raises(UserError, match=r"empty holds no model\.safetensors"):
         build_network("plain", "resnet32", 7, str(tmp_path / "empty"))
+    save_file(whole_state("resnet32", seed=3), tmp_path / "empty/model.safetensors")  # as a hub's folder has it
+    with pytest.raises(UserError, match=r"empty is no run's folder: its model\.safetensors .*; name that file itself"):
+        build_network("plain", "resnet32", 7, str(tmp_path / "empty"))
+    build_network("plain", "resnet32", 7, str(tmp_path / "empty/model.safetensors"))
 
 
 def assert_same_state(one, other):
@@ -398,7 +402,9 @@ def test_weights_of_another_model(plain, bilateral, tmp_path):
 
 def test_missing_and_damaged_files(plain, tmp_path):
     weights, spec = tmp_path / "model.safetensors", tmp_path / "model.json"
-    with pytest.raises(UserError, match=r"model\.json cannot be read, so .* holds no trained model"):
+    with pytest.raises(
+        UserError, match=r"model\.json does not exist, so .* holds no trained model; give a finished run"
+    ):
         load_model(tmp_path)
     with pytest.raises(UserError, match=r"model\.safetensors does not exist"):
         load_weights(plain, weights)
@@ -517,8 +523,9 @@ def test_old_files_without_batch_counters(resnet18_state, tmp_path):
 def test_named_weights(resnet18_state, monkeypatch):
     enum = torchvision.models.ResNet18_Weights
     monkeypatch.setattr(enum, "get_state_dict", lambda self, **_: resnet18_state)
-    network = build_network("plain", "resnet18", 10, "DEFAULT")
-    assert torch.equal(network.trunk.conv1.weight, resnet18_state["conv1.weight"])
+    for name in ("DEFAULT", "default", "Default"):
+        network = build_network("plain", "resnet18", 10, name)
+        assert torch.equal(network.trunk.conv1.weight, resnet18_state["conv1.weight"])
 
     def offline(self, **_):
         raise OSError("no route\nto host")

@@ -346,6 +346,13 @@ def test_a_folder_that_may_not_be_read_is_named_and_skipped(tmp_path, capsys, ph
     assert f"skipped '{tmp_path}/images/others': Permission denied" in said.err
 
 
+def test_a_run_that_may_not_be_read_is_no_missing_one(tmp_path, capsys, photo_folder, permissions):
+    run = make_run(tmp_path / "run")
+    (run / "model.json").chmod(0)
+    message = fails_with(capsys, "--run", run, photo_folder)
+    assert f"{run}/model.json: Permission denied; change its permissions" in message
+
+
 @pytest.mark.parametrize(
     ("name", "options", "begins"),
     [

@@ -1,1 +1,1 @@
-"""What is computed: backbones, networks, objectives; and trained models as files."""
+"""What is computed: backbones and networks; and trained models as files."""

@@ -232,7 +232,7 @@ def _pretrained(backbone: str, weights: str) -> dict[str, Tensor]:
     from torchvision.models import get_model_weights
 
     named = {} if backbone in _OWN_RESNETS else get_model_weights(backbone).__members__
-    if weights == "default" and named:
+    if weights.lower() == "default" and named:
         weights = "DEFAULT"
     if weights in named:
         try:

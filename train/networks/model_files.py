@@ -168,8 +168,10 @@ def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / SPEC_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{path} cannot be read, so {folder} holds no trained model; give a run's folder") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{path} does not exist, so {folder} holds no trained model; give a finished run's folder"
+        ) from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); train the run again") from None
     if not isinstance(content, dict):

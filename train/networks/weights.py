@@ -2,7 +2,7 @@
 
 import argparse
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +62,29 @@ def read_own(path: Path) -> dict[str, Tensor] | None:
     Of a folder the weights that val selected, where it did, else the last.
 
     Raises:
-        UserError: a folder without a model, or a damaged file.
+        UserError: a folder without a model of ours, or a damaged file.
     """
     if path.is_dir():
         found = next((path / name for name in OWN_FILES if (path / name).is_file()), None)
         if found is None:
             raise UserError(f"{path} holds no {OWN_FILES[-1]}; name the folder of a finished run, or a file of weights")
-        return read_state(found)
+        state = read_state(found)
+        if not _is_own(state):  # model hubs give their files this name, too
+            raise UserError(f"{path} is no run's folder: its {found.name} is of another program; name that file itself")
+        return state
     if path.suffix != ".safetensors" or not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as file:
-            parts = {key.partition(".")[0] for key in file.keys()}  # noqa: SIM118
+            own = _is_own(file.keys())
     except (OSError, SafetensorError):
         return None  # who reads it says what is wrong with it
-    return read_state(path) if "classifier" in parts and parts & {"branch", "conventional"} else None
+    return read_state(path) if own else None
+
+
+def _is_own(names: Iterable[str]) -> bool:
+    parts = {name.partition(".")[0] for name in names}
+    return "classifier" in parts and bool(parts & {"branch", "conventional"})
 
 
 def _unwrapped(key: str) -> str:
