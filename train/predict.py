@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TextIO
 
 import numpy as np
 from jsonargparse.typing import PositiveInt
@@ -31,8 +31,9 @@ from shards.cores import cores
 from shards.encode import unread
 from shards.errors import UserError, user_errors_exit_2
 from shards.progress import Progress, say
-from train.engine.calibration import shares
-from train.engine.inference import Item, Model, find_images, left_out, open_model, show_images
+
+if TYPE_CHECKING:  # a command line is read without torch: see train/engine/launch.py
+    from train.engine.inference import Item, Model
 
 Format = Literal["table", "csv", "jsonl", "parquet"]
 FORMATS: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -55,8 +56,8 @@ class Row(NamedTuple):
 
 
 def predict(
-    models: Sequence[Model],
-    items: Sequence[Item],
+    models: "Sequence[Model]",
+    items: "Sequence[Item]",
     topk: int,
     batch_size: int,
     prior_C: NDArray[np.float64] | None = None,
@@ -78,10 +79,12 @@ def predict(
     Raises:
         UserError: with `strict`, an image that cannot be read.
     """
+    from train.engine.inference import show_images
+
     classes = models[0].description.classes
     least_C = np.mean([model.calibrated.thresholds() for model in models], axis=0)
     views = list(dict.fromkeys(model.view for model in models))
-    batch: list[tuple[Item, list[NDArray[np.uint8]]]] = []
+    batch: list[tuple[Any, list[NDArray[np.uint8]]]] = []
 
     def rows() -> Iterator[Row]:
         if not batch:
@@ -119,6 +122,8 @@ def read_prior(asked: str | None, description_classes: Sequence[str], train_coun
     if asked is None:
         return None
     if asked == "train":
+        from train.engine.calibration import shares
+
         return shares(train_counts)
     if asked == "uniform":
         return np.full(len(classes), 1 / len(classes))
@@ -289,7 +294,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--topk", type=PositiveInt, default=5, help="classes to name")
     parser.add_argument("--format", type=Format | None, help="of the output; default: by the end of --out, else table")
     parser.add_argument("--out", type=Path | None, metavar="FILE", help="default: standard output")
-    parser.add_argument("--prior", type=str | None, help="class shares where it is used: train, uniform or a JSON file")
+    parser.add_argument(
+        "--prior", type=str | None, help="class shares where the model is used: train, uniform or a JSON file"
+    )
     parser.add_argument("--batch-size", type=PositiveInt, default=32, help="images at a time")
     parser.add_argument(
         "--weights", type=Literal["last", "selected"] | None, help="default: those that val chose, where it chose"
@@ -301,11 +308,18 @@ def main(argv: list[str] | None = None) -> None:
             _main(asked)
     except BrokenPipeError:  # such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def _main(asked: Any) -> None:
     if not asked.run:
         raise UserError("no model is named; give --run RUN, the folder of a trained run")
+    if asked.out is not None:
+        check_new(asked.out)  # before any work
+    from train.engine.inference import find_images, left_out, open_model
+
     models = [open_model(Path(run), asked.weights) for run in asked.run]
     first = models[0].description
     for model in models[1:]:
@@ -313,8 +327,6 @@ def _main(asked: Any) -> None:
             raise UserError(f"{model.run} and {models[0].run} have other classes; average runs on the same dataset")
     prior_C = read_prior(asked.prior, first.classes, first.train_counts)
     topk = min(asked.topk, len(first.classes))
-    if asked.out is not None:
-        check_new(asked.out)  # before any work
     listed = read_list(sys.stdin.buffer) if "-" in asked.paths else []
     items = find_images([path for path in asked.paths if path != "-"], listed)
     for path in asked.paths:
@@ -325,8 +337,9 @@ def _main(asked: Any) -> None:
         say(f"{printable(model.run)}: {model.description.method}, {model.weights} weights, {how}")
     if prior_C is not None and not all(model.calibration for model in models):
         say(
-            "note: --prior takes what is not calibrated for made for the training images' class shares, which a method"
-            " that re-balances them does not give; where there is a val split, run tailstream calibrate first"
+            "note: --prior takes uncalibrated probabilities to be made for the class shares of the training images,"
+            " which is wrong after a method that re-balances them; where there is a val split, run tailstream calibrate"
+            " first"
         )
     skipped = 0
     form = asked.format or FORMATS.get(asked.out.suffix.lower() if asked.out else "", "table")

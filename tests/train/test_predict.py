@@ -369,6 +369,54 @@ def test_the_end_of_a_files_name_says_its_format(tmp_path, capsys, photo_folder,
     assert (tmp_path / name).read_text().startswith(begins)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_on_a_full_gpu_the_cpu_computes(tmp_path, capsys, photo_folder, monkeypatch, error):
+    to = torch.nn.Module.to
+
+    def full(module, device):
+        if device == "cuda":
+            raise error("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'")
+        return to(module, device)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.nn.Module.to", full)
+    main(["--run", str(make_run(tmp_path / "run")), str(photo_folder / "both/00.jpg")])
+    said = capsys.readouterr()
+    assert "note: the GPU cannot take the network (CUDA error: out of memory); the CPU computes\n" in said.err
+    assert len(said.out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3 bytes"),
+    ],
+)
+def test_a_batch_that_does_not_fit_the_memory_is_one_line(tmp_path, capsys, photo_folder, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    run, out = make_run(tmp_path / "run"), tmp_path / "out.csv"
+    monkeypatch.setattr("train.networks.networks.Network.predict", full)
+    message = fails_with(capsys, "--run", run, photo_folder, "--out", out, "--batch-size", 4)
+    assert "out of memory with 4 images (" in message
+    assert message.endswith("; lower --batch-size")
+    assert list(tmp_path.glob("*out.csv*")) == []
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path, capsys, photo_folder, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    run, out = make_run(tmp_path / "run"), tmp_path / "out.csv"
+    monkeypatch.setattr("train.networks.networks.Network.predict", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main(["--run", str(run), str(photo_folder), "--out", str(out)])
+    assert capsys.readouterr().err.splitlines()[-1] == "python -m train.predict: interrupted"
+    assert list(tmp_path.glob("*out.csv*")) == []
+
+
 def test_it_computes_on_the_cores_that_it_may_use(tmp_path, monkeypatch):
     run, before = make_run(tmp_path / "run"), torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

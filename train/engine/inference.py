@@ -9,6 +9,7 @@ network computes in float32: the figures of a run that was evaluated in bf16 or 
 
 import json
 import os
+import re
 import stat
 import tarfile
 import threading
@@ -95,9 +96,21 @@ class Model:
 
     @torch.inference_mode()
     def logits(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return the network's own logits, shape (B, C)."""
+        """Return the network's own logits, shape (B, C).
+
+        Raises:
+            UserError: so many images at a time do not fit the memory.
+        """
         device = self.network.classifier.weight.device
-        return self.network.predict(torch.from_numpy(images_BHWC).to(device)).float().cpu().numpy()
+        try:
+            return self.network.predict(torch.from_numpy(images_BHWC).to(device)).float().cpu().numpy()
+        except (MemoryError, RuntimeError) as error:  # torch's of a GPU is of the latter
+            said = " ".join(str(error).split())
+            if isinstance(error, RuntimeError) and not re.search("out of memory|not enough memory|can't alloc", said):
+                raise
+            raise UserError(
+                f"out of memory with {len(images_BHWC)} images ({said[:160]}); lower --batch-size"
+            ) from error
 
     def probabilities(
         self, images_BHWC: NDArray[np.uint8], prior_C: NDArray[np.float64] | None = None
@@ -133,7 +146,7 @@ def open_model(run: Path, weights: str | None = None, device: str | None = None)
     if description.crop_share is None or find_recipe(description.eval_augment).distortions:
         raise UserError(
             f"{run} was evaluated with {description.eval_augment!r}, which does not show a fixed window as it is;"
-            " evaluate it with none or eval (--input.eval_augment)"
+            " train it again with --input.eval_augment none, or eval"
         )
     weights = choose_weights(run, weights)
     keep_freed_memory()
@@ -142,8 +155,9 @@ def open_model(run: Path, weights: str | None = None, device: str | None = None)
     network = load_model(run, weights)
     try:
         network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except torch.OutOfMemoryError:
-        say("note: the GPU has no room for the network; the CPU computes")
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:  # the latter where a process finds no room at all
+        said, _, _ = str(error).partition("\n")
+        say(f"note: the GPU cannot take the network ({said}); the CPU computes")
         network.to("cpu")
     if len(description.classes) != network.classifier.out_features:
         raise UserError(
