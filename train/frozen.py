@@ -178,6 +178,7 @@ def _take(
     """Take the features, make the classifier of them, and leave a finished run folder."""
     from accelerate.utils import broadcast_object_list, set_seed
 
+    from pipeline.augment import check_fixed
     from pipeline.resident_loader import let_go
     from train.engine.checkpoints import Counters
     from train.engine.evaluation import finish, test_split
@@ -192,6 +193,7 @@ def _take(
     set_seed(config.loop.seed)
     method = Frozen(config, dataset.train_counts)
     test_split(dataset)  # tells early where there is none
+    check_fixed(config.input.eval_augment)
     config.input.settle_loader(dataset, accelerator)
     network: Any = method.network.to(accelerator.device)
     if asked.dry_run:

@@ -151,6 +151,13 @@ def test_what_cannot_be_or_would_do_nothing_is_refused(workplace, capsys, option
     assert not (workplace / "runs").exists()
 
 
+def test_a_recipe_of_evaluation_that_no_model_could_be_used_with_is_refused(workplace, pretrained, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        frozen.run(["--run", "runs/a", *pretrained, "--input.eval_augment", "imagenet"])
+    assert "input.eval_augment=imagenet shows an image another way each time" in capsys.readouterr().err
+    assert not (workplace / "runs").exists()
+
+
 def test_its_model_predicts(workplace, pretrained, capsys):
     frozen.run(["--run", "runs/frozen", *pretrained])
     capsys.readouterr()
