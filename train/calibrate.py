@@ -11,7 +11,7 @@ It reads the val logits that training kept, and nothing of the test split. The e
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jsonargparse.typing import ClosedUnitInterval
@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 
 from shards.cli import Parser, program_name
 from shards.errors import UserError, user_errors_exit_2
-from train.engine.calibration import Calibration, fit, likeliest, reject_threshold, write_calibration
-from train.engine.inference import open_model
-from train.engine.predictions import kept_arrays, read_val_logits
 from train.engine.runs import CALIBRATION
-from train.networks.model_files import choose_weights
 from train.predict import printable
+
+if TYPE_CHECKING:  # a command line is read without torch: see train/engine/launch.py
+    from train.engine.calibration import Calibration
 
 BINS = 10
 # A class's own threshold needs so many val images that were taken for it; else it has the common one.
@@ -61,7 +60,7 @@ def calibrate(
     train_counts_C: list[int],
     reject: float | None = None,
     per_class: bool = False,
-) -> tuple[Calibration, dict[str, Any]]:
+) -> "tuple[Calibration, dict[str, Any]]":
     """Fit a calibration to held-out logits.
 
     Args:
@@ -74,6 +73,8 @@ def calibrate(
     Returns:
         The calibration, and what is to be known about it: the number of images and both reliability tables.
     """
+    from train.engine.calibration import Calibration, fit, likeliest, reject_threshold
+
     found = fit(logits_NC, labels_N, train_counts_C)
     before_N, guessed_N = likeliest(logits_NC, Calibration.none(train_counts_C), train_counts_C)
     score_N, predicted_N = likeliest(logits_NC, found, train_counts_C)
@@ -93,7 +94,7 @@ def calibrate(
     return found, about
 
 
-def table(calibration: Calibration, about: dict[str, Any]) -> str:
+def table(calibration: "Calibration", about: dict[str, Any]) -> str:
     """Return what people read: the parameters and both reliability tables."""
     lines = [f"temperature {calibration.temperature:.3f}, prior adjustment tau {calibration.tau:.2f}"]
     if (least_C := calibration.thresholds()).any():
@@ -107,6 +108,9 @@ def table(calibration: Calibration, about: dict[str, Any]) -> str:
             for row in (column.get(up_to) for column in columns)
         ]
         lines.append(f"{up_to:>16.1f}   {cells[0]}     {cells[1]}".rstrip())
+    if share := float((least_C > 1).mean()):
+        of = "every class" if share == 1 else f"{int((least_C > 1).sum()):,} of the classes"
+        lines.append(f"no threshold reaches what --reject asks for of {of}, which nothing is taken for; ask for less")
     before, after = about["ece_before"], about["ece_after"]
     lines.append(f"calibration error on val: {before:.4f} before, {after:.4f} after, which was fitted to it")
     return "\n".join(lines)
@@ -129,6 +133,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _calibrate_run(run: Path, reject: float | None, per_class: bool) -> None:
+    from train.engine.calibration import write_calibration
+    from train.engine.inference import open_model
+    from train.engine.predictions import kept_arrays, read_val_logits
+    from train.networks.model_files import choose_weights
+
     model = open_model(run, device="cpu")
     kinds = dict.fromkeys(["last", choose_weights(run, None)])
     found = {}
@@ -146,8 +155,8 @@ def _calibrate_run(run: Path, reject: float | None, per_class: bool) -> None:
         print(table(calibration, about))
     if len(labels_N) < FEW_IMAGES:
         print(
-            f"note: {len(labels_N)} images tell a temperature only roughly, which therefore stays near 1; a dataset"
-            " built with a larger --val-fraction has more"
+            f"note: {len(labels_N):,} images of val are few to tell a temperature by, which therefore stays near 1; a"
+            " dataset built with a larger --val-fraction has more"
         )
     write_calibration(run, found)
     print(f"wrote {printable(run / CALIBRATION)}; tailstream predict and tailstream export use it")

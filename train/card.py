@@ -14,7 +14,7 @@ import shlex
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -25,9 +25,10 @@ from shards.cli import Parser, program_name
 from shards.errors import UserError, user_errors_exit_2
 from shards.groups import GROUPS, class_groups
 from train.engine import runs
-from train.engine.inference import Model, open_model
-from train.engine.predictions import FILES, read_predictions
 from train.predict import check_new, printable
+
+if TYPE_CHECKING:  # a command line is read without torch: see train/engine/launch.py
+    from train.engine.inference import Model
 
 FIGURES = {"top1": "overall", "balanced_accuracy": "balanced", "many": "many", "medium": "medium", "few": "few"}
 MOST_CLASSES = 200  # named in the card; model.json names all
@@ -48,12 +49,14 @@ def code(text: object) -> str:
     return f"`{printable(text).replace('`', ' ')}`"
 
 
-def standard_errors(model: Model, name: str) -> dict[str, float | None]:
+def standard_errors(model: "Model", name: str) -> dict[str, float | None]:
     """Return the standard error of each figure, over the evaluated images of each class.
 
     A class's accuracy p from m images has the variance p(1 − p)/m, with one image right and one wrong added (else a
     class without mistakes would have none); the mean of k classes has the sum of theirs over k².
     """
+    from train.engine.predictions import read_predictions
+
     labels_N, topk_NK = read_predictions(model.run, model.weights, f"{name}_labels", f"{name}_topk_labels")
     classes = len(model.description.classes)
     total_C = np.bincount(labels_N, minlength=classes)
@@ -71,8 +74,10 @@ def standard_errors(model: Model, name: str) -> dict[str, float | None]:
     return found
 
 
-def figures_table(models: Sequence[Model]) -> list[str]:
+def figures_table(models: "Sequence[Model]") -> list[str]:
     """Return the lines of the table of figures, and the sentence that says what their spread is."""
+    from train.engine.predictions import FILES
+
     first = models[0]
     figures = [model.description.weights[model.weights]["figures"] for model in models]
     if len(models) > 1:
@@ -105,7 +110,7 @@ def figures_table(models: Sequence[Model]) -> list[str]:
     ]
 
 
-def card(models: Sequence[Model]) -> str:
+def card(models: "Sequence[Model]") -> str:
     """Return the card of the first model; the others are runs of other seeds."""
     model, about = models[0], models[0].description
     figures, counts = about.weights[model.weights]["figures"], about.train_counts
@@ -204,7 +209,7 @@ def card(models: Sequence[Model]) -> str:
     return "\n".join(lines)
 
 
-def _how(model: Model) -> list[str]:
+def _how(model: "Model") -> list[str]:
     """Return lines about the run, as far as its files are there."""
     if not (model.run / "summary.json").exists():
         return []
@@ -229,7 +234,7 @@ def _stages(run: Path) -> Iterator[dict[str, Any]]:
         run = run.resolve().parent / Path(config["about"]["from"]).name
 
 
-def _shared(model: Model) -> dict[str, Any]:
+def _shared(model: "Model") -> dict[str, Any]:
     """Return what runs of other seeds have in common, by name."""
     about = model.description
     found: dict[str, Any] = {"dataset": about.dataset["name"], "method": about.method, "weights": model.weights}
@@ -245,13 +250,13 @@ def _shared(model: Model) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in NOT_THE_RESULT}
 
 
-def _difference(one: Model, other: Model) -> str | None:
+def _difference(one: "Model", other: "Model") -> str | None:
     """Return in what two runs are no seeds of one experiment; a setting that one of them does not know counts not."""
     ours, theirs = _shared(one), _shared(other)
     return next((name for name in ours if name in theirs and ours[name] != theirs[name]), None)
 
 
-def _seed(model: Model) -> Any:
+def _seed(model: "Model") -> Any:
     """Return what distinguishes a run's seeds: its own, stage one's, and the images that they were trained on."""
     stages = list(_stages(model.run))
     unknown = stages[-1]["about"].get("from") if stages else str(model.run.resolve())
@@ -269,6 +274,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path | None, metavar="FILE", help="default: README.md in the run")
     asked = parser.parse_args(argv)
     with user_errors_exit_2(program):
+        from train.engine.inference import open_model
+
         models = [open_model(Path(run), device="cpu") for run in (asked.run, *(asked.seed_run or []))]
         out = asked.out or asked.run / "README.md"
         check_new(out)

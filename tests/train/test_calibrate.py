@@ -179,12 +179,27 @@ def test_no_test_data_are_read(calibrated, capsys):
     assert read_calibration(calibrated, "selected", 4) is None
 
 
+@pytest.mark.parametrize(("right", "option", "of"), [(9, [], "every class"), (0, ["--per-class"], "3 of the classes")])
+def test_a_share_that_no_threshold_reaches_is_remarked_on(tmp_path, capsys, right, option, of):
+    run = make_run(tmp_path / "run", classes=["a", "b", "c", "d"], train_counts=COUNTS)
+    collector = Collector(4, logits=True)
+    guessed_N = torch.arange(400) % 4
+    half_N = torch.where(torch.arange(400) < 200, guessed_N, (guessed_N + 1) % 4)
+    labels_N = torch.where(guessed_N == right, guessed_N, half_N)  # of the others every second is wrong
+    collector.add(np.arange(400), labels_N, 20.0 * torch.eye(4)[guessed_N])
+    write_predictions(run, {"val": collector.gather()})
+    main(["--run", str(run), "--reject", "0.9", *option])
+    assert f"no threshold reaches what --reject asks for of {of}" in capsys.readouterr().out
+    main(["--run", str(run), "--reject", "0"])
+    assert "no threshold" not in capsys.readouterr().out
+
+
 def test_few_images_of_val_are_remarked_on(calibrated, capsys, monkeypatch):
     main(["--run", str(calibrated)])
     assert "note:" not in capsys.readouterr().out
     monkeypatch.setattr("train.calibrate.FEW_IMAGES", 10_000)
     main(["--run", str(calibrated)])
-    assert "images tell a temperature only roughly" in capsys.readouterr().out
+    assert "images of val are few to tell a temperature by" in capsys.readouterr().out
 
 
 def test_without_val_it_says_so_and_does_nothing(calibrated, capsys):
