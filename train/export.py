@@ -21,130 +21,30 @@ from contextlib import redirect_stdout
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import PIL
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.special import softmax
-from torch import Tensor, nn
 
-from pipeline.augment import find_recipe
 from shards.atomic import partial_file
 from shards.cli import Parser, program_name
 from shards.errors import UserError, user_errors_exit_2
-from train.engine.calibration import Calibration
-from train.engine.inference import Model, open_model
 from train.predict import check_new, printable
 
+if TYPE_CHECKING:  # a command line is read without torch: see train/engine/launch.py
+    from train.engine.exported import ExportedModel
+    from train.engine.inference import Model
+
+Format = Literal["onnx", "pt2"]
 OPSET = 18
-# Bits of PIL's resize; see `_as_stored`.
-PRECISION, IS_SIMD = 22, ".post" in PIL.__version__
+# Bytes of weights that fit an ONNX file beside its graph: protobuf's limit is 2 GB.
+MOST_ONNX_BYTES = (1 << 31) - (1 << 24)
 # What must not be exceeded between the file and the network on the same images, in probability.
 MOST_DIFFERENCE = 1e-3
 
 
-class ExportedModel(nn.Module):
-    """All that a file does, as one module.
-
-    Maps images_BHWC, uint8, RGB to probabilities or logits, (B, C), float32.
-    """
-
-    offsets_C: Tensor
-
-    def __init__(self, model: Model, any_size: bool, probabilities: bool) -> None:
-        super().__init__()
-        self.network = model.network.cpu()
-        self._size, self._recipe = model.view.image_size, model.view.eval_augment
-        self._any_size, self._probabilities = any_size, probabilities
-        self._inverse_temperature = 1 / model.calibrated.temperature
-        offsets_C = model.calibrated.offsets(model.description.train_counts)
-        self.register_buffer("offsets_C", torch.tensor(offsets_C, dtype=torch.float32))
-
-    def forward(self, images_BHWC: Tensor) -> Tensor:
-        """See the class."""
-        if self._any_size:
-            images_BHWC = centre_resize(images_BHWC, self._size, self._recipe)
-        logits_BC = self.network.predict(images_BHWC) * self._inverse_temperature + self.offsets_C
-        return logits_BC.softmax(1) if self._probabilities else logits_BC
-
-
-def centre_resize(images_BHWC: Tensor, size: int, recipe: str) -> Tensor:
-    """Show the centre of images as an evaluation does: uint8 (B, H, W, 3) to float32 (B, size, size, 3).
-
-    PIL's resize of a window is, in each direction, a sum of pixels with weights k(|distance| / scale) that sum to 1,
-    rounded to grey levels: here a matrix with a row for each pixel of the result, 0 outside the window. k is a
-    triangle, or Keys' cubic with a = −1/2.
-    """
-    weights_SH, weights_SW = _weights(images_BHWC, size, recipe)
-    rows_BHSC = _grey_levels(torch.einsum("bhwc,sw->bhsc", images_BHWC.float(), weights_SW))
-    return _grey_levels(torch.einsum("bhtc,sh->bstc", rows_BHSC, weights_SH))
-
-
-def _weights(images_BHWC: Tensor, size: int, recipe: str) -> tuple[Tensor, Tensor]:
-    # Sizes as tensors and not as numbers: they stay open in the exported graph.
-    _, height, width, _ = images_BHWC.shape
-    pixels_H, pixels_W = (torch.arange(length, dtype=torch.float32) for length in (height, width))
-    lengths = [pixels.amax(0) + 1 for pixels in (pixels_H, pixels_W)]
-    kernel = {"bilinear": _triangle, "bicubic": _cubic}[find_recipe(recipe).interpolation]
-    found = []
-    for pixels_N, length in zip((pixels_H, pixels_W), lengths, strict=True):
-        start, side = _window(length, torch.minimum(*lengths), recipe)
-        scale = side / size
-        centres_S = (torch.arange(size, dtype=torch.float32) + 0.5) * scale
-        within_N = pixels_N - start
-        distances_SN = (within_N + 0.5 - centres_S[:, None]).abs() / scale.clamp(min=1)
-        inside_N = (within_N >= 0) & (within_N < side)
-        weights_SN = kernel(distances_SN) * inside_N
-        found.append(_as_stored(weights_SN / weights_SN.sum(1, keepdim=True)))
-    return found[0], found[1]
-
-
-def _triangle(distances: Tensor) -> Tensor:
-    return (1 - distances).clamp(min=0)
-
-
-def _cubic(distances: Tensor) -> Tensor:
-    """Keys, "Cubic Convolution Interpolation for Digital Image Processing", 1981, with a = −1/2."""
-    near = (1.5 * distances - 2.5) * distances**2 + 1
-    far = ((-0.5 * distances + 2.5) * distances - 4) * distances + 2
-    return torch.where(distances < 1, near, torch.where(distances < 2, far, 0.0))
-
-
-def _window(length: Tensor, shortest: Tensor, recipe: str) -> tuple[Tensor, Tensor]:
-    """Return where the window of a recipe of `pipeline.augment` begins in one direction, and its length, in pixels."""
-    if not recipe.startswith("eval"):  # none, centre(share)
-        share = find_recipe(recipe).centre_share
-        assert share is not None, recipe
-        side = (shortest.double() * share).round().clamp(min=1).float()
-        return ((length - side) / 2).floor(), side
-    # As `pipeline.augment` has it: torchvision's Resize(256) and CenterCrop(224) in the stored image's pixels.
-    length, shortest = length.double(), shortest.double()
-    resized = (256 * length / shortest).floor()
-    first = ((resized - 224) / 2).round()
-    start, end = (first * length / resized).round(), ((first + 224) * length / resized).round()
-    return start.float(), (end - start).clamp(min=1).float()
-
-
-def _as_stored(weights_SN: Tensor) -> Tensor:
-    """Round a resize's weights to the integers, over a power of two, that PIL has.
-
-    Pillow's power is 2^22; pillow-simd's the largest up to it at which the largest weight is below 2^15. Left out, this
-    would move one pixel in a hundred by a grey level.
-    """
-    one = torch.tensor(2.0**PRECISION)
-    if IS_SIMD:
-        one = torch.minimum(one, 2.0 ** torch.floor(torch.log2((2.0**15 - 0.5) / weights_SN.max())))
-    return weights_SN.sign() * (weights_SN.abs() * one + 0.5).floor() / one
-
-
-def _grey_levels(values: Tensor) -> Tensor:
-    return (values + 0.5).floor().clamp(0, 255)
-
-
-def export(model: Model, out: Path, form: Literal["onnx", "pt2"], any_size: bool, probabilities: bool) -> list[str]:
+def export(model: "Model", out: Path, form: Format, any_size: bool, probabilities: bool) -> list[str]:
     """Write a file and run it.
 
     Args:
@@ -160,7 +60,14 @@ def export(model: Model, out: Path, form: Literal["onnx", "pt2"], any_size: bool
     Raises:
         UserError: a package is missing, the file cannot be written, or it differs from the network.
     """
+    import torch
+
+    from train.engine.exported import ExportedModel
+
     module = ExportedModel(model, any_size, probabilities).eval()
+    size_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
+    if form == "onnx" and size_bytes > MOST_ONNX_BYTES:
+        raise UserError(f"an ONNX file holds 2 GB, and the network has {size_bytes / 1e9:.1f} GB; use --format pt2")
     size = model.view.image_size
     height, width = (size + 40, size + 16) if any_size else (size, size)
     example_BHWC = torch.zeros((2, height, width, 3), dtype=torch.uint8)
@@ -173,7 +80,7 @@ def export(model: Model, out: Path, form: Literal["onnx", "pt2"], any_size: bool
         program = torch.export.export(module, (example_BHWC,), dynamic_shapes=({**dynamic},), strict=False)
     facts = _metadata(model, any_size, probabilities)
     try:
-        with partial_file(out) as temporary:
+        with partial_file(out) as temporary, torch.no_grad():
             run = (
                 _write_onnx(program, temporary, facts, dynamic)
                 if form == "onnx"
@@ -184,7 +91,7 @@ def export(model: Model, out: Path, form: Literal["onnx", "pt2"], any_size: bool
         raise UserError(f"--out {out} cannot be written ({error.strerror}); name another file") from None
 
 
-def _metadata(model: Model, any_size: bool, probabilities: bool) -> dict[str, str]:
+def _metadata(model: "Model", any_size: bool, probabilities: bool) -> dict[str, str]:
     """Return what the file says of itself: texts by name."""
     facts: dict[str, Any] = {
         "classes": model.description.classes,
@@ -208,6 +115,8 @@ def _write_onnx(program: Any, path: Path, facts: dict[str, str], dynamic: dict[i
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"--format onnx needs {error.name}; pip install 'tailstream[export]', or use pt2") from None
+    import torch
+
     with warnings.catch_warnings(), redirect_stdout(StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
         written = torch.onnx.export(
@@ -225,6 +134,8 @@ def _write_onnx(program: Any, path: Path, facts: dict[str, str], dynamic: dict[i
 
 
 def _write_pt2(program: Any, path: Path, facts: dict[str, str]) -> Run:
+    import torch
+
     with path.open("wb") as file:
         torch.export.save(program, file, extra_files=facts)
     with path.open("rb") as file:
@@ -232,9 +143,11 @@ def _write_pt2(program: Any, path: Path, facts: dict[str, str]) -> Run:
     return lambda images_BHWC: module(torch.from_numpy(images_BHWC)).detach().numpy()
 
 
-@torch.no_grad()
-def _compare(model: Model, module: ExportedModel, run: Run, any_size: bool, probabilities: bool) -> list[str]:
+def _compare(model: "Model", module: "ExportedModel", run: Run, any_size: bool, probabilities: bool) -> list[str]:
     """Run the file on smooth noise, beside the network and, where it resizes, beside PIL's pictures."""
+    import torch
+    from scipy.special import softmax
+
     size, generator = model.view.image_size, np.random.default_rng(0)
     sizes = [(size, size), (2 * size + 3, 3 * size), (size // 2 + 1, size)] if any_size else [(size, size)]
     same, off, shown = 0.0, 0.0, 0.0  # by NumPy's maximum, which keeps nan
@@ -258,7 +171,7 @@ def _compare(model: Model, module: ExportedModel, run: Run, any_size: bool, prob
     return lines
 
 
-def _shown(model: Model, image: Image.Image) -> NDArray[np.uint8]:
+def _shown(model: "Model", image: Image.Image) -> NDArray[np.uint8]:
     from io import BytesIO
 
     buffer = BytesIO()
@@ -271,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     program = program_name("python -m train.export", "export")
     parser = Parser(prog=program, description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="a run's folder")
-    parser.add_argument("--format", type=Literal["onnx", "pt2"], default="onnx", help="of the file")
+    parser.add_argument("--format", type=Format | None, help="of the file; default: by the end of --out, else onnx")
     parser.add_argument("--out", type=Path | None, metavar="FILE", help="default: model.onnx or model.pt2 in the run")
     parser.add_argument(
         "--input", type=Literal["any", "network"], default="any", help="images of any size, or of the network's"
@@ -282,12 +195,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     asked = parser.parse_args(argv)
     with user_errors_exit_2(program):
+        from train.engine.inference import open_model
+
         model = open_model(asked.run, asked.weights, "cpu")
-        out = asked.out or asked.run / f"model.{asked.format}"
+        form: Format = asked.format or ("pt2" if asked.out and asked.out.suffix.lower() == ".pt2" else "onnx")
+        out = asked.out or asked.run / f"model.{form}"
         check_new(out)
-        calibrated = "calibrated" if isinstance(model.calibration, Calibration) else "not calibrated"
+        calibrated = "calibrated" if model.calibration else "not calibrated"
         print(f"{printable(asked.run)}: {model.description.method}, {model.weights} weights, {calibrated}")
-        lines = export(model, out, asked.format, asked.input == "any", asked.output == "probabilities")
+        lines = export(model, out, form, asked.input == "any", asked.output == "probabilities")
         print("\n".join([*lines, f"wrote {printable(out)}"]))
 
 

@@ -12,8 +12,9 @@ from pipeline.augment import find_recipe
 from pipeline.pictures import FILTERS
 from shards.encode import decode
 from train.engine.calibration import Calibration, write_calibration
+from train.engine.exported import centre_resize
 from train.engine.inference import find_images, open_model
-from train.export import centre_resize, main
+from train.export import main
 from train.predict import predict as predict_rows
 
 
@@ -88,6 +89,22 @@ def test_of_the_networks_size_it_gives_logits(tmp_path, capsys):
     expected_BC = open_model(run, "selected").logits(images_BHWC)
     offsets_C = expected_BC - call(images_BHWC)
     np.testing.assert_allclose(offsets_C, 0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "option"), [("model.pt2", []), ("model.PT2", []), ("model.bin", ["--format", "pt2"])])
+def test_the_end_of_a_files_name_says_its_format(tmp_path, capsys, name, option):
+    run, out = make_run(tmp_path / "run"), tmp_path / name
+    main(["--run", str(run), "--out", str(out), "--input", "network", *option])
+    with out.open("rb") as file:
+        assert torch.export.load(file).module()(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).shape == (2, 3)
+
+
+def test_a_network_that_no_onnx_file_holds_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("train.export.MOST_ONNX_BYTES", 1_000_000)
+    run = make_run(tmp_path / "run")
+    assert "an ONNX file holds 2 GB, and the network has 0.0 GB; use --format pt2" in fails_with(capsys, "--run", run)
+    main(["--run", str(run), "--format", "pt2", "--input", "network"])
+    assert (run / "model.pt2").exists()
 
 
 def test_mistakes_leave_nothing(tmp_path, capsys, monkeypatch):
