@@ -333,9 +333,13 @@ def test_a_run_leaves_predictions_of_both_weights_and_a_model_that_describes_its
         np.testing.assert_allclose(scores.sum(1), 1, rtol=1e-5)
         assert logits.shape == (len(val_labels), 10)
     main(["--run", str(run)])
+    (run / "model.onnx").write_bytes(b"exported")
     assert {"last", "selected"} <= json.loads((run / "calibration.json").read_text()).keys()
     train(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "3"])
     assert not (run / "calibration.json").exists()  # it was of other weights
+    said = capsys.readouterr().out
+    assert "note: runs/a/model.onnx is of the weights that the run had before; make it again" in said
+    assert "README.md" not in said
 
     # A run of an older version has none; its last checkpoint is evaluated, and nothing is trained.
     summary, rows = json.loads((run / "summary.json").read_text()), (run / "metrics.jsonl").read_text()

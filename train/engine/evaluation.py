@@ -118,6 +118,9 @@ def finish(
         write_diagnostics(run_folder, network, distances=distances_C)
         for name in (runs.CALIBRATION, *PREDICTIONS.values()):  # of weights that are replaced now
             (run_folder / name).unlink(missing_ok=True)
+        for name in runs.MADE_OF_A_MODEL:
+            if (run_folder / name).exists():
+                print(f"note: {run_folder / name} is of the weights that the run had before; make it again")
         # Until `describe` has its turn, nobody takes what is there for a model.
         save_model(network, run_folder)
         write_predictions(run_folder, kept)

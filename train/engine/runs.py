@@ -34,6 +34,7 @@ from shards.errors import UserError
 
 RUNS = Path("runs")
 CALIBRATION = "calibration.json"  # of its probabilities; it fits no other weights
+MADE_OF_A_MODEL = ("model.onnx", "model.pt2", "README.md")  # by tailstream export and card, where --out says nothing
 LOCK = ".lock"
 
 # What trackers make before config.yaml is there; see `train.engine.tracking`.
