@@ -222,16 +222,15 @@ def _how(model: "Model") -> list[str]:
 
 
 def _stages(run: Path) -> Iterator[dict[str, Any]]:
-    """Yield a run's configuration, and that of the stage one that it began with, as far as they lie beside each other.
-
-    Of model files that were copied there is none.
-    """
+    """Yield a run's configuration, and that of the stage one that it began with, as far as they are there."""
     while (run / "config.yaml").exists():
         config: dict[str, Any] = {"about": {}, "input": {}, "loop": {}} | runs.read_config(run)
         yield config
         if "from" not in config["about"]:
             return
-        run = run.resolve().parent / Path(config["about"]["from"]).name
+        named = Path(config["about"]["from"])  # a whole path comes first, as in analysis/settings.py
+        whole = named.is_absolute() and (named / "config.yaml").exists()
+        run = named if whole else run.resolve().parent / named.name
 
 
 def _shared(model: "Model") -> dict[str, Any]:
@@ -257,10 +256,10 @@ def _difference(one: "Model", other: "Model") -> str | None:
 
 
 def _seed(model: "Model") -> Any:
-    """Return what distinguishes a run's seeds: its own, stage one's, and the images that they were trained on."""
+    """Return what distinguishes a run's seeds: its own and stage one's, or their folders where these do not say."""
     stages = list(_stages(model.run))
     unknown = stages[-1]["about"].get("from") if stages else str(model.run.resolve())
-    return unknown, *((one["loop"].get("seed"), one["about"].get("fingerprint")) for one in stages)
+    return unknown, *(one["loop"].get("seed") for one in stages)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -160,6 +160,9 @@ def test_of_a_second_stage_the_first_ones_seed_and_settings_count(tmp_path, caps
     )
     main(["--run", str(run), "--seed-run", str(other)])
     assert "over 2 runs of other seeds" in (run / "README.md").read_text()
+    (run / "README.md").unlink()
+    elsewhere = configured(make_run(tmp_path / "c/elsewhere"), 0, begun_with=str(tmp_path / "b/ce"))
+    main(["--run", str(run), "--seed-run", str(elsewhere)])
     out = tmp_path / "card.md"
     assert "(stage one's optim.lr)" in refused(capsys, run, third, out)
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("weights: last", "weights: selected"))
