@@ -24,6 +24,11 @@ def keep_freed_memory() -> None:
         library.mallopt(M_TRIM_THRESHOLD, -1)  # without limit
 
 
+def numbered(device: torch.device | str) -> torch.device:
+    """Return a device as its tensors name it: cuda:0 for cuda, and cpu for cpu:0, which are not equal."""
+    return torch.empty(0, device=device).device
+
+
 def free_memory(device: torch.device) -> int:
     """Return the free bytes of a GPU, or of the machine within the limits of its control groups."""
     if device.type == "cuda":

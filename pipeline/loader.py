@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pipeline.batch import Loader, steps_from
+from pipeline.budget import numbered
 from pipeline.faults import faults_of
 from pipeline.kinds import ChosenLoader, Decode, LoaderKind
 from pipeline.plan import Plan, Stream
@@ -58,7 +59,7 @@ def open_loader(
         UserError: DALI is asked for and not installed, threads is out of range, or the resident loader is asked for
             and the images do not fit.
     """
-    device = torch.empty(0, device=device).device  # with its number
+    device = numbered(device)
     if fault_limit is not None:
         faults_of(plan.split).limit = fault_limit
     if threads < (0 if kind == "torch" else 1):
@@ -98,7 +99,7 @@ def choose_loader(
     Returns:
         The choice, and why.
     """
-    device, splits = torch.empty(0, device=device).device, list(splits)
+    device, splits = numbered(device), list(splits)
     size, room = room_for(splits, device, resident_gb)
     decoded = f"{size / 1e9:.3g} GB of decoded images, room for {max(0, room) / 1e9:.3g} GB on {device}"
     fallback: ChosenLoader = "dali" if find_spec("nvidia") and find_spec("nvidia.dali") else "torch"
@@ -117,7 +118,7 @@ def keep_resident(splits: Iterable[Split], device: torch.device | str, resident_
     Raises:
         TooLargeError: they do not fit together.
     """
-    device, splits = torch.empty(0, device=device).device, list(splits)
+    device, splits = numbered(device), list(splits)
     check_room(splits, device, resident_gb)
     for split in splits:
         set_aside(split, device)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from pipeline.augment import Interpolation, Windows
 from pipeline.batch import Loader, Shown, steps_from
-from pipeline.budget import free_memory
+from pipeline.budget import free_memory, numbered
 from pipeline.distort import distort
 from pipeline.kept import drop, is_kept_with, kept_with
 from pipeline.pictures import UndecodableError, decode
@@ -214,7 +214,7 @@ def set_aside(split: Split, device: torch.device) -> Decoded:
 
 def let_go(split: Split, device: torch.device | str) -> None:
     """Free the memory of a split's images on a device, which nobody will look at again, once its loaders are closed."""
-    device = torch.empty(0, device=device).device  # with its number, under which they are kept
+    device = numbered(device)  # under which they are kept
     drop(split, (Decoded, device))
     if device.type == "cuda":
         torch.cuda.empty_cache()  # torch would keep it, and the next split would not find it free
@@ -222,7 +222,7 @@ def let_go(split: Split, device: torch.device | str) -> None:
 
 def bytes_to_come(device: torch.device) -> int:
     """Return how many bytes of those that are set aside on a device its memory still counts as free."""
-    return sum(images.to_come for images in _alive if images.device == device)
+    return sum(images.to_come for images in _alive if images.device == numbered(device))
 
 
 class _Coming(NamedTuple):

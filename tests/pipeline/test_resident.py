@@ -13,6 +13,7 @@ from PIL import Image
 from pipeline import resident_loader
 from pipeline.budget import free_memory, group_rooms
 from pipeline.dali_loader import DaliLoader
+from pipeline.kept import is_kept_with
 from pipeline.loader import choose_loader, keep_resident, open_loader
 from pipeline.pictures import decode
 from pipeline.plan import EvalPlan, Stream, TrainPlan
@@ -21,6 +22,7 @@ from pipeline.resident_loader import (
     Decoded,
     ResidentLoader,
     TooLargeError,
+    bytes_to_come,
     decoded_of,
     let_go,
     resize_on_gpu,
@@ -128,14 +130,17 @@ def test_images_go_with_the_split(fresh):
     assert images() is None
 
 
-@pytest.mark.parametrize("device", ["cpu", CPU])
-def test_images_are_let_go_however_their_device_is_called(fresh, device):
-    """Accelerate calls the only GPU cuda, without the number under which its images are kept."""
-    split = fresh["photos"]
-    images = weakref.ref(decoded_of(split, CPU, None))
+@pytest.mark.parametrize("name", ["cpu", "cpu:0"])  # accelerate's of one process, and of several
+def test_images_are_let_go_whatever_their_device_is_called(fresh, monkeypatch, name):
+    monkeypatch.setattr(resident_loader, "_alive", weakref.WeakSet())
+    split, device = fresh["digits"], torch.device(name)
+    keep_resident([split], device)
+    size = decoded_of(split, CPU, None).size
+    assert bytes_to_come(device) == size
     let_go(split, device)
     gc.collect()
-    assert images() is None
+    assert bytes_to_come(device) == 0
+    assert not is_kept_with(split, (Decoded, CPU))
 
 
 def test_threads_end_with_the_loader(fresh):
