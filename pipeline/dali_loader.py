@@ -95,8 +95,8 @@ def build_pipeline(
         # What is no picture must fail here: in the decoder it ends the process (in DALI 2.4 an exception leaves it
         # while its threads still work on what it owned). So the decoder is made to wait for this.
         if whole:
-            height = fn.peek_image_shape(files, dtype=types.FLOAT)[:1]
-            files = fn.reshape(files, rel_shape=1.0 + 0.0 * height)
+            # -1: as many bytes as there are. (A relative shape is float32, which knows no odd numbers above 16 MiB.)
+            files = fn.reshape(files, shape=0 * fn.peek_image_shape(files, dtype=types.INT32)[:1] - 1)
             images = fn.decoders.image(files, **options)
             if gpu is not None:
                 images = fn.slice(images, starts, shapes, axis_names="HW", out_of_bounds_policy="pad", fill_values=0)
@@ -240,12 +240,22 @@ class DaliLoader(Loader):
         reader = ShardReader(plan.split)
         reads = ReadAhead(plan, reader, start_step)
         steps = sys.maxsize if plan.steps is None else plan.steps - start_step
-        streams = [_Stream(plan, i, reads, reader, device, threads, steps, decode) for i in range(len(plan.streams))]
-        self._parts: list[Iterator[_Part]] = [
-            RunAhead(stream.run, RESIZED_AHEAD) if device.type == "cpu" else stream.run() for stream in streams
-        ]
-        # Also when the loader is abandoned or the interpreter ends: no thread of ours may be inside DALI then.
+        streams: list[_Stream] = []
+        self._parts: list[Iterator[_Part]] = []
+        # Also when opening fails, the loader is abandoned or the interpreter ends: no thread of ours may be inside DALI
+        # then.
         self._free = weakref.finalize(self, _free, self._parts, reads, streams, reader)
+        try:
+            # One by one: those before the one that fails are there.
+            streams.extend(
+                _Stream(plan, i, reads, reader, device, threads, steps, decode) for i in range(len(plan.streams))
+            )
+            self._parts.extend(
+                RunAhead(stream.run, RESIZED_AHEAD) if device.type == "cpu" else stream.run() for stream in streams
+            )
+        except BaseException:
+            self.close()
+            raise
 
     def _next_step(self) -> list[Shown]:
         if self._step == self._plan.steps or not self._parts:

@@ -135,6 +135,23 @@ def test_a_thread_ahead_ends_although_nobody_takes_what_it_makes():
     endless.close()
 
 
+def test_a_loader_that_cannot_be_opened_leaves_no_thread(photos, monkeypatch):
+    before, begun = threading.active_count(), []
+
+    class SecondFails(RunAhead):
+        def __init__(self, *arguments) -> None:
+            if begun:
+                raise RuntimeError("can't start new thread")
+            begun.append(self)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("pipeline.dali_loader.RunAhead", SecondFails)
+    with pytest.raises(RuntimeError, match="new thread"):
+        open_loader(two_streams(photos.splits["train"]), "dali", threads=1)
+    assert begun
+    assert threading.active_count() == before
+
+
 def test_few_steps_of_large_files_are_read_ahead(photos, slow_reader, monkeypatch):
     plan = two_streams(photos.splits["train"])
     monkeypatch.setattr("pipeline.ahead.READ_AHEAD_BYTES", 1000)

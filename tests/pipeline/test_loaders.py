@@ -267,6 +267,17 @@ def test_whole_images_and_windows_of_them_are_decoded_alike(photos, augment):
             assert difference.mean() < 0.2  # chroma at a window's border is interpolated with less around it
 
 
+def test_files_of_any_size_are_decoded_whole():
+    """Above 16 MiB not every size is a float32."""
+    buffer = BytesIO()
+    Image.new("RGB", (30, 20)).save(buffer, "PNG")
+    file = np.frombuffer(buffer.getvalue().ljust(2**24 + 1, b"\0"), dtype=np.uint8)
+    feed = [file], *np.zeros((3, 1, 2), dtype=np.int32)
+    pipeline = build_pipeline(lambda: feed, find_recipe("cifar"), 1, 32, 1, None)
+    (images,) = pipeline.run()
+    assert images.shape() == [(20, 30, 3)]
+
+
 @pytest.mark.parametrize("gpu", [None, 0])
 @pytest.mark.parametrize("recipe", ["imagenet", "cifar"])
 def test_whole_decoding_has_no_region_decoder(gpu, recipe, monkeypatch):
