@@ -7,6 +7,7 @@ Some threads read ahead for both. On a GPU DALI does all the rest. On a CPU DALI
 (`pipeline.windows`) in a thread per stream. All randomness was drawn by the plan, so the pipelines hold none.
 """
 
+import shlex
 import sys
 import weakref
 from collections import deque
@@ -199,9 +200,10 @@ class _Stream:
             self._unexplained += 1
             reason = next((line for line in str(error).splitlines() if "rror" in line), str(error))
             if self._unexplained > self._faults.limit:
+                folder = shlex.quote(str(self._plan.split.shard_paths[0].parent))
                 raise UserError(
-                    f"DALI fails on batch after batch that PIL decodes ({reason}); run: tailstream verify"
-                    f" {self._plan.split.shard_paths[0].parent}, or use --input.loader torch"
+                    f"DALI fails on batch after batch that PIL decodes ({reason}); run: tailstream verify {folder},"
+                    " or use --input.loader torch"
                 ) from error
             print(f"warning: DALI failed on a batch that PIL decodes, and PIL's was taken ({reason})", file=sys.stderr)
         return images_BHWC, shown

@@ -148,10 +148,11 @@ class ShardReader:
                 if shard not in self._here:
                     self._here[shard] = Future[Path]()
                     self._wanted.append((shard, self._here[shard]))
-                    if self._fetchers < TRANSFERS:
-                        # Not a pool's thread, for which the interpreter waits at its end: a slow link may take minutes.
-                        Thread(target=self._fetch_wanted, daemon=True).start()
-                        self._fetchers += 1
+            # Also for what an earlier call began with, and could start no thread for.
+            for _ in range(min(len(self._wanted), TRANSFERS - self._fetchers)):
+                # Not a pool's thread, for which the interpreter waits at its end: a slow link may take minutes.
+                Thread(target=self._fetch_wanted, daemon=True).start()
+                self._fetchers += 1
             return [self._here[shard] for shard in shards]
 
     def _fetch_wanted(self) -> None:

@@ -2,9 +2,11 @@ import errno
 import os
 import pickle
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from shards.index import Split, open_dataset
 @pytest.fixture
 def split(photos, tmp_path) -> Split:
     """The training split of a copy that may be damaged."""
-    return open_dataset(shutil.copytree(photos.root, tmp_path / "copy")).splits["train"]
+    return open_dataset(shutil.copytree(photos.root, tmp_path / "a copy")).splits["train"]
 
 
 def stored(split: Split, sample: int) -> bytes:
@@ -108,13 +110,15 @@ def test_a_shard_that_shrinks_while_it_is_open_is_named(split):
     reader.encoded([0])
     os.truncate(split.shard_paths[0], 700)
     for read in (reader.encoded, reader.padded):
-        with pytest.raises(UserError, match=r"train-000000.tar is 700 bytes long but .* run: tailstream verify /"):
+        with pytest.raises(
+            UserError, match=r"train-000000.tar is 700 bytes long but .* run: tailstream verify '/.*a copy'$"
+        ):
             read([0])
 
 
 def test_a_missing_shard_is_named(split):
     split.shard_paths[0].unlink()
-    with pytest.raises(UserError, match=r"train-000000.tar cannot be read \(.*No such file.* verify /"):
+    with pytest.raises(UserError, match=r"train-000000.tar cannot be read \(.*No such file.* verify '/.*a copy'$"):
         ShardReader(split).encoded([0])
 
 
@@ -125,6 +129,24 @@ def test_a_folder_with_a_space_is_quoted_in_the_command_that_is_given(split, tmp
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"run: tailstream verify '/.*/my birds'$"):
         ShardReader(replace(split, shard_paths=paths, edition=None)).encoded([0])
+
+
+def test_a_shard_is_asked_for_again_where_no_thread_could_be_started(split, monkeypatch):
+    reader = ShardReader(replace(split, remote=SimpleNamespace(fetch=lambda shard, path: None)))
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            reader.encoded([0])
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(reader.encoded, [0])
+        try:
+            assert waiting.result(10)[0].tobytes() == stored(split, 0)
+        finally:
+            reader.close()
 
 
 def test_failing_storage_is_named(split, monkeypatch):

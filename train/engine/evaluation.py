@@ -1,6 +1,7 @@
 """Evaluating a method, and what a finished run leaves: results, and the lines that people read."""
 
 import hashlib
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,7 @@ def report_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str, 
         images = f"{len(rows)} images did not decode and were" if len(rows) > 1 else "1 image did not decode and was"
         accelerator.print(
             f"{images} replaced or left out, {times} time{'s' * (times > 1)} in all:"
-            f" see summary.json, and run: tailstream verify {dataset.place}"
+            f" see summary.json, and run: tailstream verify {shlex.quote(dataset.place)}"
         )
     return rows
 
