@@ -7,8 +7,8 @@
 What takes a bad image's place is a pure function of the draw and of which images are bad: the same in every loader,
 on any number of ranks, and after resuming. (Only where no image of a class decodes it is the next sample of the
 rank's batch. DALI's window decoding does not see damage below the window: there an image counts as bad from the first
-draw on that reaches it.) It shows the part of itself that the bad one would have shown: the window is scaled to its
-size.
+draw on that reaches it; and of JPEGs with noise in them DALI shows some that PIL refuses.) It shows the part of itself
+that the bad one would have shown: the window is scaled to its size.
 """
 
 import shlex
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from pipeline.augment import Windows
 from pipeline.kept import kept_with
-from pipeline.pictures import UndecodableError, show_windows
+from pipeline.pictures import UndecodableError, decode, show_windows
 from pipeline.plan import Draw, Plan
 from pipeline.reader import ShardReader
 from shards.errors import UserError
@@ -52,12 +52,14 @@ class Faults:
     Attributes:
         limit: how many images may be bad before the run is stopped.
         bad: the bad images by sample id.
+        mended: those that were bad before the run was resumed, and decode now.
         times: how often each was drawn, by sample id; 0 for one that was only to take another's place.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.bad: dict[int, BadImage] = {}
+        self.mended: dict[int, BadImage] = {}
         self.times: Counter[int] = Counter()
         self._told: set[int] = set()
 
@@ -105,8 +107,7 @@ class Faults:
         Raises:
             UserError: there are more of them than `limit`.
         """
-        row = split.samples[error.sample]
-        self.bad[error.sample] = BadImage(split.shard_paths[row["shard"]], int(row["offset"]), error.reason)
+        self.bad[error.sample] = BadImage(*_place(split, error.sample), error.reason)
         self._stop_above_limit()
 
     def count(self, draw: Draw) -> None:
@@ -127,12 +128,26 @@ class Faults:
         self.times.update(times)
 
     def recall(self, split: Split, rows: Sequence[dict[str, Any]], counted: bool) -> None:
-        """Add what `rows` said of a split before its run was resumed; their `times`, too, where that is `counted`."""
+        """Add what `rows` said of a split before its run was resumed; their `times`, too, where that is `counted`.
+
+        Each image is decoded once more: its shard may have been repaired, as the user was asked to.
+        """
+        reader = ShardReader(split)
         for row in rows:
             sample = row["sample"]
-            shard = split.shard_paths[split.samples[sample]["shard"]]
-            times = {sample: row["times"]} if counted else {}
-            self.merge({sample: BadImage(shard, row["byte"], row["reason"])}, times)
+            if sample >= len(split):
+                continue  # of another build
+            image = BadImage(*_place(split, sample), row["reason"])
+            if (image.shard.name, image.byte) != (row["shard"], row["byte"]):
+                continue
+            try:
+                decode(split, reader, sample)
+                self.mended[sample] = image
+            except UndecodableError:
+                self.bad[sample] = image
+            if counted:
+                self.times[sample] += row["times"]
+        reader.close()
 
     def check(self) -> None:
         """Name each bad image on stderr, once.
@@ -146,11 +161,11 @@ class Faults:
         self._stop_above_limit()
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a row per bad image, ready for JSON: sample, shard, byte, reason, times (drawn)."""
+        """Return a row per image that is bad or was, ready for JSON: sample, shard, byte, reason, times (drawn)."""
         return [
             {"sample": sample, "shard": image.shard.name, "byte": image.byte, "reason": image.reason}
             | {"times": self.times[sample]}
-            for sample, image in sorted(self.bad.items())
+            for sample, image in sorted((self.mended | self.bad).items())
         ]
 
     def _stand_in(self, split: Split, sample: int) -> int | None:
@@ -184,6 +199,12 @@ class Faults:
 def faults_of(split: Split) -> Faults:
     """Return the record that all loaders of a split share in this process."""
     return kept_with(split, Faults, lambda: Faults(max(LIMIT, len(split) // 1000)))
+
+
+def _place(split: Split, sample: int) -> tuple[Path, int]:
+    """Return the shard that holds an image, and the byte where it begins there."""
+    row = split.samples[sample]
+    return split.shard_paths[row["shard"]], int(row["offset"])
 
 
 def _scaled(windows_B4: Windows, before_B: NDArray[np.void], after_B: NDArray[np.void]) -> Windows:

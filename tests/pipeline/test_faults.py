@@ -199,6 +199,19 @@ def test_a_copy_in_pinned_memory_counts_what_was_counted(photos):
     assert record.times == {int(draw.ids_B[0]): 1}
 
 
+def test_what_decodes_again_or_is_of_another_build_is_bad_no_more(dataset, capsys):
+    split = dataset.splits["train"]
+    spoil(split, 1)
+    rows = [row | {"times": 3} for row in marked(split, 1, 2, 4).rows()]
+    rows[2]["byte"] += 512
+    faults = Faults(limit=1)
+    faults.recall(split, [*rows, rows[0] | {"sample": len(split)}], counted=True)
+    faults.check()
+    assert list(faults.bad) == [1]
+    assert faults.rows() == rows[:2]  # a run in which it was bad says so
+    assert capsys.readouterr().err.count("does not decode") == 1
+
+
 def test_rescue_stops_at_the_limit(dataset):
     split = dataset.splits["train"]
     spoil(split, *range(len(split)))

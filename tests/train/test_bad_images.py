@@ -45,6 +45,13 @@ def test_a_run_over_bad_images_counts_them(damaged, loader, tmp_path, capsys):
     assert sum(per_class["total"]) == len(open_dataset("digits").splits["test"]) - 1
 
 
+def test_what_is_drawn_to_measure_a_run_is_not_counted(damaged, tmp_path):
+    run(ERM, SHORT)
+    run(ERM, [*SHORT, "--run", "measured", "--loop.budget", "1h"])
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "measured")]
+    assert summaries[0]["faults"] == summaries[1]["faults"] != []
+
+
 def test_the_limit_ends_the_run(damaged, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(ERM, [*SHORT, "--input.fault_limit", "0"])
@@ -82,7 +89,8 @@ def test_a_resumed_run_remembers_what_was_bad_before(damaged, tmp_path, monkeypa
 
 def test_the_limit_counts_what_was_bad_before(damaged):
     split = open_dataset("digits").splits["train"]
-    rows = [{"sample": 3, "shard": "train-000000.tar", "byte": 512, "reason": "damaged", "times": 4}]
+    byte = int(split.samples["offset"][3])
+    rows = [{"sample": 3, "shard": "train-000000.tar", "byte": byte, "reason": "damaged", "times": 4}]
     first, other = Faults(limit=0), Faults(limit=0)
     first.recall(split, rows, counted=True)
     other.recall(split, rows, counted=False)

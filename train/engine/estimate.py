@@ -159,6 +159,7 @@ def measure(
             else:
                 seconds.append(took)
         loading = _loading_seconds(loader, steps) if load else 0.0
+    loader.faults.take()  # what was drawn here will be drawn again
     computing = sorted(seconds)[len(seconds) // 2] * part / images * config.optim.accumulate
     whole = max(computing, loading) if device.type == "cuda" else computing + loading
     shown = next(iter(batch.values())).images_BHWC[:images]
