@@ -87,6 +87,18 @@ def test_the_mean_is_that_of_the_whole_batch_in_any_number_of_parts(parts, weigh
     assert torch.stack(means).mean().item() == pytest.approx(by_hand[0] / by_hand[1], rel=1e-5)
 
 
+def test_half_precision_leaves_the_mean_as_it_is():
+    _, batch = whole_batch(mixed=False)
+    weights_C = class_weights(make_weighting("inverse"), COUNTS)
+
+    def mean() -> float:
+        return mean_loss(lambda labels_B: torch.linspace(1, 2, len(labels_B)), batch, weights_C).item()
+
+    exact = mean()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mean() == exact
+
+
 def test_one_image_has_its_own_loss_whatever_its_class_weighs():
     batch = Batch(torch.zeros(1, 1), torch.tensor([4]), np.arange(1), step_counts_C=torch.eye(5)[4])
     weights_C = class_weights(make_weighting("inverse"), COUNTS)

@@ -111,4 +111,5 @@ def mean_loss(losses: Callable[[Tensor], Tensor], batch: Batch, weights_C: Tenso
     if weights_C is None:
         return losses_B.mean()
     assert batch.step_counts_C is not None
-    return losses_B.mean() * (batch.step_counts_C.sum() / (weights_C @ batch.step_counts_C))
+    # No matrix product, which autocast would round to half precision.
+    return losses_B.mean() * (batch.step_counts_C.sum() / (weights_C * batch.step_counts_C).sum())
