@@ -26,7 +26,7 @@ from dataclasses import Field, fields
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, cast, get_type_hints
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ def find_distortion(text: str) -> Distortion:
     if match is not None and module:  # somebody's own
         try:
             import_module(module)
-        except ImportError as error:
+        except (ImportError, TypeError) as error:  # TypeError: a path such as ../mine
             raise UserError(
                 f"the distortion {text!r} cannot be imported ({error}); is its folder on PYTHONPATH?"
             ) from None
@@ -111,12 +111,12 @@ def find_distortion(text: str) -> Distortion:
         raise UserError(
             f"the distortion {text!r} has {len(given)} argument{'s' * (len(given) != 1)} and is written {kind.usage()}"
         )
-    arguments = {}
+    types, arguments = get_type_hints(kind), {}  # a field's own type may be text
     for parameter, value in zip(parameters, given, strict=True):
         try:
-            arguments[parameter.name] = cast(type, parameter.type)(value)
+            arguments[parameter.name] = types[parameter.name](value)
         except ValueError:
-            number = "a whole number" if parameter.type is int else "a number"
+            number = "a whole number" if types[parameter.name] is int else "a number"
             raise UserError(
                 f"the distortion {text!r} is written {kind.usage()}, and {parameter.name}={value.strip()!r} is"
                 f" not {number}"

@@ -174,6 +174,7 @@ def test_each_distortion_has_parameters_of_its_own_after_the_same_crops():
         ("cifar+", "no distortion is called ''; choose one of: autoaugment"),
         ("cifar+imagenet", "no distortion is called 'imagenet'; choose one of:"),
         ("cifar+rand(2,9", "no distortion is called 'rand(2,9'; choose one of:"),
+        ("cifar+../mine.darken(0.5)", "the distortion '../mine.darken(0.5)' cannot be imported ("),
         ("cifar+rand(2)", "the distortion 'rand(2)' has 1 argument and is written rand(n,m)"),
         ("cifar+rand", "the distortion 'rand' has 0 arguments and is written rand(n,m)"),
         ("cifar+trivial(3)", "the distortion 'trivial(3)' has 1 argument and is written trivial"),
@@ -193,6 +194,25 @@ def test_a_recipe_that_is_none_is_named_with_the_choices(recipe, message):
         find_recipe(recipe)
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
+
+
+def test_a_distortion_of_ones_own_may_have_its_annotations_as_text(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "annotated.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from pipeline.distort import Distortion\n"
+        "@dataclass(frozen=True)\n"
+        "class Annotated(Distortion):\n"
+        "    name = 'annotated'\n"
+        "    least: float\n"
+        "    draw = apply = None\n"
+    )
+    monkeypatch.setattr("pipeline.distort.DISTORTIONS", dict(DISTORTIONS))
+    (distortion,) = find_recipe("cifar+annotated.annotated(0.5)").distortions
+    assert distortion.least == 0.5
+    with pytest.raises(UserError, match=r"least='much' is not a number"):
+        find_recipe("cifar+annotated.annotated(much)")
 
 
 @pytest.fixture
