@@ -23,7 +23,7 @@ from pipeline.resident_loader import ResidentLoader, check_room, room_for, set_a
 from shards.errors import UserError
 from shards.index import Split
 
-FIRST_STEPS = 16  # whose shards are fetched before a loader of a remote dataset is handed out
+FIRST_STEPS = 16
 REMOTE_WINDOW = 16  # shards
 
 
@@ -36,6 +36,7 @@ def open_loader(
     resident_gb: float | None = None,
     fault_limit: int | None = None,
     decode: Decode = "auto",
+    first_steps: int = FIRST_STEPS,
 ) -> Loader:
     """Open a loader for a plan; of a remote dataset the shards that its first steps want are fetched first.
 
@@ -54,6 +55,7 @@ def open_loader(
         decode: what DALI decodes of an image: the window that is shown, the whole, or auto: the window on a CPU, which
             is faster, and the whole on a GPU, where decoding windows has crashed with some versions of nvImageCodec
             (its issue 55).
+        first_steps: of how many steps the shards of a remote dataset are fetched first.
 
     Raises:
         UserError: DALI is asked for and not installed, threads is out of range, or the resident loader is asked for
@@ -64,7 +66,7 @@ def open_loader(
         faults_of(plan.split).limit = fault_limit
     if threads < (0 if kind == "torch" else 1):
         raise UserError(f"input.threads={threads} is too small for the {kind} loader; use at least 1")
-    _fetch_first(plan, start_step)
+    _fetch_first(plan, start_step, first_steps)
     if kind == "auto":
         kind, _ = choose_loader([plan.split], device, resident_gb)
     if kind == "resident":
@@ -147,11 +149,11 @@ def windowed(streams: Sequence[Stream], split: Split, shard_window: int | None) 
     )
 
 
-def _fetch_first(plan: Plan, start_step: int) -> None:
+def _fetch_first(plan: Plan, start_step: int, first_steps: int) -> None:
     """Fetch, with progress, what a global shuffle wants at once: most shards, which takes longer than a step may."""
     if plan.split.remote is None:
         return
-    steps = itertools.islice(steps_from(plan, start_step), FIRST_STEPS)
+    steps = itertools.islice(steps_from(plan, start_step), first_steps)
     ids = [draw.ids_B for step in steps for draw in plan.draws(step)]
     if ids:
         reader = ShardReader(plan.split)

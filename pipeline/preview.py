@@ -1,7 +1,7 @@
 """`python -m pipeline.preview DIR`: a picture of what the network sees.
 
-The streams, their ids, windows, flips and distortions are those of a training run with the same seed, batch size and
-augmentation, brought by the same loaders.
+The streams, their ids, windows, flips and distortions are those of a run of BBN with the same seed, batch size and
+augmentation, brought by the same loaders. (A stream's name is part of its seed, so that other methods see others.)
 """
 
 from collections.abc import Sequence
@@ -84,7 +84,7 @@ def preview(
     plan = TrainPlan(dataset.splits[split], streams, batch_size, image_size, seed, epoch)
     if step >= plan.steps_per_epoch:
         raise UserError(f"--step {step} is beyond the epoch's last, {plan.steps_per_epoch - 1}")
-    with open_loader(plan, loader, start_step=(epoch - 1) * plan.steps_per_epoch + step) as batches:
+    with open_loader(plan, loader, start_step=(epoch - 1) * plan.steps_per_epoch + step, first_steps=1) as batches:
         (shown,) = islice(batches, 1)
     title = (
         f"{dataset.name}, {split}: epoch {epoch}, step {step}, seed {seed}, augment {augment},"

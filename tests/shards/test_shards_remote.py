@@ -22,6 +22,7 @@ import shards.remote
 import shards.source_copy
 from pipeline.loader import open_loader
 from pipeline.plan import Stream, TrainPlan
+from pipeline.preview import preview
 from pipeline.reader import ShardReader
 from shards.build import build
 from shards.duplicates import find_duplicates
@@ -351,6 +352,13 @@ def test_what_the_first_steps_want_is_fetched_when_a_loader_is_opened(remote, ca
         assert capsys.readouterr().err == ""
 
 
+def test_a_preview_fetches_what_its_one_step_shows(remote, tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(ShardReader, "fetch", lambda reader, ids_B: fetched.append(len(ids_B)))
+    preview(remote, tmp_path / "p.png", batch_size=4, loader="resident")
+    assert fetched == [8]  # of two streams
+
+
 def test_builds_from_one_url_copy_it_by_turns(tmp_path, pets, memory, monkeypatch):
     files, root = fsspec.core.url_to_fs(memory)
     files.put(f"{pets}/", root, recursive=True)
@@ -582,7 +590,7 @@ def test_a_resident_loader_is_closed_while_a_shard_comes(remote, cache, monkeypa
         fetch(url, name, path)
 
     monkeypatch.setattr(shards.remote, "copy_file", slow)
-    monkeypatch.setattr("pipeline.loader._fetch_first", lambda plan, start_step: None)
+    monkeypatch.setattr("pipeline.loader._fetch_first", lambda *_: None)
     loader = open_loader(TrainPlan(split, (Stream("s"),), 4, 16, seed=0, epochs=1), "resident", threads=1)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(next, loader)
