@@ -90,6 +90,7 @@ def choose_loader(
     device: torch.device | str,
     resident_gb: float | None = None,
     agree: Callable[[ChosenLoader], ChosenLoader] = lambda mine: mine,
+    before: ChosenLoader | None = None,
 ) -> tuple[ChosenLoader, str]:
     """Decide what "auto" is for all splits of a run, and set memory aside where it is the resident loader.
 
@@ -97,6 +98,7 @@ def choose_loader(
         splits: all that will be loaded; all of them fit, or none is resident.
         device, resident_gb: as for `open_loader`.
         agree: makes one choice out of all processes'.
+        before: what a run that is resumed began with, which is taken again where it can be.
 
     Returns:
         The choice, and why.
@@ -105,10 +107,13 @@ def choose_loader(
     size, room = room_for(splits, device, resident_gb)
     decoded = f"{size / 1e9:.3g} GB of decoded images, room for {max(0, room) / 1e9:.3g} GB on {device}"
     fallback: ChosenLoader = "dali" if find_spec("nvidia") and find_spec("nvidia.dali") else "torch"
-    chosen = agree("resident" if size <= room else fallback)
+    mine: ChosenLoader = "resident" if size <= room else fallback
+    chosen = agree(before if before and before in (mine, fallback, "torch") else mine)
     if chosen == "resident":
         for split in splits:
             set_aside(split, device)
+    elif chosen == before:
+        return chosen, "with which the run began"
     elif size <= room:
         return chosen, "what another process of this run must use"
     return chosen, decoded

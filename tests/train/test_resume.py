@@ -160,6 +160,23 @@ def test_a_resumed_run_reads_as_many_shards_at_a_time_wherever_its_dataset_lies(
     assert (config["about"]["shard_window"], config["input"]["shard_window"]) == (1, None)
 
 
+def test_a_resumed_run_keeps_the_loader_that_it_began_with_or_says_so(workplace, monkeypatch, capsys):
+    def reported(*options: str) -> tuple[str, str]:
+        run(ERM, [*options, "--run", "runs/a"])
+        about = yaml.safe_load(Path("runs/a/config.yaml").read_text())["about"]
+        return about["loader"], capsys.readouterr().out
+
+    loader, _ = reported(*SHORT[2:], "--optim.epochs", "1", "--input.resident_gb", "0")
+    assert loader == "dali"
+    loader, said = reported("--resume", "--optim.epochs", "2", "--input.resident_gb", "1")
+    assert (loader, "note: the run began" in said) == ("dali", False)
+    assert "loader: dali (with which the run began)" in said
+    monkeypatch.setattr("pipeline.loader.find_spec", lambda name: None)
+    loader, said = reported("--resume", "--optim.epochs", "3", "--input.resident_gb", "0")
+    assert loader == "torch"
+    assert "note: the run began with the loader dali, from whose pictures these differ by rounding" in said
+
+
 def test_a_damaged_newest_checkpoint_costs_its_steps_only(workplace, monkeypatch, capsys):
     settings = [*SHORT, "--loop.checkpoint_steps", "2", "--run"]
     run(ERM, [*settings, "runs/whole"])

@@ -83,8 +83,11 @@ class Input:
     fault_limit: NonNegativeInt | None = None
     shard_window: NonNegativeInt | None = None
 
-    def settle_loader(self, dataset: Dataset, accelerator: "Accelerator") -> None:
-        """Decide what the loader `auto` is, once for all splits and all processes, and say so."""
+    def settle_loader(self, dataset: Dataset, accelerator: "Accelerator", before: ChosenLoader | None = None) -> None:
+        """Decide what the loader `auto` is, once for all splits and all processes, and say so.
+
+        Where it can be it is the one `before`, with which a run that is resumed began.
+        """
         from accelerate.utils import gather_object
 
         from pipeline.loader import choose_loader, keep_resident
@@ -97,8 +100,12 @@ class Input:
         def agree(mine: ChosenLoader) -> ChosenLoader:
             return min(gather_object([mine]), key=("torch", "dali", "resident").index)  # what all of them can
 
-        self.loader, why = choose_loader(dataset.splits.values(), accelerator.device, self.resident_gb, agree)
+        self.loader, why = choose_loader(dataset.splits.values(), accelerator.device, self.resident_gb, agree, before)
         accelerator.print(f"loader: {self.loader} ({why})")
+        if before not in (None, self.loader):
+            accelerator.print(
+                f"note: the run began with the loader {before}, from whose pictures these differ by rounding"
+            )
 
     def open_loader(self, plan: "Plan", device: "torch.device", start_step: int = 0) -> "Loader":
         """Open a loader for a plan as configured."""

@@ -56,12 +56,13 @@ def train(
         UserError: a mistake in the settings, the data or the run that is to be resumed.
         Interrupted: a signal came before the first step.
     """
-    resumed = None
+    resumed, asked.loader = None, None
     if asked.resume:
         wanted = find_dataset(asked.data).name if asked.data and not asked.run else None
         resumed = Path(asked.run) if asked.run else runs.newest_run({1}, wanted, method_class.name, finished=False)
     if resumed is not None and (resumed / "config.yaml").exists():
         saved, about = runs.read_begun(resumed, method_class.name)
+        asked.loader = about.get("loader")
         begun_with = about.get("variant")
         if asked.variant not in (None, begun_with):
             begun = f"--variant {begun_with}" if begun_with else "no --variant"
@@ -209,7 +210,7 @@ def _train_and_finish(
         )
     if restored:
         _check_state(method, restored[0]["method"], resumed)
-    config.input.settle_loader(dataset, accelerator)
+    config.input.settle_loader(dataset, accelerator, asked.loader)
     if note := enlarged(dataset, config.input.image_size):
         accelerator.print(note)
     if config.loop.estimate or config.loop.budget or asked.dry_run:
@@ -239,7 +240,7 @@ def _train_and_finish(
     if accelerator.is_main_process:
         about = {"method": method.name, "dataset": dataset.name, "data": dataset.place, "changed": changed}
         windows = [spec.shard_window or 0 for spec in plan.specs if spec.permutes and spec.repeats is None]
-        about["shard_window"] = min(windows, default=0)
+        about |= {"shard_window": min(windows, default=0), "loader": config.input.loader}
         about |= {"fingerprint": dataset.fingerprint, "variant": asked.variant, "preset": asked.preset}
         with errors_in_one_line(run_folder):
             tracking.open(run_folder, counters.step, dataset.name, sections)  # first: it may not start
