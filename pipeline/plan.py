@@ -144,6 +144,9 @@ class TrainPlan:
             if spec.mix is not None:
                 self._check_mix(spec, spec.mix)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_latest": {}}  # a worker process makes its own tables
+
     @property
     def streams(self) -> tuple[str, ...]:  # noqa: D102
         return tuple(spec.name for spec in self.specs)

@@ -36,6 +36,7 @@ MANIFEST = "dataset.json"
 STAGING = ".build"  # inside a dataset's folder: a build that has not ended
 SPLITS = ("train", "val", "test")
 LOOKED_AT = 1000  # files, to say what a folder holds
+ARRAYS = ("samples", "by_class")
 
 # offset and size span the encoded image inside its shard file (the tar header is before the offset);
 # height and width are those of the decoded image in pixels.
@@ -120,6 +121,14 @@ class Split:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return files in place of arrays that are mapped from them: worker processes share these and get no copies."""
+        return {name: _mapped_file(value) or value for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arrays = {name: np.load(state[name], mmap_mode="r") for name in ARRAYS if isinstance(state[name], Path)}
+        vars(self).update(state | arrays)
+
     @cached_property
     def class_starts(self) -> NDArray[np.int64]:
         """Shape (C + 1,): `by_class[class_starts[j]:class_starts[j + 1]]` are the ids of class j."""
@@ -144,6 +153,19 @@ class Split:
             return path.read_text(encoding="utf-8").splitlines()
         finally:
             self.check_edition()
+
+
+def _mapped_file(value: Any) -> Path | None:
+    """Return the file whose whole array this is; None for anything else."""
+    if not isinstance(value, np.memmap) or value.filename is None:
+        return None
+    path = Path(value.filename)
+    try:
+        whole = np.load(path, mmap_mode="r")
+    except (OSError, ValueError):  # another build is taking its place
+        return None
+    same = (whole.shape, whole.dtype, whole.strides) == (value.shape, value.dtype, value.strides)
+    return path if same else None
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,20 @@ def test_a_plan_in_another_process_draws_the_same():
     assert_same(pickle.loads(pickle.dumps(plan)).draws(30), before)
 
 
+def test_worker_processes_get_a_plan_without_its_arrays(digits):
+    plan = TrainPlan(digits.splits["train"], (Stream("u"), Stream("r", -1.0)), 16, 16, seed=0, epochs=2)
+    drawn = plan.draws(0)
+    sent = pickle.dumps(plan)
+    assert len(sent) < min(5000, plan.split.samples.nbytes)
+    copy = pickle.loads(sent)
+    assert_same(copy.draws(0), drawn)
+    np.testing.assert_array_equal(copy.split.samples, plan.split.samples)
+    # What is no longer what the file holds is sent as it is.
+    some = pickle.loads(pickle.dumps(replace(plan.split, samples=plan.split.samples[::-1])))
+    np.testing.assert_array_equal(some.samples, plan.split.samples[::-1])
+    np.testing.assert_array_equal(some.by_class, plan.split.by_class)
+
+
 def test_explicit_probabilities_are_followed():
     chosen = np.array([0.05, 0.05, 0.1, 0.2, 0.3, 0.3, 0.0])
     plan = make_plan(Stream("s", probabilities=chosen), batch_size=1000)
