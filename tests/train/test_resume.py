@@ -124,6 +124,18 @@ def test_a_signal_before_the_first_step_of_a_run_that_has_its_folder_says_how_to
     assert len(rows(workplace / "runs/digits-erm-1")) == 1
 
 
+def test_a_run_that_another_process_begins_meanwhile_has_not_begun_before(workplace, monkeypatch):
+    def meet(*arguments):
+        Path("runs/a").mkdir(parents=True)
+        Path("runs/a/config.yaml").write_text("about: {method: erm}\n")
+        return original(*arguments)
+
+    original = session.make_accelerator
+    monkeypatch.setattr(session, "make_accelerator", meet)
+    run(ERM, [*SHORT[2:], "--optim.epochs", "1", "--resume", "--run", "runs/a"])
+    assert len(rows(workplace / "runs/a")) == 1
+
+
 def test_a_signal_while_pretrained_weights_come_starts_nothing_from_random_ones(workplace, photos, monkeypatch, capsys):
     monkeypatch.setattr("timm.create_model", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     settings = ["--data", str(photos.root), "--model.backbone", "timm/resnet18", "--optim.epochs", "1"]

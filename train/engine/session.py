@@ -56,11 +56,12 @@ def train(
         UserError: a mistake in the settings, the data or the run that is to be resumed.
         Interrupted: a signal came before the first step.
     """
-    resumed, asked.loader = None, None
+    resumed = begun = asked.loader = None
     if asked.resume:
         wanted = find_dataset(asked.data).name if asked.data and not asked.run else None
         resumed = Path(asked.run) if asked.run else runs.newest_run({1}, wanted, method_class.name, finished=False)
     if resumed is not None and (resumed / "config.yaml").exists():
+        begun = resumed  # asked once: as soon as the processes have met, the first one may begin it
         saved, about = runs.read_begun(resumed, method_class.name)
         asked.loader = about.get("loader")
         begun_with = about.get("variant")
@@ -82,7 +83,7 @@ def train(
         gpu = usable_gpu(asked.loop.device)
         choice = choose(parser, argv, dataset, method_class.name, asked.variant, gpu=gpu)
     config = _config(parser, choice.settings)
-    if resumed is not None and (resumed / "config.yaml").exists() and config.input.shard_window is None:
+    if begun and config.input.shard_window is None:
         config.input.shard_window = about.get("shard_window")  # of a dataset that was remote, and may not be now
 
     accelerator = make_accelerator(config.loop.precision, config.loop.device, config.loop.threads)
@@ -98,10 +99,11 @@ def train(
         usual = choice.usual(dataset, asked.variant)
         asked.changed = partial(changed_settings, parser, sections, usual, method_class.in_title)
         check_settings(config.optim, config.model, config.loop.grad_checkpointing, chosen_settings(parser, argv))
-        if resumed is not None and (resumed / "config.yaml").exists():
-            check_resumed(config.optim, saved.get("optim", {}), resumed)
-            if has_checkpoint(resumed):
-                _check_begun(resumed, saved, sections)
+        if begun:
+            check_resumed(config.optim, saved.get("optim", {}), begun)
+            if has_checkpoint(begun):
+                _check_begun(begun, saved, sections)
+        asked.begun = begun is not None
         asked.preset = {"parts": choice.parts, "fitted": choice.fitted}
         command = shlex.join([*launched_by(words[0]), *words])
         _train_and_finish(method_class, config, dataset, resumed, asked, sections, accelerator, command)
@@ -168,7 +170,7 @@ def _train_and_finish(
     accelerator: Accelerator,
     command: str,
 ) -> None:
-    if resumed and (resumed / "config.yaml").exists() and accelerator.is_main_process and not asked.dry_run:
+    if resumed and asked.begun and accelerator.is_main_process and not asked.dry_run:
         runs.lock(resumed)  # before its checkpoint is read
     check_seed(config.loop.seed)
     if config.model.adapt and config.model.weights is None and not resumed:
@@ -216,7 +218,7 @@ def _train_and_finish(
     if config.loop.estimate or config.loop.budget or asked.dry_run:
         left = config.optim.epochs * plan.steps_per_epoch - counters.step
         estimate = estimate_run(method_class, plan, config, dataset, accelerator, thorough=asked.dry_run)
-        if config.loop.budget and not (resumed and (resumed / "config.yaml").exists()):
+        if config.loop.budget and not asked.begun:
             wanted, config = config.optim.epochs, within_budget(config, plan, dataset, estimate)
             accelerator.print(f"loop.budget={config.loop.budget}: {config.optim.epochs} of {wanted} epochs fit it")
             sections["optim"] |= {key: getattr(config.optim, key) for key in SCHEDULE}
