@@ -510,6 +510,7 @@ def test_own_view_is_the_default_and_flags_come_over_it(digits):
     ("arguments", "message"),
     [
         (["--model.adapt", "lora"], "model.adapt=lora trains small layers beside frozen ones"),
+        (["--model.adapt", "lora", "--run", "runs/new", "--resume"], "lora trains small layers beside frozen ones"),
         (["--model.adapt", "lore"], "model.adapt=lore is unknown; choose one of"),
         (["--model.adapt", "lora(dim=3)"], "lora has no setting 'dim'; its settings are: rank, scale"),
         (["--model.backbone", "timm/test_vitt"], "did you mean timm/test_vit"),

@@ -173,7 +173,7 @@ def _train_and_finish(
     if resumed and asked.begun and accelerator.is_main_process and not asked.dry_run:
         runs.lock(resumed)  # before its checkpoint is read
     check_seed(config.loop.seed)
-    if config.model.adapt and config.model.weights is None and not resumed:
+    if config.model.adapt and config.model.weights is None and not (resumed and has_checkpoint(resumed)):
         make_adapter(config.model.adapt)  # which names one that is none
         raise UserError(
             f"model.adapt={config.model.adapt} trains small layers beside frozen ones, which model.weights does not"
