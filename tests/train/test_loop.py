@@ -418,6 +418,8 @@ def test_a_resumed_run_does_not_say_that_it_began_with_other_weights(workplace, 
     resume = ["--resume", "--run", "runs/a", "--optim.epochs", "2", "--model.weights"]
     message = fails_with(capsys, ERM, *resume, "nowhere.safetensors")
     assert "runs/a was begun with model.weights=None and cannot be resumed with nowhere.safetensors" in message
+    message = fails_with(capsys, ERM, *resume, "null", "--loop.seed", "1")
+    assert "runs/a was begun with loop.seed=0 and cannot be resumed with 1" in message
     run(ERM, [*resume, "null"])
 
 

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,18 @@ def test_a_run_that_another_process_begins_meanwhile_has_not_begun_before(workpl
     monkeypatch.setattr(session, "make_accelerator", meet)
     run(ERM, [*SHORT[2:], "--optim.epochs", "1", "--resume", "--run", "runs/a"])
     assert len(rows(workplace / "runs/a")) == 1
+
+
+def test_a_finished_run_whose_checkpoints_were_removed_is_left_as_it_is(workplace, capsys):
+    run(ERM, [*SHORT[2:], "--optim.epochs", "1", "--run", "runs/a"])
+    shutil.rmtree("runs/a/checkpoints")
+    left = {path: path.read_bytes() for path in Path("runs/a").rglob("*") if path.is_file()}
+    run(ERM, ["--resume", "--run", "runs/a"])
+    assert "runs/a is finished: " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        run(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "2"])
+    assert "runs/a is finished, and has no checkpoint to resume from any more" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path("runs/a").rglob("*") if path.is_file()} == left
 
 
 def test_a_signal_while_pretrained_weights_come_starts_nothing_from_random_ones(workplace, photos, monkeypatch, capsys):

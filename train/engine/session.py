@@ -111,7 +111,7 @@ def train(
 
 def _check_begun(run: Path, saved: dict[str, Any], sections: dict[str, Any]) -> None:
     """Refuse what a checkpoint's steps do not fit, or what it makes a lie of."""
-    for section, name in (("input", "batch_size"), ("model", "weights")):
+    for section, name in (("input", "batch_size"), ("model", "weights"), ("loop", "seed")):
         now = sections[section][name]
         before = saved.get(section, {}).get(name, now)
         if now != before:
@@ -189,11 +189,16 @@ def _train_and_finish(
     # Whatever can fail comes before the folder is made or touched.
     restored = load_checkpoint(resumed, method.network) if resumed else None
     counters = restored[1] if restored else Counters()
-    if resumed and counters.epochs >= config.optim.epochs and (resumed / "summary.json").exists():
-        if (resumed / PREDICTIONS["last"]).exists():
-            accelerator.print(f"{resumed} is finished: it has its {counters.epochs} epochs (more with --optim.epochs)")
+    if resumed and (resumed / "summary.json").exists():
+        done = counters.epochs if restored else int(runs.read_summary(resumed)["epochs"])
+        whole = done >= config.optim.epochs
+        if whole and (not restored or (resumed / PREDICTIONS["last"]).exists()):
+            accelerator.print(f"{resumed} is finished: it has its {done} epochs (more with --optim.epochs)")
             return
-        accelerator.print(f"{resumed} is of an older version: its last checkpoint is evaluated again")
+        if not restored:  # somebody made room
+            raise UserError(f"{resumed} is finished, and has no checkpoint to resume from any more; begin another run")
+        if whole:
+            accelerator.print(f"{resumed} is of an older version: its last checkpoint is evaluated again")
     if counters.step // plan.steps_per_epoch != counters.epochs:
         raise UserError(
             f"{resumed} did {counters.step} steps in {counters.epochs} epochs, and an epoch has {plan.steps_per_epoch}"
