@@ -23,6 +23,7 @@ from train.engine.interrupts import EXIT_STATUS, Consensus
 from train.engine.launch import run
 from train.engine.loop import Training
 from train.engine.machine import make_accelerator
+from train.erm import ERM
 
 ROOT = Path(__file__).parents[2]
 # Unset, accelerate warns on every rank.
@@ -134,7 +135,7 @@ def test_two_processes_are_one(workplace):
     assert (workplace / "rank-1.log").read_text() == ""
 
 
-def _train_until_signalled(rank: int, argv: list[str], step: int, signalled: int) -> None:
+def _train_until_signalled(rank: int, argv: list[str], step: int, signalled: int, method=BBN) -> None:
     original = Training._step
 
     def step_and_signal(self, *arguments):
@@ -143,11 +144,11 @@ def _train_until_signalled(rank: int, argv: list[str], step: int, signalled: int
         return original(self, *arguments)
 
     Training._step = step_and_signal
-    run(BBN, argv)
+    run(method, argv)
 
 
-def _train(rank: int, argv: list[str]) -> None:
-    run(BBN, argv)
+def _train(rank: int, argv: list[str], method=BBN) -> None:
+    run(method, argv)
 
 
 def test_a_signal_to_any_rank_stops_all_after_the_same_step_and_they_go_on_together(workplace):
@@ -162,6 +163,14 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step_and_they_go_on_toget
     ours, theirs = (load_file(workplace / f"runs/{name}/model.safetensors") for name in ("cut", "whole"))
     for key, value in ours.items():
         torch.testing.assert_close(value, theirs[key])
+
+
+def test_ranks_go_on_in_mid_epoch_with_an_objective_that_adds_up_other_things(workplace):
+    settings = ["--method.objective", "gradual", "--run", "runs/cut"]
+    stopped = on_ranks(workplace, _train_until_signalled, [*SETTINGS, *settings], 4, 1, ERM)
+    assert stopped == [EXIT_STATUS, EXIT_STATUS]
+    resumed = ["--resume", "--run", "runs/cut", "--method.objective", "ce", "--optim.epochs", "1"]
+    assert on_ranks(workplace, _train, resumed, ERM) == [0, 0], (workplace / "rank-0.log").read_text()
 
 
 def _train_and_keep_statistics(rank: int, argv: list[str]) -> None:

@@ -289,9 +289,10 @@ class Training:
         torch.set_rng_state(states["random"])
         recall_faults(self._dataset, states.get("faults", []), self._accelerator)
         self._method.load_state_dict(states["method"])
-        if self._accelerator.is_main_process:
-            self._sums.add(states["sums"])
-            self._means.add(states.get("means", {}))
+        # Every rank has the same names, whose sums are then gathered one by one; the first one has the values.
+        share = 1.0 if self._accelerator.is_main_process else 0.0
+        for sums, before in ((self._sums, states["sums"]), (self._means, states.get("means", {}))):
+            sums.add({name: share * value for name, value in before.items()})
         if self._accelerator.device.type == "cuda" and "random_cuda" in states:
             torch.cuda.set_rng_state(states["random_cuda"], self._accelerator.device)
         if self._accelerator.scaler is not None and "scaler" in states:
