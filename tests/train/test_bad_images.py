@@ -7,10 +7,10 @@ import signal
 
 import pytest
 
-from pipeline.faults import Faults
+from pipeline.faults import Faults, faults_of
 from shards.errors import UserError
 from shards.index import open_dataset
-from train.engine import loop
+from train.engine import evaluation, loop
 from train.engine.launch import run
 from train.erm import ERM
 
@@ -85,6 +85,32 @@ def test_a_resumed_run_remembers_what_was_bad_before(damaged, tmp_path, monkeypa
     faults = json.loads((tmp_path / "run" / "summary.json").read_text())["faults"]
     assert [(row["split"], row["sample"]) for row in faults] == damaged
     assert all(row["times"] >= 1 and row["shard"].endswith(".tar") for row in faults)
+
+
+def test_an_image_that_was_repaired_is_looked_at_again(damaged, digits, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("train.engine.session.finish", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit, match="75"):
+            run(ERM, [*SHORT, "--optim.epochs", "1", "--loop.select", "false"])
+    for shard in digits.root.glob("*.tar"):
+        shutil.copy(shard, "digits")
+    run(ERM, ["--run", "run", "--resume"])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["faults"] == []
+    per_class = json.loads((tmp_path / "run" / "per_class.json").read_text())
+    assert sum(per_class["total"]) == len(digits.splits["test"])
+
+
+def test_the_limit_is_that_of_all_processes(damaged, monkeypatch):
+    """Each meets a few of the images; whether a run goes on does not depend on whether it was stopped."""
+    dataset = open_dataset("digits")
+    other = {"split": "train", "sample": 3, "shard": "train-000000.tar", "byte": 512, "reason": "damaged", "times": 4}
+    monkeypatch.setattr(evaluation, "gather_object", lambda mine: [*mine, other])
+    assert evaluation.gather_faults(dataset, None) == [other]
+    faults = faults_of(dataset.splits["train"])
+    faults.limit = 0
+    with pytest.raises(UserError, match=r"1 image does not decode and input\.fault_limit is 0"):
+        faults.check()
+    assert evaluation.gather_faults(dataset, None) == [other]  # counted once
 
 
 def test_the_limit_counts_what_was_bad_before(damaged):

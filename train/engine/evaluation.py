@@ -14,8 +14,9 @@ from accelerate.utils import gather_object
 from analysis.metrics import Tally, percent, summarize, tally
 from pipeline.augment import find_recipe
 from pipeline.faults import faults_of
-from pipeline.pictures import FILTER_NAMES
+from pipeline.pictures import FILTER_NAMES, UndecodableError, decode
 from pipeline.plan import EvalPlan
+from pipeline.reader import ShardReader
 from shards.atomic import write_json
 from shards.errors import UserError
 from shards.index import MANIFEST, Dataset, Split
@@ -231,21 +232,38 @@ def write_results(run_folder: Path, summary: dict[str, Any], final: Tally, datas
 
 
 def gather_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str, Any]]:
-    """Return a row per image that did not decode, in whichever process; every process calls it."""
+    """Return a row per image that did not decode, in whichever process; every process calls it, and knows all then."""
     mine = [{"split": name} | row for name, split in dataset.splits.items() for row in faults_of(split).rows()]
     found, times = {}, Counter[tuple[str, int]]()
     for row in gather_object(mine):
         image = row["split"], row["sample"]
         found[image] = row
         times[image] += row["times"]
-    return [row | {"times": times[image]} for image, row in sorted(found.items())]
+    rows = [row | {"times": times[image]} for image, row in sorted(found.items())]
+    _recall(dataset, rows, counted=False)
+    return rows
 
 
 def recall_faults(dataset: Dataset, rows: list[dict[str, Any]], accelerator: Accelerator) -> None:
-    """Go on from what `gather_faults` returned before the run was resumed."""
+    """Go on from what `gather_faults` returned before the run was resumed, but for images that decode now."""
+    bad = [row for row in rows if not _decodes(dataset.splits[row["split"]], row["sample"])]
+    _recall(dataset, bad, counted=accelerator.is_main_process)
+
+
+def _recall(dataset: Dataset, rows: list[dict[str, Any]], *, counted: bool) -> None:
     for name, split in dataset.splits.items():
-        of_split = [row for row in rows if row["split"] == name]
-        faults_of(split).recall(split, of_split, counted=accelerator.is_main_process)
+        faults_of(split).recall(split, [row for row in rows if row["split"] == name], counted)
+
+
+def _decodes(split: Split, sample: int) -> bool:
+    reader = ShardReader(split)
+    try:
+        decode(split, reader, sample)
+    except UndecodableError:
+        return False
+    finally:
+        reader.close()
+    return True
 
 
 def report_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str, Any]]:
