@@ -157,6 +157,8 @@ def adjusted_cross_entropy(logits_BC: Tensor, labels_B: Tensor, log_prior_C: Ten
     """
     if tau == 0:  # where 0·(−∞) would be no number
         return F.cross_entropy(logits_BC, labels_B, reduction="none")
+    if tau < 0:  # which would make +∞ of −∞
+        log_prior_C = log_prior_C.nan_to_num(neginf=torch.inf)
     return F.cross_entropy(logits_BC + tau * log_prior_C, labels_B, reduction="none")
 
 
