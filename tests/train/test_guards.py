@@ -198,6 +198,7 @@ def test_what_needs_a_gpu(workplace, capsys, arguments, message):
         MemoryError("cannot allocate 3 TB"),
         torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 TB"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3 TB. Error code 12"),
+        RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in 3 TB of pages"),
     ],
 )
 def test_no_memory(workplace, capsys, monkeypatch, error):

@@ -186,7 +186,8 @@ def errors_in_one_line(
         ) from error
     except RuntimeError as error:
         said = " ".join(str(error).split())
-        if "not enough memory" in said or "can't allocate memory" in said:
+        # A GPU that others have filled has no room for what CUDA itself needs, which is no OutOfMemoryError.
+        if re.search(r"not enough memory|can't allocate memory|out of memory|STATUS_ALLOC_FAILED", said):
             raise UserError(_out_of_memory(error, more_memory)) from error
         if "EADDRINUSE" in said or "ddress already in use" in said:
             port = os.environ.get("MASTER_PORT", "?")
