@@ -121,6 +121,7 @@ def test_a_long_run_is_worth_a_warning():
     _, warning = said(BIG, setting(), plan, dataset, 60_000, torch.device("cpu"))
     assert "long for a CPU" in warning
     assert "--loop.budget" in warning
+    (_,) = said(BIG, setting(), plan, dataset, 60_000, torch.device("cpu"), begins=False)  # which takes no budget
 
 
 def test_a_budget_lowers_the_epochs_and_the_schedule_with_them():

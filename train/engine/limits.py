@@ -68,9 +68,16 @@ def estimate_run(
 
 
 def said(
-    estimate: Estimate, config: Config, plan: TrainPlan, dataset: Dataset, steps: int, device: torch.device
+    estimate: Estimate,
+    config: Config,
+    plan: TrainPlan,
+    dataset: Dataset,
+    steps: int,
+    device: torch.device,
+    *,
+    begins: bool = True,
 ) -> list[str]:
-    """Return what is said of a run with so many steps to go."""
+    """Return what is said of a run with so many steps to go, and of one that begins what else it might be."""
     seconds, images = estimate.seconds(config, plan, dataset, steps), plan.rank_batch // config.optim.accumulate
     measured = (
         f"{estimate.steps} step{'s' * (estimate.steps > 1)} of {estimate.images} of {plan.rank_batch} images per stream"
@@ -81,7 +88,7 @@ def said(
         f" {said_time(estimate.step_seconds)} a step: about {said_time(seconds)} for {steps:,} steps and evaluations"
         f" (measured: {measured})"
     ]
-    if seconds > SENSIBLE[device.type]:
+    if seconds > SENSIBLE[device.type] and begins:
         lines.append(
             f"warning: that is long for {'a CPU' if device.type == 'cpu' else 'a GPU'}: --loop.budget 8h fits the"
             " epochs into a time; a smaller --input.image_size or --model.backbone takes less for each"

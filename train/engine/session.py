@@ -229,7 +229,7 @@ def _train_and_finish(
             sections["optim"] |= {key: getattr(config.optim, key) for key in SCHEDULE}
             method, plan = _make(method_class, config, dataset, accelerator)
             left = config.optim.epochs * plan.steps_per_epoch
-        for line in said(estimate, config, plan, dataset, left, accelerator.device):
+        for line in said(estimate, config, plan, dataset, left, accelerator.device, begins=not asked.begun):
             accelerator.print(line)
     changed = asked.changed()  # now that a budget has set the epochs
     if asked.dry_run:
