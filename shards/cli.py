@@ -63,21 +63,25 @@ WANTED = {
     "PositiveFloat": "a number above 0",
     "NonNegativeFloat": "a number of at least 0",
     "ClosedUnitInterval": "a number from 0 to 1",
+    "OpenUnitInterval": "a number above 0 and below 1",
     "Duration": "a time such as 90m, 2h or 1d12h",
     "<class 'int'>": "a whole number",
     "<class 'float'>": "a number",
     "<class 'bool'>": "true or false",
+    "<class 'str'>": "text; in a file, with quotes",
     "<class 'list'>": "a list such as [0.5, 0.75]",
 }
 
 
 def wrong_value(message: str) -> tuple[str, str] | None:
     """Return the key and a plain sentence where jsonargparse says that a value is not of its type, else None."""
+    message = re.sub(r"Given value type: <class '\w+'>", "", message).replace("'NoneType'", "'null'")
     key = re.search(r'key "([\w.]+)"', message)
     value = (
         re.search(r"value: (.*)\s*$", message)
         or re.search(r"Not of type \w+: (\S+) does not conform", message)
         or re.search(r"(?:with base 10|to float): '(.*?)'", message)
+        or re.search(r"argument must be .*, not '(\w+)'", message)
     )
     if not (key and value):
         return None
@@ -87,6 +91,8 @@ def wrong_value(message: str) -> tuple[str, str] | None:
     near = difflib.get_close_matches(value[1], choices, 1, 0.6)
     give = " or ".join([*wanted, *([f"one of {', '.join(choices)}"] if choices else [])])
     guess = f"; did you mean {near[0]}?" if near else ""
+    if choices and value[1] in ("True", "False"):  # what YAML makes of on, off, yes and no
+        guess = "; in a file, with quotes"
     return key[1], f"cannot be {value[1]!r}" + (f" (give {give}{guess})" if give else "")
 
 

@@ -171,7 +171,10 @@ def test_weights_apply_from_the_deferred_epoch_on(make_method, settings, first):
     ("arguments", "message"),
     [
         (["mix", "mixap"], "method.mix=mixap is unknown; choose one of: none, mixup, remix"),
-        (["mix", "mixup(alpha=0)"], "method.mix=mixup(alpha=0): "),
+        (["mix", "mixup(alpha=0)"], "method.mix=mixup(alpha=0): alpha cannot be '0' (give a number above 0)"),
+        (["mix", "mixup(alpha=None)"], "method.mix=mixup(alpha=None): mixup.alpha has no value"),
+        (["mix", "none(alpha=1)"], "method.mix=none(alpha=1): this has no settings; leave them out, or choose another"),
+        (["weights", "none(beta=0.9)"], "method.weights=none(beta=0.9): this has no settings"),
         (["mix", "remix(kappa=0.5)"], "method.mix=remix(kappa=0.5): remix has kappa=0.5; it must be at least 1"),
         (["mix", "manifold(depth=4)"], "depth=4) is too deep: the trunk of model.backbone=resnet32 has depths 0 to 3"),
         (

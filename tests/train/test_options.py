@@ -215,6 +215,8 @@ def test_options_together_train_and_resume(workplace):
         (["--optim.lr", "-1"], "--optim.lr cannot be '-1' (give a number above 0)"),
         (["--input.batch_size", "1.5"], "--input.batch_size cannot be '1.5' (give a whole number of at least 1)"),
         (["--loop.select", "maybe"], "--loop.select cannot be 'maybe' (give true or false)"),
+        (["--optim.ema", "1"], "--optim.ema cannot be '1' (give a number above 0 and below 1)"),
+        (["--optim.lr", "null"], "--optim.lr cannot be 'null' (give a number above 0)"),
     ],
 )
 def test_a_wrong_value_is_told_plainly(capsys, words, message):
@@ -223,3 +225,25 @@ def test_a_wrong_value_is_told_plainly(capsys, words, message):
     error = capsys.readouterr().err
     assert message in error
     assert not [inner for inner in ("typing.", "<class", "Parser key") if inner in error]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("optim: {lr: }", "my.yaml: optim.lr has no value; give it one, or leave its line out"),
+        ("method: {adaptor: null}", "my.yaml: method.adaptor has no value"),
+        ("loop:\noptim: {lr: 0.1}", "my.yaml: the section loop holds no settings; give it some, or leave its line out"),
+        ("optim: 5", "my.yaml: the section optim holds no settings"),
+        ("run: 5", "my.yaml: --run cannot be '5' (give text; in a file, with quotes)"),
+        ("loop: {budget: 90}", "my.yaml: --loop.budget cannot be '90' (give a time such as 90m, 2h or 1d12h)"),
+        ("loop: {precision: no}", "cannot be 'False' (give one of auto, no, bf16, fp16; in a file, with quotes)"),
+    ],
+)
+def test_a_file_with_a_wrong_value_is_told_plainly_too(tmp_path, monkeypatch, capsys, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        run(BBN, ["--config", "my.yaml", "--loop.seed", "3"])
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

@@ -4,10 +4,11 @@ import ast
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from shards.cli import wrong_value
 from shards.errors import UserError
 
 T = TypeVar("T")
@@ -42,6 +43,28 @@ def unknown(setting: str, name: str, choices: Mapping[str, Any]) -> UserError:
     return UserError(f"{setting}={name} is unknown; choose one of: {', '.join(choices)}{guess}")
 
 
+def no_settings(setting: str, text: str, given: Mapping[str, Any]) -> None:
+    """Refuse settings of what has none."""
+    if given:
+        raise UserError(f"{setting}={text}: this has no settings; leave them out, or choose another")
+
+
+def check_given(parser: ArgumentParser, settings: Namespace) -> Namespace:
+    """Return settings once each of them has a value: out of a file a parser takes null for any.
+
+    Raises:
+        UserError: a setting without a value that must have one, or a section without settings.
+    """
+    kinds = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+    sections = {key.partition(".")[0] for key in kinds if "." in key}
+    for key, value in settings.items():
+        if key in sections:
+            raise UserError(f"the section {key} holds no settings; give it some, or leave its line out")
+        if value is None and kinds.get(key) is not None and type(None) not in get_args(kinds[key]):
+            raise UserError(f"{key} has no value; give it one, or leave its line out")
+    return settings
+
+
 def make_settings(setting: str, text: str, name: str, kind: type[T], given: dict[str, Any]) -> T:
     """Make a dataclass of settings from those that were given, each checked against its type.
 
@@ -56,11 +79,14 @@ def make_settings(setting: str, text: str, name: str, kind: type[T], given: dict
     section, parser = name.replace(".", "_"), ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, section)
     try:
-        made: T = parser.instantiate(parser.parse_object({section: given}))[section]
+        made: T = parser.instantiate(check_given(parser, parser.parse_object({section: given})))[section]
     except UserError as error:
         raise UserError(f"{setting}={text}: {error}") from None
     except (ArgumentError, TypeError, ValueError) as error:
-        raise UserError(f"{setting}={text}: {' '.join(str(error).split())}") from None
+        said = " ".join(str(error).split())
+        if wrong := wrong_value(said):
+            said = f"{wrong[0].rpartition('.')[2]} {wrong[1]}"
+        raise UserError(f"{setting}={text}: {said}") from None
     return made
 
 

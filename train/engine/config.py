@@ -28,6 +28,7 @@ from pipeline.kinds import ChosenLoader, Decode, LoaderKind
 from shards.cli import at_home, wrong_value
 from shards.errors import UserError
 from shards.index import Dataset, open_dataset
+from train.engine.calls import check_given
 from train.engine.model import Model
 from train.engine.optimisers import Optim
 
@@ -187,6 +188,7 @@ class _ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         try:
             super().__call__(parser, cfg, values, option_string)
+            check_given(parser, cfg)
         except (ArgumentError, TypeError, ValueError) as error:
             raise TypeError(error if str(values) in str(error) else f"{values}: {error}") from error
 
@@ -284,7 +286,7 @@ def parse(parser: ArgumentParser, argv: list[str] | None, defaults: dict[str, An
     try:
         before = {key: parser.get_default(key) for key in flat}
         parser.set_defaults(flat)
-        return parser.parse_args(argv)
+        return check_given(parser, parser.parse_args(argv))
     except (ArgumentError, KeyError, TypeError) as error:
         raise _one_line(error, parser) from None
     finally:

@@ -20,7 +20,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloa
 from pipeline.mix import CutMix, Mix, Mixup, Remix
 from pipeline.sampling import Exponent, random_generator
 from shards.errors import UserError
-from train.engine.calls import make_settings, split_call, unknown
+from train.engine.calls import make_settings, no_settings, split_call, unknown
 from train.engine.method import Progress
 
 PARTNERS = "partners"  # the stream that partners come from, where they have one
@@ -156,7 +156,7 @@ def make_mixing(text: str) -> Mixing | None:
         raise unknown("method.mix", name, MIXES)
     kind = MIXES[name]
     if kind is None:
-        return None
+        return no_settings("method.mix", text, given)
     mixing = make_settings("method.mix", text, name, kind, given)
     try:
         mixing.mix()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.batch import Batch
-from train.engine.calls import make_settings, split_call, unknown
+from train.engine.calls import make_settings, no_settings, split_call, unknown
 
 
 class Weighting(ABC):
@@ -78,7 +78,9 @@ def make_weighting(text: str) -> Weighting | None:
     if name not in WEIGHTINGS:
         raise unknown("method.weights", name, WEIGHTINGS)
     kind = WEIGHTINGS[name]
-    return None if kind is None else make_settings("method.weights", text, name, kind, given)
+    if kind is None:
+        return no_settings("method.weights", text, given)
+    return make_settings("method.weights", text, name, kind, given)
 
 
 def class_weights(weighting: Weighting, train_counts_C: NDArray[np.int64]) -> Tensor:
