@@ -142,7 +142,9 @@ def test_a_finished_run_whose_checkpoints_were_removed_is_left_as_it_is(workplac
     shutil.rmtree("runs/a/checkpoints")
     left = {path: path.read_bytes() for path in Path("runs/a").rglob("*") if path.is_file()}
     run(ERM, ["--resume", "--run", "runs/a"])
-    assert "runs/a is finished: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f" classes, 1 epoch of {STEPS} steps, " in said
+    assert "runs/a is finished: it has its 1 epoch (more with --optim.epochs)" in said
     with pytest.raises(SystemExit, match="2"):
         run(ERM, ["--resume", "--run", "runs/a", "--optim.epochs", "2"])
     assert "runs/a is finished, and has no checkpoint to resume from any more" in capsys.readouterr().err

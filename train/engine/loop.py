@@ -112,9 +112,10 @@ class Training:
             UserError: the loss is not finite.
         """
         config, plan, counters, accelerator = self._config, self._plan, self._counters, self._accelerator
+        epochs, steps = config.optim.epochs, plan.steps_per_epoch
         accelerator.print(
             f"{self._method.title} on {self._dataset.name}: {len(plan.split):,} images, {len(self._dataset.classes):,}"
-            f" classes, {config.optim.epochs} epochs of {plan.steps_per_epoch} steps, {config.model.backbone},"
+            f" classes, {epochs} epoch{'s' * (epochs > 1)} of {steps} step{'s' * (steps > 1)}, {config.model.backbone},"
             f" {device_text(accelerator.device)} -> {self._run_folder}"
         )
         for warning in warnings_about(config.optim, plan.steps_per_epoch):

@@ -182,8 +182,8 @@ def _fit(
         wanted = min(fit["most_epochs"], -(-fit["steps"] // steps))
         if wanted > epochs:
             epochs = choice.fitted.setdefault("optim", {})["epochs"] = wanted
-    of = f"{images:,} images: {epochs} epochs of {steps} steps of {batch} images, {epochs * steps:,} steps in all"
-    choice.notes.append(of)
+    length = f"{epochs} epoch{'s' * (epochs > 1)} of {steps} step{'s' * (steps > 1)} of {batch} images"
+    choice.notes.append(f"{images:,} images: {length}, {epochs * steps:,} steps in all")
     noise = "finetune" not in choice.parts
     if noise and "model" not in choice.fitted and epochs * steps < fit["steps"]:
         choice.notes.append(

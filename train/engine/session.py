@@ -127,9 +127,10 @@ def _keep_fitted(choice: Choice, saved: dict[str, Any]) -> None:
         if key in saved:
             settings[f"optim.{key}"] = saved[key]
     if settings.optim.epochs != asked:
+        few = settings.optim.epochs == 1
         choice.notes.append(
-            f"the {settings.optim.epochs} epochs that fitted loop.budget={settings.loop.budget} are kept; for others"
-            " give --optim.epochs without it"
+            f"the {settings.optim.epochs} epoch{'s' * (not few)} that fitted loop.budget={settings.loop.budget}"
+            f" {'is' if few else 'are'} kept; for others give --optim.epochs without it"
         )
 
 
@@ -193,7 +194,9 @@ def _train_and_finish(
         done = counters.epochs if restored else int(runs.read_summary(resumed)["epochs"])
         whole = done >= config.optim.epochs
         if whole and (not restored or (resumed / PREDICTIONS["last"]).exists()):
-            accelerator.print(f"{resumed} is finished: it has its {done} epochs (more with --optim.epochs)")
+            accelerator.print(
+                f"{resumed} is finished: it has its {done} epoch{'s' * (done > 1)} (more with --optim.epochs)"
+            )
             return
         if not restored:  # somebody made room
             raise UserError(f"{resumed} is finished, and has no checkpoint to resume from any more; begin another run")
