@@ -156,7 +156,8 @@ def make_mixing(text: str) -> Mixing | None:
         raise unknown("method.mix", name, MIXES)
     kind = MIXES[name]
     if kind is None:
-        return no_settings("method.mix", text, given)
+        no_settings("method.mix", text, given)
+        return None
     mixing = make_settings("method.mix", text, name, kind, given)
     try:
         mixing.mix()

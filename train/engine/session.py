@@ -66,8 +66,8 @@ def train(
         asked.loader = about.get("loader")
         begun_with = about.get("variant")
         if asked.variant not in (None, begun_with):
-            begun = f"--variant {begun_with}" if begun_with else "no --variant"
-            raise UserError(f"{resumed} was begun with {begun}; begin another run for --variant {asked.variant}")
+            before = f"--variant {begun_with}" if begun_with else "no --variant"
+            raise UserError(f"{resumed} was begun with {before}; begin another run for --variant {asked.variant}")
         asked.variant = begun_with
         dataset = _dataset_of(resumed, about, asked.data)
         choice = resumed_choice(parser, argv, saved, about, method_class.name)

@@ -79,7 +79,8 @@ def make_weighting(text: str) -> Weighting | None:
         raise unknown("method.weights", name, WEIGHTINGS)
     kind = WEIGHTINGS[name]
     if kind is None:
-        return no_settings("method.weights", text, given)
+        no_settings("method.weights", text, given)
+        return None
     return make_settings("method.weights", text, name, kind, given)
 
 
