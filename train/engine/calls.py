@@ -1,4 +1,4 @@
-"""What a setting such as method.objective may be: a name, or "name(setting=value, …)"."""
+"""What a setting such as method.objective may be: a name, or "name(setting=value, …)"; and none without a value."""
 
 import ast
 import difflib
