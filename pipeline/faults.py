@@ -128,9 +128,14 @@ class Faults:
         self.times.update(times)
 
     def recall(self, split: Split, rows: Sequence[dict[str, Any]], counted: bool) -> None:
-        """Add what `rows` said of a split before its run was resumed; their `times`, too, where that is `counted`.
+        """Add what `rows` said of a split elsewhere: in another process, or before the run was resumed.
 
         Each image is decoded once more: its shard may have been repaired, as the user was asked to.
+
+        Args:
+            split: the split.
+            rows: from `rows`.
+            counted: whether their `times` are added, too.
         """
         reader = ShardReader(split)
         for row in rows:
@@ -141,8 +146,9 @@ class Faults:
             if (image.shard.name, image.byte) != (row["shard"], row["byte"]):
                 continue
             try:
-                decode(split, reader, sample)
-                self.mended[sample] = image
+                if sample not in self.bad:
+                    decode(split, reader, sample)
+                    self.mended[sample] = image
             except UndecodableError:
                 self.bad[sample] = image
             if counted:

@@ -201,7 +201,7 @@ def test_a_resumed_run_keeps_the_loader_that_it_began_with_or_says_so(workplace,
     monkeypatch.setattr("pipeline.loader.find_spec", lambda name: None)
     loader, said = reported("--resume", "--optim.epochs", "3", "--input.resident_gb", "0")
     assert loader == "torch"
-    assert "note: the run began with the loader dali, from whose pictures these differ by rounding" in said
+    assert "note: the run began with the loader dali, whose pictures differ by rounding" in said
 
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_only(workplace, monkeypatch, capsys):

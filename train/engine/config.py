@@ -104,9 +104,7 @@ class Input:
         self.loader, why = choose_loader(dataset.splits.values(), accelerator.device, self.resident_gb, agree, before)
         accelerator.print(f"loader: {self.loader} ({why})")
         if before not in (None, self.loader):
-            accelerator.print(
-                f"note: the run began with the loader {before}, from whose pictures these differ by rounding"
-            )
+            accelerator.print(f"note: the run began with the loader {before}, whose pictures differ by rounding")
 
     def open_loader(self, plan: "Plan", device: "torch.device", start_step: int = 0) -> "Loader":
         """Open a loader for a plan as configured."""

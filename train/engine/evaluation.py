@@ -14,9 +14,8 @@ from accelerate.utils import gather_object
 from analysis.metrics import Tally, percent, summarize, tally
 from pipeline.augment import find_recipe
 from pipeline.faults import faults_of
-from pipeline.pictures import FILTER_NAMES, UndecodableError, decode
+from pipeline.pictures import FILTER_NAMES
 from pipeline.plan import EvalPlan
-from pipeline.reader import ShardReader
 from shards.atomic import write_json
 from shards.errors import UserError
 from shards.index import MANIFEST, Dataset, Split
@@ -240,30 +239,19 @@ def gather_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str, 
         found[image] = row
         times[image] += row["times"]
     rows = [row | {"times": times[image]} for image, row in sorted(found.items())]
-    _recall(dataset, rows, counted=False)
+    if accelerator.num_processes > 1:
+        _recall(dataset, rows, counted=False)
     return rows
 
 
 def recall_faults(dataset: Dataset, rows: list[dict[str, Any]], accelerator: Accelerator) -> None:
-    """Go on from what `gather_faults` returned before the run was resumed, but for images that decode now."""
-    bad = [row for row in rows if not _decodes(dataset.splits[row["split"]], row["sample"])]
-    _recall(dataset, bad, counted=accelerator.is_main_process)
+    """Go on from what `gather_faults` returned before the run was resumed."""
+    _recall(dataset, rows, counted=accelerator.is_main_process)
 
 
 def _recall(dataset: Dataset, rows: list[dict[str, Any]], *, counted: bool) -> None:
     for name, split in dataset.splits.items():
         faults_of(split).recall(split, [row for row in rows if row["split"] == name], counted)
-
-
-def _decodes(split: Split, sample: int) -> bool:
-    reader = ShardReader(split)
-    try:
-        decode(split, reader, sample)
-    except UndecodableError:
-        return False
-    finally:
-        reader.close()
-    return True
 
 
 def report_faults(dataset: Dataset, accelerator: Accelerator) -> list[dict[str, Any]]:
