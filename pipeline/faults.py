@@ -52,14 +52,14 @@ class Faults:
     Attributes:
         limit: how many images may be bad before the run is stopped.
         bad: the bad images by sample id.
-        mended: those that were bad before the run was resumed, and decode now.
+        repaired: those that were bad before the run was resumed, and decode now.
         times: how often each was drawn, by sample id; 0 for one that was only to take another's place.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.bad: dict[int, BadImage] = {}
-        self.mended: dict[int, BadImage] = {}
+        self.repaired: dict[int, BadImage] = {}
         self.times: Counter[int] = Counter()
         self._told: set[int] = set()
 
@@ -148,7 +148,7 @@ class Faults:
             try:
                 if sample not in self.bad:
                     decode(split, reader, sample)
-                    self.mended[sample] = image
+                    self.repaired[sample] = image
             except UndecodableError:
                 self.bad[sample] = image
             if counted:
@@ -171,7 +171,7 @@ class Faults:
         return [
             {"sample": sample, "shard": image.shard.name, "byte": image.byte, "reason": image.reason}
             | {"times": self.times[sample]}
-            for sample, image in sorted((self.mended | self.bad).items())
+            for sample, image in sorted((self.repaired | self.bad).items())
         ]
 
     def _stand_in(self, split: Split, sample: int) -> int | None:
