@@ -27,7 +27,8 @@ class Parser(ArgumentParser):
             options["action"] = ActionYesNo(no_prefix="no-")
         return super().add_argument(*kebab, **options)
 
-    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:  # noqa: D102
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
+        """Parse a command line, with --option=~/path in full."""
         return super().parse_args(at_home(sys.argv[1:] if args is None else args), *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

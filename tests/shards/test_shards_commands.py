@@ -15,6 +15,8 @@ from shards.build import build
 from shards.index import open_dataset
 
 REPOSITORY = Path(__file__).parents[2]
+# Elsewhere the script would first make an environment.
+set_up = pytest.mark.skipif(not (REPOSITORY / ".venv/bin/tailstream").exists(), reason="needs scripts/setup.sh")
 
 
 @pytest.fixture
@@ -162,9 +164,8 @@ def test_an_interrupt_leaves_no_process_and_says_how_to_go_on(tmp_path, workers,
         time.sleep(0.05)
 
 
+@set_up
 def test_the_script_takes_paths_from_where_it_is_called(tmp_path, image_folder):
-    if not (REPOSITORY / ".venv" / "bin" / "tailstream").exists():
-        pytest.skip("the script would set up .venv first")
     image_folder(tmp_path / "pets", {"a": 2, "b": 2})
     (tmp_path / "shards").mkdir()  # as people call what they keep
     script = REPOSITORY / "scripts" / "build_shards.sh"
@@ -172,9 +173,8 @@ def test_the_script_takes_paths_from_where_it_is_called(tmp_path, image_folder):
     assert open_dataset(tmp_path / "here" / "pets").name == "pets"
 
 
+@set_up
 def test_the_script_finds_its_own_folder_where_cd_says_where_it_went():
-    if not (REPOSITORY / ".venv" / "bin" / "tailstream").exists():
-        pytest.skip("the script would set up .venv first")
     command = ["scripts/build_shards.sh", "--help"]
     ran = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"CDPATH": "."}, capture_output=True, check=False)
     assert ran.returncode == 0, ran.stderr
